@@ -1,0 +1,47 @@
+"""Views of WGMMA accumulator fragments, and the fence that ties them to a point of the program."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
+    """((2, 2, N/8), M, N) accumulator as (rows of this thread, columns of this thread)."""
+    (c, r, v), m, n = acc.shape
+    (sc, sr, sv), sm, sn = acc.stride
+    layout = cute.make_layout(((r, m), (c, v, n)), stride=((sr, sm), (sc, sv, sn)))
+    return cute.make_tensor(acc.iterator, layout)
+
+
+def as_a_operand(fragment: cute.Tensor) -> cute.Tensor:
+    """16-bit fragment in accumulator layout as the A operand of k16 WGMMAs: a view, no movement."""
+    (c, r, v), m, n = fragment.shape
+    (sc, sr, sv), sm, sn = fragment.stride
+    assert n == 1, "one N block"
+    layout = cute.make_layout(((c, r, 2), m, v // 2), stride=((sc, sr, sv), sm, 2 * sv))
+    return cute.make_tensor(fragment.iterator, layout)
+
+
+@dsl_user_op
+def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
+    """Tie a float32 fragment to this point of the program; costs no instruction.
+
+    `wgmma.wait_group` has no data dependency on the accumulators, so the compiler may move their
+    first use above it, and ptxas then waits after every WGMMA (remark C7514).  Call it after each
+    wait, as CUTLASS does with `warpgroup_fence_operand`.
+    """
+    n = cute.size(fragment)
+    values = [fragment[i].ir_value(loc=loc, ip=ip) for i in range(n)]
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([T.f32()] * n),
+        values,
+        "",
+        constraints,
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    for i in range(n):
+        fragment[i] = cutlass.Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip))

@@ -1,0 +1,112 @@
+"""Online softmax over blocks of keys, in the exp2 domain, on accumulator fragments.
+
+After each block, for every row: row_max = max of the scores so far, row_sum = sum of
+exp2((score - row_max) * scale_log2) over *this thread's* columns; the quad's four partial sums
+are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, const_expr
+
+LN_2 = math.log(2.0)
+LOG2_E = math.log2(math.e)
+
+CHAINS = 4
+"""Independent chains of a row's reduction: one dependent chain would be bound by latency."""
+
+
+def reduce_row(scores: cute.Tensor, row: int, op) -> Float32:
+    """op over one row of this thread's (rows, columns) fragment."""
+    columns = cute.size(scores, mode=[1])
+    partial = [scores[row, j] for j in range(CHAINS)]
+    for j in range(CHAINS, columns):
+        partial[j % CHAINS] = op(partial[j % CHAINS], scores[row, j])
+    return op(op(partial[0], partial[1]), op(partial[2], partial[3]))
+
+
+def add(a, b):
+    return a + b
+
+
+@dataclass(frozen=True)
+class OnlineSoftmax:
+    """Running statistics of the rows one thread holds."""
+
+    row_max: cute.Tensor
+    """(rows,) float32 registers: unscaled scores."""
+    row_sum: cute.Tensor
+    """(rows,) float32 registers: this thread's share."""
+    scale_log2: Float32
+    """softmax_scale * log2(e), positive."""
+
+    @staticmethod
+    def create(rows: int, scale_log2: Float32) -> "OnlineSoftmax":
+        row_max = cute.make_rmem_tensor((rows,), Float32)
+        row_sum = cute.make_rmem_tensor((rows,), Float32)
+        row_max.fill(-Float32.inf)
+        row_sum.fill(0.0)
+        return OnlineSoftmax(row_max, row_sum, scale_log2)
+
+    @cute.jit
+    def step(
+        self, scores: cute.Tensor, first: cutlass.Constexpr, masked: cutlass.Constexpr
+    ) -> cute.Tensor:
+        """scores (rows, columns) <- exp2((scores - row_max) * scale_log2), statistics updated.
+
+        Returns the factors (rows,) by which what was accumulated before must be multiplied; they
+        are undefined if `first`.  With `masked`, a row may be all -inf so far: its maximum is
+        taken as 0, else -inf - -inf would give NaN.
+        """
+        rescale = cute.make_rmem_tensor_like(self.row_max)
+        for i in cutlass.range_constexpr(cute.size(self.row_max)):
+            row_max = reduce_row(scores, i, cute.arch.fmax)
+            if const_expr(not first):
+                row_max = cute.arch.fmax(row_max, self.row_max[i])
+            row_max = cute.arch.warp_reduction(row_max, cute.arch.fmax, threads_in_group=4)
+            finite_max = row_max
+            if const_expr(masked):
+                finite_max = Float32(0.0) if row_max == -Float32.inf else row_max
+            shift = finite_max * self.scale_log2
+            if const_expr(not first):
+                rescale[i] = cute.math.exp2(
+                    self.row_max[i] * self.scale_log2 - shift, fastmath=True
+                )
+            self.row_max[i] = row_max
+            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                scores[i, j] = cute.math.exp2(scores[i, j] * self.scale_log2 - shift, fastmath=True)
+            row_sum = reduce_row(scores, i, add)
+            if const_expr(not first):
+                row_sum = self.row_sum[i] * rescale[i] + row_sum
+            self.row_sum[i] = row_sum
+        return rescale
+
+    @cute.jit
+    def finish(self) -> cute.Tensor:
+        """The factors 1 / row_sum (rows,); turns row_max into the rows' log-sum-exp (`lse`).
+
+        A row without any key has row_sum 0 and row_max -inf: factor 0, LSE -inf.
+        """
+        inverse = cute.make_rmem_tensor_like(self.row_sum)
+        for i in cutlass.range_constexpr(cute.size(self.row_sum)):
+            row_sum = cute.arch.warp_reduction(self.row_sum[i], add, threads_in_group=4)
+            inverse[i] = Float32(0.0) if row_sum == 0.0 else cute.arch.rcp_approx(row_sum)
+            log2_sum = cute.math.log2(row_sum, fastmath=True)
+            self.row_max[i] = (self.row_max[i] * self.scale_log2 + log2_sum) * LN_2
+        return inverse
+
+    @property
+    def lse(self) -> cute.Tensor:
+        """Natural log-sum-exp of the scaled scores (rows,): after `finish`, or where no key was."""
+        return self.row_max
+
+
+@cute.jit
+def scale_rows(acc: cute.Tensor, factors: cute.Tensor):
+    """acc (rows, columns) *= factors (rows,)."""
+    for i in cutlass.range_constexpr(cute.size(factors)):
+        for j in cutlass.range_constexpr(cute.size(acc, mode=[1])):
+            acc[i, j] = acc[i, j] * factors[i]
