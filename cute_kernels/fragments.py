@@ -1,4 +1,6 @@
-"""Views of WGMMA accumulator fragments, and the fence that ties them to a point of the program."""
+"""WGMMA accumulator fragments: views, conversion, the fence that ties them to a point of the program."""
+
+from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
@@ -21,6 +23,41 @@ def as_a_operand(fragment: cute.Tensor) -> cute.Tensor:
     assert n == 1, "one N block"
     layout = cute.make_layout(((c, r, 2), m, v // 2), stride=((sc, sr, sv), sm, 2 * sv))
     return cute.make_tensor(fragment.iterator, layout)
+
+
+@dsl_user_op
+def _convert_pair(low, high, dtype, *, loc=None, ip=None) -> cutlass.Int32:
+    ptx_type = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (high, low)]
+    code = f"cvt.rn.{ptx_type}.f32 $0, $1, $2;"
+    word = llvm.inline_asm(
+        T.i32(), operands, code, "=r,f,f", has_side_effects=False, loc=loc, ip=ip
+    )
+    return cutlass.Int32(word)
+
+
+@dataclass(frozen=True)
+class PackedFragment:
+    """A 16-bit fragment kept in 32-bit registers.
+
+    As a plain bf16 fragment that lives across loop iterations, LLVM converts and carries the elements
+    one by one: twice the registers, and spills (seen with nvidia-cutlass-dsl 4.8.1; fp16 is spared).
+    """
+
+    words: cute.Tensor
+    view: cute.Tensor
+    """The same registers with the accumulator's shape and the 16-bit type."""
+
+    @staticmethod
+    def like(acc: cute.Tensor, dtype) -> "PackedFragment":
+        words = cute.make_rmem_tensor((cute.size(acc) // 2,), cutlass.Int32)
+        iterator = cute.recast_tensor(words, dtype).iterator
+        return PackedFragment(words, cute.make_tensor(iterator, cute.make_layout(acc.shape)))
+
+    def convert(self, acc: cute.Tensor) -> None:
+        """Round a float32 accumulator into this fragment, two elements an instruction."""
+        for i in range(cute.size(self.words)):
+            self.words[i] = _convert_pair(acc[2 * i], acc[2 * i + 1], self.view.element_type)
 
 
 @dsl_user_op

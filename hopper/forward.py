@@ -47,7 +47,12 @@ from cutlass.tensor_utils import LayoutEnum
 
 from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.block_range import BlockRange
-from hopper_attention.cute_kernels.fragments import as_a_operand, pin, rows_and_columns
+from hopper_attention.cute_kernels.fragments import (
+    PackedFragment,
+    as_a_operand,
+    pin,
+    rows_and_columns,
+)
 from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, scale_rows
 from hopper_attention.cute_kernels.tile_scheduler import Tile, TileScheduler
@@ -126,7 +131,7 @@ class Fragments:
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
-    p: cute.Tensor
+    p: PackedFragment
     acc_s: cute.Tensor
     acc_o: cute.Tensor
 
@@ -337,12 +342,13 @@ class Forward:
         thread_qk, thread_pv = mmas.qk.get_slice(thread), mmas.pv.get_slice(thread)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim))
+        acc_s = cute.make_rmem_tensor(shape_s, Float32)
         fragments = Fragments(
             q=mmas.qk.make_fragment_A(thread_qk.partition_A(tiles.q)),
             k=mmas.qk.make_fragment_B(thread_qk.partition_B(tiles.k)),
             v=mmas.pv.make_fragment_B(thread_pv.partition_B(tiles.v)),
-            p=cute.make_rmem_tensor(shape_s, self.dtype),
-            acc_s=cute.make_rmem_tensor(shape_s, Float32),
+            p=PackedFragment.like(acc_s, self.dtype),
+            acc_s=acc_s,
             acc_o=cute.make_rmem_tensor(shape_o, Float32),
         )
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.tile_n))
@@ -393,7 +399,7 @@ class Forward:
         k_state.advance()
         mask.apply(scores, last)
         softmax.step(scores, first=True, masked=True)
-        fragments.p.store(acc_s.load().to(self.dtype))
+        fragments.p.convert(acc_s)
 
         step = partial(self.step, mmas, fragments, pipelines, softmax, turns)
         unmasked = minimum(blocks.unmasked, last)
@@ -405,7 +411,7 @@ class Forward:
 
         pipelines.v.consumer_wait(v_state)
         v_block = fragments.v[None, None, None, v_state.index]
-        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p), v_block, accumulate=True)
+        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
         inverse = softmax.finish()
         warpgroup.wait_group(0)
         pin(acc_o)
@@ -433,7 +439,7 @@ class Forward:
         turns.wait()
         wgmma.issue(mmas.qk, acc_s, fragments.q, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state)
-        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p), v_block, accumulate=True)
+        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
         turns.give()
         warpgroup.wait_group(1)
         pin(acc_s)
@@ -445,7 +451,7 @@ class Forward:
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
-        fragments.p.store(acc_s.load().to(self.dtype))
+        fragments.p.convert(acc_s)
         scale_rows(rows_and_columns(acc_o), rescale)
         k_state.advance()
         v_state.advance()
@@ -471,11 +477,11 @@ class Forward:
         """Each warp: 16 rows through shared memory, then one TMA store for every 64 columns."""
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
-        out = cute.make_rmem_tensor_like(acc_o, self.dtype)
-        out.store(acc_o.load().to(self.dtype))
+        out = PackedFragment.like(acc_o, self.dtype)
+        out.convert(acc_o)
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, mma_pv)
-        cute.copy(copy, copy.retile(out), copy.get_slice(thread).partition_D(sO))
+        cute.copy(copy, copy.retile(out.view), copy.get_slice(thread).partition_D(sO))
         cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
         cute.arch.sync_warp()
 
