@@ -82,3 +82,24 @@ def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
     )
     for i in range(n):
         fragment[i] = cutlass.Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip))
+
+
+@dsl_user_op
+def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
+    """Keep the arithmetic that leads to `values`, none of them negative, above this point.
+
+    ptxas lets a wait for WGMMA float up above arithmetic that should run under the WGMMA, because
+    nothing ties the two together.  A store that depends on the values and is never taken does: a wait
+    is not moved above it.  Costs two instructions a value.
+    """
+    for i in range(cute.size(values)):
+        llvm.inline_asm(
+            None,
+            [values[i].ir_value(loc=loc, ip=ip)],
+            "{ .reg .pred p; .reg .b32 a; mov.b32 a, $0; setp.lt.f32 p, $0, 0fBF800000;"
+            " @p st.shared.f32 [a], $0; }",
+            "f",
+            has_side_effects=True,
+            loc=loc,
+            ip=ip,
+        )

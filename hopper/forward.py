@@ -50,6 +50,7 @@ from hopper_attention.cute_kernels.block_range import BlockRange
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     as_a_operand,
+    finish_before,
     pin,
     rows_and_columns,
 )
@@ -448,6 +449,7 @@ class Forward:
         if const_expr(mask is not None):
             mask.apply(scores, n_block)
         rescale = softmax.step(scores, first=False, masked=mask is not None)
+        finish_before(softmax.row_sum)
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
