@@ -1,0 +1,45 @@
+# Set up, build and run.  Needs Python >= 3.10, a C++ compiler and make; everything else comes as wheels.
+
+PYTHON ?= python3
+DEMO_INSTANCES ?= fwd_bf16_d128_causal
+TEST_INSTANCES ?= core
+BIN := .venv/bin
+
+# Where there is no GPU a pinned torch: its CPU wheel is small, the newest brings gigabytes of CUDA.
+TORCH := $(shell nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
+
+# What the extension is built from.  The Python package is installed editable: it needs no rebuild.
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake hopper cute_kernels python/aot \
+             python/bindings -type f -not -path '*/__pycache__/*')
+
+# A build for the tests serves the demo as well, and is not shrunk to the demo's instances.
+DEMO_BUILD := $(if $(wildcard .venv/built-for-test),.venv/built-for-test,.venv/built-for-demo)
+
+.PHONY: demo test lint clean
+
+demo: $(DEMO_BUILD)
+	$(BIN)/hopper-attention demo
+
+test: .venv/built-for-test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/dependencies: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install "$(TORCH)" numpy rich --group build --group dev
+	touch $@
+
+.venv/built-for-demo: INSTANCES = $(DEMO_INSTANCES)
+.venv/built-for-test: INSTANCES = $(TEST_INSTANCES)
+.venv/built-for-demo .venv/built-for-test: .venv/dependencies $(SOURCES)
+	HOPPER_ATTENTION_INSTANCES="$(INSTANCES)" \
+	  $(BIN)/pip install --verbose --no-build-isolation --no-deps --editable .
+	touch $@

@@ -1,0 +1,173 @@
+"""Compile one instance to `<name>.{o,h,ptx,cubin,json}`.  No GPU and no nvcc are needed."""
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aot import cubin, flavour, header, ptxas, sources
+
+SUFFIXES = (".o", ".h", ".ptx", ".cubin", ".json")
+
+HOST_TARGETS = {
+    "x86_64": "llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64-v2",
+    "aarch64": "llvm -mtriple=aarch64-unknown-linux-gnu",
+}
+"""Left to itself the DSL compiles host code for the very CPU it runs on (AVX-512 included), and the
+object dies of SIGILL elsewhere."""
+
+
+def compile_instance(instance: Any, out: Path, cuda_major: int | None) -> bool:
+    """Compile `instance` into `out` unless what lies there is up to date; return whether it compiled.
+
+    `cuda_major` picks the DSL's toolchain, None leaves that to the DSL.
+    """
+    record = out / f"{instance.name}.json"
+    if is_current(instance, record, cuda_major):
+        return False
+    scratch = out / f"{instance.name}.scratch"  # stays behind after a failure, for diagnosis
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    facts = _compile(instance, scratch, cuda_major)
+    (scratch / record.name).write_text(json.dumps(facts, indent=1) + "\n")
+    for suffix in SUFFIXES:
+        (scratch / f"{instance.name}{suffix}").replace(out / f"{instance.name}{suffix}")
+    shutil.rmtree(scratch)
+    return True
+
+
+def is_current(instance: Any, record: Path, cuda_major: int | None) -> bool:
+    """Whether the outputs beside `record` came from these very sources and this very instance.
+
+    Content decides, not time, so a touched file or another line of an instance list costs nothing.
+    """
+    if not all(record.with_suffix(suffix).exists() for suffix in SUFFIXES):
+        return False
+    facts = json.loads(record.read_text())
+    files = [sources.ROOT / file for file in facts["sources"]]
+    return (
+        cuda_major in (None, int(facts["flavour"].removeprefix("cu")))
+        and all(file.exists() for file in files)
+        and facts["source_hash"] == source_hash(instance, files)
+    )
+
+
+def source_hash(instance: Any, files: list[Path]) -> str:
+    """Of the instance, the DSL's version and the sources imported to compile it, lists left out."""
+    parts: dict[str, Any] = {
+        "instance": asdict(instance),
+        "dsl": version("nvidia-cutlass-dsl"),
+        "host": platform.machine(),
+        "sources": {
+            str(file.relative_to(sources.ROOT)): sources.hash_file(file)
+            for file in files
+            if not sources.is_instance_list(file)
+        },
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_depfile(path: Path, target: Path, record: Path) -> None:
+    """Tell the build system, in make's syntax, which sources `target` was compiled from."""
+    files = (sources.ROOT / file for file in json.loads(record.read_text())["sources"])
+    escaped = (str(file).replace(" ", r"\ ") for file in files)
+    path.write_text(f"{target}: " + " \\\n  ".join(escaped) + "\n")
+
+
+def _compile(instance: Any, out: Path, cuda_major: int | None) -> dict[str, Any]:
+    """Compile into the empty folder `out`; return what the instance's JSON says."""
+    name = instance.name
+    started = time.perf_counter()
+    os.environ["CUTE_DSL_ARCH"] = instance.architecture  # read when cutlass is imported, not later
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # what is current is decided here alone
+    if cuda_major is not None:
+        flavour.choose(cuda_major)
+    import cuda.bindings.driver as cuda
+    from cutlass import cute
+
+    module, _, class_name = instance.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), class_name)(instance.config)
+    for function in (type(kernel).__call__, type(kernel).kernel):
+        function.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+    arguments = kernel.example_arguments()
+    remarks = out / "remarks.yaml"
+    compiled = cute.compile(
+        kernel,
+        *arguments,
+        cuda.CUstream(0),
+        options=f"remarks{{ptx}} --remark-output '{remarks}' --keep-ptx --keep-cubin --dump-dir '{out}'"
+        f" --host-target '{HOST_TARGETS[platform.machine()]}'",
+    )
+    compiled.export_to_c(file_path=str(out), file_name=name, function_prefix=name)
+    for suffix in (".ptx", ".cubin"):  # named after the architecture too
+        next(out.glob(f"*{suffix}")).rename(out / f"{name}{suffix}")
+
+    resources = ptxas.parse_remarks(remarks.read_text())
+    opcodes = cubin.count_opcodes(out / f"{name}.cubin", instance.claims)
+    ptxas.check(instance, resources, opcodes)
+    parameters = cubin.parse_parameters((out / f"{name}.ptx").read_text())
+    if alien := [symbol for symbol in parameters if not symbol.startswith(f"{name}_")]:
+        raise ptxas.GateError(f"instance {name}: kernel symbols not named after it: {alien}")
+    files = sources.imported_sources()
+    return {
+        "name": name,
+        "family": instance.family,
+        "architecture": instance.architecture,
+        "group": instance.group,
+        "config": asdict(instance.config),
+        "claims": list(instance.claims),
+        "arguments": describe_arguments((out / f"{name}.h").read_text(), name, arguments),
+        "kernels": list(parameters),
+        "parameters": parameters,
+        **asdict(resources),
+        "spills_because": instance.spills_because,
+        "opcodes": opcodes,
+        "shared_memory_bytes": instance.config.shared_memory_bytes,
+        "threads": instance.config.threads,
+        "compile_seconds": round(time.perf_counter() - started, 2),
+        "source_hash": source_hash(instance, files),
+        "sources": [str(file.relative_to(sources.ROOT)) for file in files],
+        "dsl_version": version("nvidia-cutlass-dsl"),
+        "flavour": flavour.installed(),
+    }
+
+
+def describe_arguments(text: str, name: str, examples: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The header's arguments, each tensor's completed by what its fake tensor was declared with."""
+    parsed = header.parse_arguments(text, name)
+    given = [example for example in examples if example is not None]
+    if len(parsed) != len(given):
+        raise header.HeaderError(
+            f"{name}: {len(given)} example arguments, but the header has {len(parsed)};"
+            " compile-time constants belong into the configuration"
+        )
+    return [
+        {**argument, **_describe_tensor(example)} if argument["kind"] == "tensor" else argument
+        for argument, example in zip(parsed, given)
+    ]
+
+
+def _describe_tensor(tensor: Any) -> dict[str, Any]:
+    """Extents and strides: an int where static, null where dynamic; dynamic ones' common divisors."""
+    static = {
+        key: [n if isinstance(n, int) else None for n in modes]
+        for key, modes in (("shape", tensor.shape), ("stride", tensor.stride))
+    }
+    divisors = {
+        f"{key}_divisibility": [1 if isinstance(n, int) else n.divisibility for n in modes]
+        for key, modes in (("shape", tensor.shape), ("stride", tensor.stride))
+    }
+    return {
+        "dtype": tensor.element_type.__name__,
+        "rank": len(tensor.shape),
+        "alignment": tensor._assumed_align,
+        **static,
+        **divisors,
+    }

@@ -1,0 +1,25 @@
+"""Which instances a build compiles: `core`, `full`, or a list of names with wildcards."""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+def select(instances: Sequence[Any], selection: str) -> list[Any]:
+    """The instances that `selection` names, in the order of their list.
+
+    `selection` is separated by commas, semicolons or spaces; each word is `full`, the name of a group,
+    or a pattern for names.  A word that matches nothing is an error: it is a misspelling.
+    """
+    words = [word for word in re.split(r"[,;\s]+", selection) if word]
+    if not words:
+        raise ValueError("no instances selected; say core, full, or names with wildcards")
+    chosen: set[str] = set()
+    for word in words:
+        matches = {i.name for i in instances if word in ("full", i.group) or fnmatchcase(i.name, word)}
+        if not matches:
+            names = ", ".join(i.name for i in instances)
+            raise ValueError(f"no instance matches {word!r}; there are: {names}")
+        chosen |= matches
+    return [i for i in instances if i.name in chosen]

@@ -1,0 +1,54 @@
+"""The repository as the build sees it: kernel sources under their installed names, instances, hashes."""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+INSTANCE_MODULES = ("hopper_attention.hopper.instances",)
+"""Every module with a list of kernels to compile, `INSTANCES`."""
+
+SOURCE_FOLDERS = tuple(ROOT / name for name in ("hopper", "cute_kernels", "python"))
+"""What a compiled kernel may depend on; not the virtual environment, which may lie in the repository."""
+
+
+def make_importable() -> None:
+    """Make the kernel sources importable as `hopper_attention.hopper` and `.cute_kernels`.
+
+    A stub takes the package's place, because its real `__init__` imports torch, which a build lacks.
+    """
+    package = ModuleType("hopper_attention")
+    package.__path__ = [str(ROOT), str(ROOT / "python" / "hopper_attention")]
+    sys.modules["hopper_attention"] = package
+
+
+def all_instances() -> list[Any]:
+    """The instances of every list, in order; a name may occur once."""
+    instances = [i for name in INSTANCE_MODULES for i in importlib.import_module(name).INSTANCES]
+    names = [i.name for i in instances]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"instance names used twice: {', '.join(sorted(twice))}")
+    return instances
+
+
+def imported_sources() -> list[Path]:
+    """The repository's source files among the imported modules, sorted."""
+    files = {
+        Path(file).resolve()
+        for module in list(sys.modules.values())
+        if isinstance(file := getattr(module, "__file__", None), str)
+    }
+    return sorted(f for f in files if any(f.is_relative_to(folder) for folder in SOURCE_FOLDERS))
+
+
+def is_instance_list(path: Path) -> bool:
+    """Lists stay out of the hash: one instance depends on its own line only, which is hashed instead."""
+    return path.name == "instances.py"
+
+
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
