@@ -1,0 +1,14 @@
+"""Exact attention for NVIDIA Hopper GPUs, with flash-attn's call signatures.
+
+Tensors on a Hopper GPU go to the compiled kernels; tensors on the CPU go to the reference
+implementation, or, inside `simulator.enabled()`, to the same kernels on a functional simulator.
+"""
+
+from importlib.metadata import version
+
+from hopper_attention import simulator
+from hopper_attention.functional import flash_attn_func
+
+__version__ = version("hopper-attention")
+
+__all__ = ["__version__", "flash_attn_func", "simulator"]

@@ -1,0 +1,112 @@
+"""Where kernels run: the CUDA extension for GPU tensors, the simulator's for CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import functools
+import re
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hopper_attention import _cuda, _simulator, manifest, simulator
+
+COMPUTE_CAPABILITY = (9, 0)
+
+_simulating = threading.Lock()
+"""The extension has one launch handler."""
+
+
+class Backend(enum.Enum):
+    CUDA = "CUDA"
+    SIMULATOR = "simulator"
+    REFERENCE = "reference"
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """Raises NotImplementedError for a device without kernels."""
+    if tensor.device.type == "cpu":
+        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
+    if tensor.device.type == "cuda":
+        check_gpu(tensor.device)
+        return Backend.CUDA
+    raise NotImplementedError(
+        f"q is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference and "
+        "simulator"
+    )
+
+
+@functools.cache
+def check_gpu(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability != COMPUTE_CAPABILITY:
+        raise NotImplementedError(
+            f"{device} ({torch.cuda.get_device_name(device)}) has compute capability "
+            f"{capability[0]}.{capability[1]}; the kernels need 9.0 (H100, H200); use CPU tensors "
+            "for the reference implementation"
+        )
+
+
+def launch(
+    backend: Backend, instance: str, tensors: Sequence[Tensor], scalars: Sequence[float | int]
+) -> None:
+    """Run one kernel instance on the current stream of the tensors' device, or simulate it."""
+    device = tensors[0].device
+    described = [(t.data_ptr(), tuple(t.shape), _strides(t)) for t in tensors]
+    if backend is Backend.CUDA:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _cuda.launch(instance, device.index, stream, described, scalars)
+        return
+    with _simulating:
+        _simulator.set_launch_handler(_Simulation(tensors).run)
+        _simulator.launch(instance, 0, 0, described, scalars)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """In elements; TMA wants multiples of 16 bytes even where an extent of 1 leaves them unused."""
+    row = tensor.shape[-1]
+    return tuple(
+        stride if extent > 1 else row for extent, stride in zip(tensor.shape[:-1], tensor.stride())
+    ) + (1,)
+
+
+class _Simulation:
+    """What the host code's launches need to become simulations: the memory of their tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.memory = simulator.GlobalMemory()
+        for index, tensor in enumerate(tensors):
+            if tensor.numel() > 0:
+                reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+                nbytes = (reach + 1) * tensor.element_size()
+                self.memory.register(tensor.data_ptr(), nbytes, f"argument {index}")
+
+    def run(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        cluster: tuple[int, int, int],
+        shared_memory_bytes: int,
+        parameter_addresses: list[int],
+    ) -> None:
+        module = simulator.Module.load(manifest.ptx_path(re.sub(r"_\d+$", "", kernel)))
+        parameters = [
+            ctypes.string_at(address, parameter.size)
+            for address, parameter in zip(
+                parameter_addresses, module.kernels[kernel].params, strict=True
+            )
+        ]
+        simulator.launch(
+            module,
+            kernel,
+            grid=grid,
+            block=block,
+            params=parameters,
+            memory=self.memory,
+            cluster=cluster,
+            shared_memory_bytes=shared_memory_bytes,
+        )
