@@ -340,21 +340,23 @@ class Forward:
         """Consumer warpgroup: 64 rows of S, softmax and O."""
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
-        thread_qk, thread_pv = mmas.qk.get_slice(thread), mmas.pv.get_slice(thread)
+        # Descriptors from the warpgroup's first thread: warp-uniform, so they stay in uniform registers.
+        first = (cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 - 1) * 128
+        uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim))
         acc_s = cute.make_rmem_tensor(shape_s, Float32)
         fragments = Fragments(
-            q=mmas.qk.make_fragment_A(thread_qk.partition_A(tiles.q)),
-            k=mmas.qk.make_fragment_B(thread_qk.partition_B(tiles.k)),
-            v=mmas.pv.make_fragment_B(thread_pv.partition_B(tiles.v)),
+            q=mmas.qk.make_fragment_A(uniform_qk.partition_A(tiles.q)),
+            k=mmas.qk.make_fragment_B(uniform_qk.partition_B(tiles.k)),
+            v=mmas.pv.make_fragment_B(uniform_pv.partition_B(tiles.v)),
             p=PackedFragment.like(acc_s, self.dtype),
             acc_s=acc_s,
             acc_o=cute.make_rmem_tensor(shape_o, Float32),
         )
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.tile_n))
         mask = Mask(
-            coordinates=rows_and_columns(thread_qk.partition_C(identity)),
+            coordinates=rows_and_columns(mmas.qk.get_slice(thread).partition_C(identity)),
             first_row=work.tile.m_block * cfg.tile_m,
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
