@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.arithmetic import maximum, minimum
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,35 @@ class Mask:
     @cute.jit
     def apply(self, scores: cute.Tensor, n_block: Int32):
         """scores (rows, columns) of key block `n_block`, in place."""
-        # Columns of a thread are a run-time base plus constants: one limit a row, and every
-        # element compares a constant with it.
+        # A thread's columns are a run-time base plus constants, so a row's limit is the number of
+        # this thread's columns that it sees; as a word of ones it becomes predicates seven at a time
+        # (R2P), where comparing every column costs an instruction each.
         base = self.coordinates[0, 0][1]
         in_sequence = self.seqlen_k - n_block * self.tile_n - base
+        columns = cute.size(scores, mode=[1])
         for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             limit = in_sequence
             if const_expr(self.causal):
                 row = self.first_row + self.coordinates[i, 0][0]
                 limit = minimum(limit, in_sequence + row + 1 - self.seqlen_q)
-            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                # Accumulator layout: columns (2, N/8) are c + 8 v from the thread's first one.
-                column = j % 2 + j // 2 * 8
-                scores[i, j] = scores[i, j] if column < limit else -Float32.inf
+            visible = columns_below(limit)
+            for start in cutlass.range_constexpr(0, columns, WORD):
+                ones = low_ones(visible - start)
+                for j in cutlass.range_constexpr(start, min(start + WORD, columns)):
+                    seen = (ones & (1 << (j - start))) != 0
+                    scores[i, j] = scores[i, j] if seen else -Float32.inf
+
+
+WORD = 28
+"""Columns whose visibility one word holds: a multiple of the seven that R2P takes."""
+
+
+def columns_below(limit: Int32) -> Int32:
+    """How many of a thread's columns 0, 1, 8, 9, 16, 17, ... lie below `limit`."""
+    limit = maximum(limit, 0)
+    return (limit >> 3) * 2 + minimum(limit & 7, 2)
+
+
+def low_ones(count: Int32) -> Int32:
+    """A word with the lowest min(max(count, 0), WORD) bits set."""
+    return (Int32(1) << minimum(maximum(count, 0), WORD)) - 1

@@ -46,7 +46,7 @@ def pytorch_attention(
     if seqlen_q * seqlen_k == 0:
         return torch.zeros_like(q)
     mask = None
-    if causal:
+    if causal and seqlen_q != seqlen_k:  # is_causal is aligned to the top left
         every_row = slice(0, seqlen_q)
         mask = reference.causal_mask(every_row, seqlen_q, torch.empty(0, seqlen_k, device=q.device))
     group = q.shape[2] // k.shape[2]
@@ -55,6 +55,7 @@ def pytorch_attention(
         k.repeat_interleave(group, dim=2).transpose(1, 2),
         v.repeat_interleave(group, dim=2).transpose(1, 2),
         attn_mask=mask,
+        is_causal=causal and mask is None,
         scale=softmax_scale,
     ).transpose(1, 2)
     return out if mask is None else out.masked_fill(~mask.any(1)[:, None, None], 0.0)
