@@ -341,7 +341,7 @@ class Forward:
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
         # Descriptors from the warpgroup's first thread: warp-uniform, so they stay in uniform registers.
-        first = (cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 - 1) * 128
+        first = consumer_warpgroup() * 128
         uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim))
@@ -387,8 +387,8 @@ class Forward:
         k_state = pipeline.make_pipeline_state(
             pipeline.PipelineUserType.Consumer, self.cfg.stages
         )
-        v_state = k_state.clone()
-        turns = Turns(self.cfg.warpgroups)
+        v_state = k_state.clone()  # one block behind: V uses the stage that K used before
+        turns = Turns(consumer_warpgroup(), self.cfg.warpgroups)
         turns.start()
 
         last = blocks.count - 1
@@ -457,9 +457,9 @@ class Forward:
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
         scale_rows(rows_and_columns(acc_o), rescale)
-        k_state.advance()
-        v_state.advance()
-        return k_state, v_state
+        following = k_state.clone()
+        following.advance()
+        return following, k_state
 
     @cute.jit
     def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, mask: Mask, tile: Tile):
@@ -512,25 +512,28 @@ class Turns:
     Barrier TURN + w completes when consumer w waits for its turn and the one before has given it.
     """
 
+    own: Int32
+    """Index of this consumer warpgroup."""
     warpgroups: cutlass.Constexpr
 
     @cute.jit
     def start(self):
-        if self.own() == self.warpgroups - 1:
+        if self.own == self.warpgroups - 1:
             self.give()
 
     @cute.jit
     def wait(self):
-        cute.arch.barrier(barrier_id=Barrier.TURN + self.own(), number_of_threads=256)
+        cute.arch.barrier(barrier_id=Barrier.TURN + self.own, number_of_threads=256)
 
     @cute.jit
     def give(self):
-        following = self.own() + 1 if self.own() < self.warpgroups - 1 else 0
+        following = self.own + 1 if self.own < self.warpgroups - 1 else 0
         cute.arch.barrier_arrive(barrier_id=Barrier.TURN + following, number_of_threads=256)
 
-    def own(self):
-        """Index of this consumer warpgroup."""
-        return cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 - 1
+
+def consumer_warpgroup() -> Int32:
+    """Index of the calling consumer warpgroup, warp-uniform."""
+    return cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 - 1
 
 
 def permute(tensor: cute.Tensor, modes: tuple[int, ...]) -> cute.Tensor:
