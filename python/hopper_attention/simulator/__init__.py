@@ -1,0 +1,57 @@
+"""A functional simulator of Hopper kernels: runs their PTX on the CPU with numpy.
+
+    with simulator.enabled(seed=1, hazards="raise"):
+        ...                                     # launches go to the simulator
+
+    module = simulator.Module.load("kernel.ptx")
+    memory = simulator.GlobalMemory()
+    memory.register(array.ctypes.data, array.nbytes, "array")
+    simulator.launch(module, "name", grid=(1, 1, 1), block=(128, 1, 1), params=[...], memory=memory)
+
+What it is for: the same kernel, host code and tensor maps as on a device, every asynchronous
+operation completing at an adversarial time, and an error that names the PTX line for a missing wait,
+fence or barrier, an access out of bounds, or a deadlock.  It says nothing about speed.
+"""
+
+from .errors import (
+    BarrierError,
+    DeadlockError,
+    HazardError,
+    HazardWarning,
+    LaunchError,
+    MisalignedAccess,
+    OutOfBounds,
+    PtxSyntaxError,
+    SimulatorError,
+    UnknownInstruction,
+)
+from .machine import Statistics, launch
+from .memory import GlobalMemory
+from .options import Options, current_options, enabled, is_enabled
+from .ptx import Kernel, Module, Param
+from .tensor_map import TensorMap, decode
+
+__all__ = [
+    "BarrierError",
+    "DeadlockError",
+    "GlobalMemory",
+    "HazardError",
+    "HazardWarning",
+    "Kernel",
+    "LaunchError",
+    "MisalignedAccess",
+    "Module",
+    "Options",
+    "OutOfBounds",
+    "Param",
+    "PtxSyntaxError",
+    "SimulatorError",
+    "Statistics",
+    "TensorMap",
+    "UnknownInstruction",
+    "current_options",
+    "decode",
+    "enabled",
+    "is_enabled",
+    "launch",
+]

@@ -1,0 +1,227 @@
+"""What proceeds beside the warps: mbarriers, named barriers, bulk copies, WGMMA groups.
+
+An asynchronous operation poisons its destination when issued and takes effect at a time drawn from
+the seed, between its issue and the wait that orders it:
+
+    friendly (seed 0)  soon, in order
+    early              at once: finds readers and writers that were not finished when it was issued
+    late               only when nothing else can run or a wait demands it: finds missing waits
+    random             after a random number of scheduler slices
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .errors import BarrierError
+
+_MAX_TRANSACTIONS = (1 << 20) - 1
+
+
+@dataclass
+class Mbarrier:
+    """An mbarrier object in shared memory."""
+
+    address: int
+    expected: int
+    pending: int
+    transactions: int = 0
+    phase: int = 0
+
+    def arrive(self, count: int = 1) -> None:
+        if count > self.pending:
+            raise BarrierError(
+                f"mbarrier {self.address:#x}: {count} arrivals with {self.pending} of "
+                f"{self.expected} pending in phase {self.phase}"
+            )
+        self.pending -= count
+        self._advance()
+
+    def expect(self, nbytes: int) -> None:
+        self.transactions += nbytes
+        if self.transactions > _MAX_TRANSACTIONS:
+            raise BarrierError(f"mbarrier {self.address:#x}: transaction count overflows")
+
+    def complete(self, nbytes: int) -> None:
+        self.transactions -= nbytes
+        self._advance()
+
+    def _advance(self) -> None:
+        if self.pending:
+            return
+        if self.transactions < 0:
+            raise BarrierError(
+                f"mbarrier {self.address:#x}: {-self.transactions} bytes arrived beyond what "
+                f"expect_tx announced in phase {self.phase}"
+            )
+        if self.transactions == 0:
+            self.phase += 1
+            self.pending = self.expected
+
+    def passed(self, parity: int) -> bool:
+        """Has the phase of this parity completed?"""
+        return self.phase & 1 != parity & 1
+
+    def __str__(self) -> str:
+        return (
+            f"mbarrier {self.address:#x}: phase {self.phase} (parity {self.phase & 1}), "
+            f"{self.pending} of {self.expected} arrivals and {self.transactions} bytes outstanding"
+        )
+
+
+@dataclass
+class NamedBarrier:
+    """bar.sync / bar.arrive: counts threads."""
+
+    number: int
+    count: int = 0
+    arrived: int = 0
+    generation: int = 0
+    whole_block: bool = False  # no count given: all threads that have not exited
+
+    def arrive(self, threads: int, count: int, whole_block: bool) -> None:
+        self.whole_block = whole_block
+        if self.arrived and self.count != count:
+            raise BarrierError(
+                f"barrier {self.number}: arrival with count {count}, others came with {self.count}"
+            )
+        if count % 32 or self.arrived + threads > count:
+            raise BarrierError(
+                f"barrier {self.number}: {threads} threads arrive at {self.arrived} of {count}"
+            )
+        self.arrived += threads
+        self.resize(count)
+
+    def resize(self, count: int) -> None:
+        self.count = count
+        if self.arrived == count:
+            self.arrived = 0
+            self.generation += 1
+
+    def __str__(self) -> str:
+        return (
+            f"barrier {self.number}: {self.arrived} of {self.count} threads, "
+            f"generation {self.generation}"
+        )
+
+
+@dataclass(eq=False)
+class Event:
+    """An asynchronous operation under way."""
+
+    due: float
+    effect: Callable[[], None]
+    text: str
+    done: bool = False
+    access: "SharedAccess | None" = None
+
+    def complete(self) -> None:
+        if not self.done:
+            self.done = True
+            self.effect()
+
+
+class Schedule:
+    """Everything that a seed decides: completion times, slice lengths and which unit is slow."""
+
+    _FOREVER = float("inf")
+
+    def __init__(self, seed: int, block: int):
+        self.random = random.Random(seed * 1_000_003 + block)
+        modes = ("friendly", "late", "early", "random")
+        self.mode = modes[0] if seed == 0 else modes[1 + (seed - 1) % 3]
+        self.now = 0
+        self.slow: object = None
+        self._until = 0
+
+    def delay(self) -> float:
+        """Scheduler slices until an operation issued now takes effect; 0 is at once."""
+        if self.mode == "friendly":
+            return 1
+        if self.mode == "early":
+            return 0
+        if self.mode == "late":
+            return self._FOREVER
+        return self.random.choice((0, 1, 2, 5, 20, 100, self._FOREVER))
+
+    def choose(self, units: list) -> tuple[object, int]:
+        """The unit to run next and for how many steps."""
+        self.now += 1
+        if self.mode == "friendly":
+            return units[self.now % len(units)], 200
+        if self.now >= self._until:
+            # One warpgroup falls behind for a while: uniform shuffling misses most races.
+            self.slow = self.random.choice(units).warpgroup
+            self._until = self.now + self.random.choice((5, 20, 100, 400))
+        fast = [unit for unit in units if unit.warpgroup is not self.slow]
+        if fast and self.random.random() < 0.95:
+            units = fast
+        return self.random.choice(units), self.random.choice((1, 2, 3, 10, 200))
+
+
+class Events:
+    """The asynchronous operations of a block, in order of issue."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.pending: list[Event] = []
+
+    def issue(self, effect: Callable[[], None], text: str) -> Event:
+        delay = self.schedule.delay()
+        event = Event(self.schedule.now + delay, effect, text)
+        if delay == 0:
+            event.complete()
+        else:
+            self.pending.append(event)
+        return event
+
+    def run_due(self) -> bool:
+        """Complete what is due.  True if anything was."""
+        now = self.schedule.now
+        due = [event for event in self.pending if event.due <= now]
+        if due:
+            self.pending = [event for event in self.pending if event.due > now]
+            for event in due:
+                event.complete()
+        return bool(due)
+
+    def run_one(self) -> bool:
+        """Complete one operation because nothing else can proceed.  False if there is none."""
+        self.pending = [event for event in self.pending if not event.done]
+        if not self.pending:
+            return False
+        at = 0
+        if self.schedule.mode != "friendly":
+            at = self.schedule.random.randrange(len(self.pending))
+        self.pending.pop(at).complete()
+        return True
+
+
+@dataclass
+class BulkGroups:
+    """cp.async.bulk groups of one thread: operations not yet committed, then groups in order."""
+
+    open: list[Event] = field(default_factory=list)
+    groups: list[list[Event]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, keep: int) -> None:
+        done = self.groups[: max(0, len(self.groups) - keep)]
+        for group in done:
+            for event in group:
+                event.complete()
+        del self.groups[: len(done)]
+
+
+@dataclass(eq=False)
+class SharedAccess:
+    """Bytes [low, high) of shared memory in use by an asynchronous operation until it is waited for."""
+
+    low: int
+    high: int
+    writes: bool
+    owner: object
+    text: str

@@ -1,0 +1,49 @@
+"""ret, exit, trap and setmaxnreg.  Branches are the machine's own, see machine.py."""
+
+from ..errors import SimulatorError
+from ..ptx import Instruction
+from . import control
+
+
+@control("ret", "exit")
+def _exit(instruction: Instruction):
+    def run(machine, unit) -> bool:
+        unit.exit_lanes()
+        return True
+
+    return run
+
+
+@control("trap")
+def _trap(instruction: Instruction):
+    def run(machine, unit) -> bool:
+        raise SimulatorError(f"trap executed at {instruction.where()}")
+
+    return run
+
+
+@control("setmaxnreg")
+def _set_registers(instruction: Instruction):
+    """dec returns registers to the block's pool, inc waits until the pool has enough."""
+    count = instruction.operands[0].value
+    if count % 8 or not 24 <= count <= 256:
+        raise instruction.unknown(f"register count {count}: a multiple of 8 in 24..256 is required")
+
+    def run(machine, unit) -> bool:
+        unit.require_whole_warps(instruction)
+        warps = [warp for warp in unit.warps if machine.warp_registers[warp] != count]
+        needed = sum(32 * (count - machine.warp_registers[warp]) for warp in warps)
+        if "inc" in instruction.parts:
+            if any(machine.warp_registers[warp] > count for warp in warps):
+                raise SimulatorError("setmaxnreg.inc below the present count")
+        elif any(machine.warp_registers[warp] < count for warp in warps):
+            raise SimulatorError("setmaxnreg.dec above the present count")
+        if needed > machine.free_registers:
+            unit.waiting = f"{needed} registers, {machine.free_registers} are free"
+            return False
+        machine.free_registers -= needed
+        for warp in warps:
+            machine.warp_registers[warp] = count
+        return True
+
+    return run

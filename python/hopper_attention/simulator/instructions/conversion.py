@@ -1,0 +1,170 @@
+"""cvt between integers, f32, f16, bf16 and the fp8 formats.
+
+cvt.rn.bf16x2.f32 d, a, b puts a into the high half and b into the low half, as the other packed
+conversions do.  The fp8 tables are built here from the formats' definitions.
+"""
+
+import numpy as np
+
+from ..ptx import Instruction
+from ..vectorize import BITS, Operation
+from . import HELPERS, helper, pure
+from .arithmetic import VIEW, simple
+
+
+def _fp8_table(exponent_bits: int, mantissa_bits: int, bias: int, has_infinity: bool) -> np.ndarray:
+    codes = np.arange(256)
+    exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
+    mantissa = codes & ((1 << mantissa_bits) - 1)
+    scale = 2.0**-mantissa_bits
+    value = np.where(
+        exponent == 0,
+        mantissa * scale * 2.0 ** (1 - bias),
+        (1 + mantissa * scale) * 2.0 ** (exponent.astype(np.float64) - bias),
+    )
+    top = exponent == (1 << exponent_bits) - 1
+    if has_infinity:
+        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
+    else:
+        value = np.where(top & (mantissa == (1 << mantissa_bits) - 1), np.nan, value)
+    return np.where(codes >= 128, -value, value).astype(np.float32)
+
+
+FP8 = {"e4m3": _fp8_table(4, 3, 7, False), "e5m2": _fp8_table(5, 2, 15, True)}
+_FP8_FINITE = {
+    name: np.sort(table[:128][np.isfinite(table[:128])]).astype(np.float64)
+    for name, table in FP8.items()
+}
+
+
+@helper
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """Round f32 to nearest even bf16; the 16 bits as uint32."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
+    nan = np.isnan(x)
+    return np.where(nan, np.uint32(0x7FFF), rounded) if nan.any() else rounded
+
+
+@helper
+def bf16_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return bf16_bits(high) << 16 | bf16_bits(low)
+
+
+@helper
+def f16_bits(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float32).astype(np.float16)
+    bits = x.view(np.uint16).astype(np.uint32)
+    nan = np.isnan(x)
+    return np.where(nan, np.uint32(0x7FFF), bits) if nan.any() else bits
+
+
+@helper
+def f16_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return f16_bits(high) << 16 | f16_bits(low)
+
+
+@helper
+def fp8_bits(x: np.ndarray, name: str) -> np.ndarray:
+    """Round f32 to nearest even fp8, saturating to the largest finite value; NaN stays NaN."""
+    finite = _FP8_FINITE[name]
+    magnitude = np.abs(np.asarray(x, np.float64))
+    upper = np.clip(np.searchsorted(finite, magnitude), 1, len(finite) - 1)
+    below, above = finite[upper - 1], finite[upper]
+    distance = (magnitude - below) - (above - magnitude)
+    take_upper = (distance > 0) | ((distance == 0) & (upper % 2 == 0))
+    code = np.where(take_upper, upper, upper - 1).astype(np.uint32)
+    code |= np.where(np.signbit(x), np.uint32(0x80), np.uint32(0))
+    return np.where(np.isnan(x), np.uint32(0x7F), code)
+
+
+@helper
+def fp8_pair(high: np.ndarray, low: np.ndarray, name: str) -> np.ndarray:
+    return (fp8_bits(high, name) << 8 | fp8_bits(low, name)).astype(np.uint16)
+
+
+@helper
+def widen_bf16(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+@helper
+def to_integer(x: np.ndarray, mode: str, dtype: type) -> np.ndarray:
+    """Float to integer: rounded, clamped to the range, NaN to 0."""
+    rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode]
+    limits = np.iinfo(dtype)
+    value = np.nan_to_num(rounding(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    result = np.clip(value, limits.min, limits.max)
+    clipped = np.where(result >= limits.max, 0, result).astype(dtype)
+    return np.where(result >= limits.max, dtype(limits.max), clipped)
+
+
+_DTYPE = {
+    "u8": "uint8", "s8": "int8", "u16": "uint16", "s16": "int16", "u32": "uint32", "s32": "int32",
+    "u64": "uint64", "s64": "int64",
+}  # fmt: skip
+
+
+@pure("cvt")
+def _cvt(instruction: Instruction) -> list[Operation]:
+    parts = instruction.parts
+    to, source = parts[-2], parts[-1]
+    modifiers = set(parts[1:-2])
+    if to in ("bf16x2", "f16x2") and source == "f32" and modifiers <= {"rn", "ftz"}:
+        return simple(instruction, f"{to[:-2]}_pair({{0}}, {{1}})", "F", "FF", "U")
+    if to in ("e4m3x2", "e5m2x2") and source == "f32" and modifiers <= {"rn", "satfinite"}:
+        return simple(instruction, f"fp8_pair({{0}}, {{1}}, {to[:4]!r})", "F", "FF", "H")
+    if to == "f16x2" and source in ("e4m3x2", "e5m2x2"):
+        table = f"{source[:4]}_f16"
+        text = f"{table}[{{0}} & 255] | {table}[{{0}} >> 8] << 16"
+        return simple(instruction, text, "H", "H", "U")
+    if to == "bf16" and source == "f32" and modifiers <= {"rn"}:
+        return simple(instruction, "bf16_bits({0})", "F", "F", "H")
+    if to == "f32" and source == "bf16" and not modifiers:
+        return simple(instruction, "widen_bf16({0})", "H", "H", "F")
+    if to == "f16" and source == "f32" and modifiers <= {"rn"}:
+        return simple(instruction, "f16_bits({0})", "F", "F", "H")
+    if to == "f32" and source == "f16" and not modifiers:
+        return simple(instruction, "{0}", "E", "E", "F")
+    return _scalar(instruction, to, source, modifiers)
+
+
+def _scalar(instruction: Instruction, to: str, source: str, modifiers: set[str]) -> list[Operation]:
+    out = "U" if to == "b32" else VIEW.get(to)
+    view = VIEW.get(source)
+    if out is None or view is None:
+        raise instruction.unknown(f"cvt.{to}.{source}")
+    if source in _DTYPE and to in _DTYPE and not modifiers - {"sat"}:
+        if "sat" in modifiers:
+            raise instruction.unknown("saturating integer conversion")
+        destination, operand = instruction.operands
+        register_bits = getattr(operand, "bits", BITS[view])
+        view = {16: "H", 32: "U", 64: "W"}[register_bits]
+        wide = {16: "H", 32: "U", 64: "W"}[destination.bits]
+        # The source's low bits, sign or zero extended, cut to the target and extended again.
+        text = f"{{0}}.astype(np.{_DTYPE[source]}).astype(np.{_DTYPE[to]})"
+        text += f".astype(np.{'int' if to[0] == 's' else 'uint'}{BITS[wide]})"
+        text += f".view(np.uint{BITS[wide]})" if to[0] == "s" else ""
+        return simple(instruction, text, view, view, wide)
+    if source in ("f32", "f64") and to in _DTYPE:
+        mode = (modifiers & {"rni", "rzi", "rmi", "rpi"}) or {"rzi"}
+        text = f"to_integer({{0}}, {mode.pop()!r}, np.{_DTYPE[to]})"
+        return simple(instruction, text, view, view, out)
+    if source in _DTYPE and to in ("f32", "f64", "f16"):
+        return simple(instruction, f"{{0}}.astype(np.{_DTYPE[source]})", view, view, out)
+    if source in ("f32", "f64") and to in ("f32", "f64") and modifiers <= {"rn"}:
+        return simple(instruction, "{0}", view, view, out)
+    if source == to == "f32" and len(modifiers) == 1 and modifiers <= {"rni", "rzi", "rmi", "rpi"}:
+        names = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
+        return simple(instruction, f"np.{names[modifiers.pop()]}({{0}}{{out}})", "F", "F")
+    raise instruction.unknown(f"cvt.{to}.{source} with {sorted(modifiers)}")
+
+
+def _install_tables() -> None:
+    for name, table in FP8.items():
+        bits = table.astype(np.float16).view(np.uint16).astype(np.uint32)
+        helper_name = f"{name}_f16"
+        HELPERS[helper_name] = bits
+
+
+_install_tables()

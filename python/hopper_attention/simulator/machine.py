@@ -1,0 +1,715 @@
+"""Blocks, warpgroups and the scheduler.
+
+A Warpgroup owns the registers of up to 128 threads: rows are registers, columns are lanes.  A Unit is
+a set of its warps that run in lockstep: all four while they are at the same place, fewer after their
+branches went different ways.  Within a unit, lanes that diverge are kept on a stack of (pc, meeting
+point, active lanes) and meet again at the branch's immediate post-dominator.  Lanes (a window on the
+registers) is what instructions compute on: views of a range of columns, or copies of scattered ones.
+
+Blocks run one after another, so a grid whose blocks wait for later blocks deadlocks.
+"""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .asynchronous import BulkGroups, Events, Mbarrier, NamedBarrier, Schedule, SharedAccess
+from .errors import (
+    BarrierError,
+    DeadlockError,
+    HazardError,
+    HazardWarning,
+    LaunchError,
+    SimulatorError,
+)
+from .instructions.wgmma import Queue
+from .memory import (
+    PARAM_WINDOW,
+    SHARED_LIMIT,
+    SHARED_WINDOW,
+    GlobalMemory,
+    SharedMemory,
+)
+from .options import Options, current_options
+from .program import EXIT, Program, Region
+from .ptx import Instruction, Kernel, Module
+
+_REGISTERS_PER_BLOCK = 65536
+_MAX_THREADS = 1024
+_VIEWS = {
+    1: {"P": np.bool_},
+    16: {"H": np.uint16, "S": np.int16, "E": np.float16},
+    32: {"U": np.uint32, "I": np.int32, "F": np.float32},
+    64: {"W": np.uint64, "J": np.int64, "D": np.float64},
+}
+_DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a launch did.  warp_instructions counts each PTX instruction once a warp."""
+
+    blocks: int
+    warp_instructions: int
+    seconds: float
+
+
+# ------------------------------------------------------------------------------ registers and lanes
+
+
+class Lanes:
+    """A window on a warpgroup's registers: the active lanes, in ascending order."""
+
+    def __init__(self, warpgroup: "Warpgroup", lanes: np.ndarray):
+        self.lanes, self.count = lanes, len(lanes)
+        self.threads = warpgroup.first_thread + lanes
+        self.shuffles: dict = {}
+        step = int(lanes[1] - lanes[0]) if len(lanes) > 1 else 1
+        regular = bool((np.diff(lanes) == step).all())
+        self.gathered = not regular
+        self._files = warpgroup.registers
+        self._copies: dict[int, np.ndarray] = {}
+        columns = slice(int(lanes[0]), int(lanes[-1]) + 1, step)
+        for bits, file in warpgroup.registers.items():
+            if regular:
+                part = file[:, columns]
+            else:
+                part = self._copies[bits] = np.empty((len(file), len(lanes)), file.dtype)
+            for letter, dtype in _VIEWS[bits].items():
+                setattr(self, letter, part.view(dtype))
+        warps = lanes // 32
+        self.warp_columns = [np.flatnonzero(warps == warp) for warp in np.unique(warps)]
+        self.warp_count = len(self.warp_columns)
+        self.whole_warps = self.count == 32 * self.warp_count
+        self.elected = np.zeros(self.count, np.bool_)
+        self.leader = np.zeros(self.count, np.uint32)
+        for column in self.warp_columns:
+            self.elected[column[0]] = True
+            self.leader[column] = lanes[column[0]] & 31
+        self.warp_marks = (self.threads // 32 + 1).astype(np.uint8)
+        self.special = self._special(warpgroup.block)
+
+    def _special(self, block: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        threads = self.threads
+        lane = (self.lanes & 31).astype(np.uint32)
+        bit = np.uint32(1) << lane
+        return {
+            "%tid.x": (threads % block[0]).astype(np.uint32),
+            "%tid.y": (threads // block[0] % block[1]).astype(np.uint32),
+            "%tid.z": (threads // (block[0] * block[1])).astype(np.uint32),
+            "%laneid": lane,
+            "%warpid": (threads // 32).astype(np.uint32),
+            "%lanemask_eq": bit,
+            "%lanemask_lt": bit - np.uint32(1),
+            "%lanemask_le": bit - np.uint32(1) | bit,
+            "%lanemask_gt": ~(bit - np.uint32(1) | bit),
+            "%lanemask_ge": ~(bit - np.uint32(1)),
+        }
+
+    def pull(self) -> None:
+        """Scattered lanes: copy their registers in before a step, and out after it."""
+        for bits, copy in self._copies.items():
+            copy[...] = self._files[bits][:, self.lanes]
+
+    def push(self) -> None:
+        for bits, copy in self._copies.items():
+            self._files[bits][:, self.lanes] = copy
+
+
+class Warpgroup:
+    """Registers of up to four warps, and their asynchronous products."""
+
+    def __init__(self, machine: "Machine", number: int, threads: int):
+        self.number, self.count = number, threads
+        self.first_thread = 128 * number
+        self.block = machine.block
+        self.registers = {
+            bits: np.empty((max(1, rows), threads), _DTYPES[bits])
+            for bits, rows in machine.program.rows.items()
+        }
+        self._windows: dict[bytes, Lanes] = {}
+        self.everyone = np.arange(threads)
+        self.machine = machine
+        self.reset()
+
+    def reset(self) -> None:
+        for file in self.registers.values():
+            file.view(np.uint8)[...] = 0xFF if file.dtype != np.bool_ else 0
+        self.queue = Queue(self.machine, self)
+        self.touched = -1  # every register counts as used before the first wgmma.fence
+
+    def window(self, lanes: np.ndarray) -> Lanes:
+        key = lanes.tobytes()
+        found = self._windows.get(key)
+        if found is None:
+            found = self._windows[key] = Lanes(self, lanes)
+        return found
+
+
+class Unit:
+    """Warps of one warpgroup in lockstep.  stack: [pc, meeting point, active lanes], last is on top."""
+
+    def __init__(self, machine: "Machine", warpgroup: Warpgroup, stack: list):
+        self.machine, self.warpgroup, self.stack = machine, warpgroup, stack
+        self.failed_wait: frozenset | None = None
+        self.waiting_barrier: tuple[NamedBarrier, int] | None = None
+        self.waiting = ""
+        self.blocked_at = -1
+        self.joins: set[int] = set()
+        self.paused = False
+        self.pc = self.meeting = 0
+        self.lanes: Lanes
+        self._load()
+
+    def _load(self) -> None:
+        self.pc, self.meeting, active = self.stack[-1]
+        self.lanes = self.warpgroup.window(active)
+
+    @property
+    def warps(self) -> list[int]:
+        first = self.warpgroup.first_thread // 32
+        return sorted({first + int(lane) // 32 for entry in self.stack for lane in entry[2][::1]})
+
+    def advance(self, pc: int) -> None:
+        if not self.stack:
+            return
+        self.pc = self.stack[-1][0] = pc
+        while self.stack[-1][0] == self.stack[-1][1]:
+            self.stack.pop()
+            self._load()
+
+    def diverge(self, taken: np.ndarray, target: int, following: int, join: int) -> None:
+        """Lanes part.  Warps that part as a whole become units of their own."""
+        lanes = self.lanes
+        kinds = []
+        for columns in lanes.warp_columns:
+            part = taken[columns]
+            kinds.append(2 if part.all() else 0 if not part.any() else 1)
+        if len(set(kinds)) == 1:
+            top = self.stack[-1]
+            top[0] = join
+            if join == EXIT:
+                self.stack.pop()
+            for pc, active in ((target, lanes.lanes[taken]), (following, lanes.lanes[~taken])):
+                if pc != join:
+                    self.stack.append([pc, join, active])
+            self._load()
+            return
+        warps = [int(lanes.lanes[columns[0]]) // 32 for columns in lanes.warp_columns]
+        start = 0
+        parts = []
+        for k in range(1, len(kinds) + 1):
+            if k == len(kinds) or kinds[k] != kinds[start] or warps[k] != warps[k - 1] + 1:
+                parts.append((set(warps[start:k]), kinds[start]))
+                start = k
+        if join != EXIT:
+            self.joins.add(join)
+        units = [self.restrict(chosen) for chosen, _ in parts]
+        for unit, (_, kind) in zip(units, parts, strict=True):
+            if kind == 1:
+                chosen = np.isin(lanes.lanes, unit.lanes.lanes)
+                unit.diverge(taken[chosen], target, following, join)
+            else:
+                unit.advance(target if kind == 2 else following)
+        first = units[0]
+        self.stack, self.joins = first.stack, first.joins
+        self._load()
+        self.machine.units += units[1:]
+
+    def restrict(self, warps: set[int]) -> "Unit":
+        """A unit of only some of these warps (numbers within the warpgroup)."""
+        stack = []
+        for pc, meeting, active in self.stack:
+            part = active[np.isin(active // 32, list(warps))]
+            if len(part):
+                stack.append([pc, meeting, part])
+        unit = Unit(self.machine, self.warpgroup, stack)
+        unit.joins = set(self.joins)
+        return unit
+
+    def can_merge(self, other: "Unit") -> bool:
+        return (
+            other.warpgroup is self.warpgroup
+            and self.waiting_barrier is None
+            and other.waiting_barrier is None
+            and len(self.stack) == len(other.stack)
+            and all(a[:2] == b[:2] for a, b in zip(self.stack, other.stack, strict=True))
+        )
+
+    def merge(self, other: "Unit") -> None:
+        for mine, theirs in zip(self.stack, other.stack, strict=True):
+            mine[2] = np.union1d(mine[2], theirs[2])
+        self.failed_wait = self.failed_wait if self.failed_wait == other.failed_wait else None
+        self.joins &= other.joins
+        self.joins.discard(self.pc)
+        self.paused = False
+        self.blocked_at = -1
+        self._load()
+
+    def gather_warpgroup(self) -> bool:
+        """wgmma needs all warps of the warpgroup here, with all lanes."""
+        if self.lanes.count == 128:
+            return True
+        if self.warpgroup.count != 128:
+            raise SimulatorError("wgmma in a block whose last warpgroup is not whole")
+        self.waiting = "the other warps of its warpgroup (wgmma)"
+        return False
+
+    def require_whole_warps(self, instruction: Instruction) -> None:
+        if not self.lanes.whole_warps:
+            raise SimulatorError(f"{instruction.opcode} is executed by a part of a warp")
+
+    def exit_lanes(self) -> None:
+        active = self.lanes.lanes
+        self.machine.exit_threads(len(active))
+        stack = []
+        for pc, meeting, lanes in self.stack:
+            rest = np.setdiff1d(lanes, active)
+            if len(rest):
+                stack.append([pc, meeting, rest])
+        self.stack = stack
+        if stack:
+            self._load()
+            self.pc = self.stack[-1][0] = self.stack[-1][0] - 1  # the caller advances by one
+        else:
+            self.pc = EXIT
+
+    def run(self, steps: int) -> None:
+        program = self.machine.program.steps
+        self.paused = False
+        for _ in range(steps):
+            step = program[self.pc]
+            lanes = self.lanes
+            if lanes.gathered:
+                lanes.pull()
+                done = step.execute(self.machine, self)
+                lanes.push()
+            else:
+                done = step.execute(self.machine, self)
+            if not self.stack:
+                return
+            if not done:
+                self.blocked_at = self.machine.version
+                return
+            if self.joins and self.pc in self.joins:
+                self.paused = True
+                return
+
+
+# ------------------------------------------------------------------------------------------ machine
+
+
+class Machine:
+    """One launch: its memories, and the block that is running."""
+
+    def __init__(self, kernel: Kernel, grid, block, params: bytes, memory, dynamic: int, options):
+        if kernel.program is None:
+            kernel.program = Program(kernel)
+        self.program: Program = kernel.program
+        self.kernel, self.grid, self.block, self.memory = kernel, grid, block, memory
+        self.options: Options = options
+        self.params = np.frombuffer(params, np.uint8)
+        self.dynamic_shared = dynamic
+        self.threads = block[0] * block[1] * block[2]
+        self.shared = SharedMemory(self.program.static_end + dynamic - 1024)
+        if self.shared.end > SHARED_LIMIT:
+            raise LaunchError(
+                f"{self.shared.end - 1024} bytes of shared memory; a block has at most "
+                f"{SHARED_LIMIT - 1024}"
+            )
+        self.warp_instructions = 0
+        self.version = 0
+        self.reported: set[tuple[int, str]] = set()
+        self.warpgroups = [
+            Warpgroup(self, number, min(128, self.threads - 128 * number))
+            for number in range(-(-self.threads // 128))
+        ]
+
+    # --- a block's life
+
+    def run_block(self, ctaid: tuple[int, int, int], number: int) -> None:
+        self.ctaid = ctaid
+        self.shared.reset()
+        self.fence_marks = np.zeros(len(self.shared.bytes) // 16, np.uint8)
+        self.unfenced: set[int] = set()
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.named_barriers: dict[int, NamedBarrier] = {}
+        self.bulk: dict[int, BulkGroups] = {}
+        self.accesses: list[SharedAccess] = []
+        self.exited = 0
+        self.schedule = Schedule(self.options.seed, number)
+        self.events = Events(self.schedule)
+        self._allot_registers()
+        self.units = []
+        for warpgroup in self.warpgroups:
+            warpgroup.reset()
+            self.units.append(Unit(self, warpgroup, [[0, EXIT, warpgroup.everyone]]))
+        while self.units:
+            self._slice()
+        self._check_end()
+
+    def _allot_registers(self) -> None:
+        warps = -(-self.threads // 32)
+        share = _REGISTERS_PER_BLOCK // (32 * warps * self.kernel.min_blocks) // 8 * 8
+        count = min(self.kernel.max_registers or 256, share, 256)
+        self.warp_registers = [count] * warps
+        self.free_registers = 0
+
+    def _slice(self) -> None:
+        """Run one unit for a while, or let an asynchronous operation take effect."""
+        if self.events.run_due():
+            self.version += 1
+        ready = [u for u in self.units if not u.paused and u.blocked_at != self.version]
+        if not ready:
+            ready = [u for u in self.units if u.paused]
+            if ready and self.events.run_one():
+                self.version += 1
+                return
+        if not ready:
+            if not self.events.run_one():
+                raise DeadlockError(self.deadlock_report())
+            self.version += 1
+            return
+        unit, steps = self.schedule.choose(ready)
+        if unit.paused:
+            unit.joins.discard(unit.pc)
+        try:
+            unit.run(steps)
+        except SimulatorError as error:
+            raise self.annotate(error, unit) from error
+        if not unit.stack:
+            self.units.remove(unit)
+            self.version += 1
+            return
+        for other in self.units:
+            if other is not unit and unit.can_merge(other):
+                unit.merge(other)
+                self.units.remove(other)
+                self.version += 1
+                break
+
+    def annotate(self, error: SimulatorError, unit: Unit) -> SimulatorError:
+        if "PTX line" in str(error) and "block (" in str(error):
+            return error
+        step = self.program.steps[unit.pc] if unit.pc < len(self.program.steps) else None
+        place = f"\n  at {step.first.where()}" if step and "PTX line" not in str(error) else ""
+        return type(error)(f"{error}{place}\n  block {self.ctaid}, warps {unit.warps}")
+
+    def deadlock_report(self) -> str:
+        lines = [f"deadlock in block {self.ctaid} of {self.kernel.name}"]
+        for unit in self.units:
+            where = self.program.steps[unit.pc].first.where()
+            lines.append(f"  warps {unit.warps}, {unit.lanes.count} lanes, wait for {unit.waiting}")
+            lines.append(f"    at {where}")
+        done = self.exited // 32
+        lines.append(f"  {done} warps have exited")
+        lines += [f"  {self.mbarriers[a]}" for a in sorted(self.mbarriers)]
+        lines += [f"  {self.named_barriers[n]}" for n in sorted(self.named_barriers)]
+        lines.append(f"  registers: {self.free_registers} free for setmaxnreg.inc")
+        return "\n".join(lines)
+
+    def _check_end(self) -> None:
+        last = self.kernel.instructions[-1]
+        for warpgroup in self.warpgroups:
+            if warpgroup.queue.groups or warpgroup.queue.open.items:
+                self.hazard(last, f"warpgroup {warpgroup.number} exits with wgmma not waited for")
+        for access in self.accesses:
+            if isinstance(access.owner, BulkGroups):
+                self.hazard(
+                    last, f"exit while a bulk store may still read shared memory: {access.text}"
+                )
+            elif access.writes:
+                self.hazard(last, f"exit while a bulk load is under way: {access.text}")
+        while self.events.run_one():
+            pass
+
+    # --- services to instructions
+
+    def hazard(self, instruction: Instruction, message: str) -> None:
+        """Report once a place and kind."""
+        if self.options.hazards == "off":
+            return
+        text = f"{message}\n  {instruction.where()}\n  block {self.ctaid} of {self.kernel.name}"
+        if self.options.hazards == "raise":
+            raise HazardError(text)
+        if (instruction.line, message) not in self.reported:
+            self.reported.add((instruction.line, message))
+            warnings.warn(text, HazardWarning, stacklevel=3)
+
+    def report_early_use(self, region: Region, queue: Queue) -> None:
+        """Find the instruction that uses registers of a wgmma not waited for."""
+        for operation in region.operations:
+            registers = {r for r in operation.registers_read() if r.bits == 32}
+            written = {r for _, r in operation.outputs if r.bits == 32}
+            for register in registers | written:
+                bit = 1 << register.index
+                if bit & queue.accumulators or (register in written and bit & queue.operands):
+                    self.hazard(
+                        operation.instruction,
+                        f"{register} is used before wgmma.wait_group of the wgmma that uses it",
+                    )
+                    return
+
+    def mbarrier(self, address: int) -> Mbarrier:
+        found = self.mbarriers.get(address)
+        if found is None:
+            raise BarrierError(f"no mbarrier was initialised at {address:#x}")
+        return found
+
+    def bulk_groups(self, thread: int) -> BulkGroups:
+        return self.bulk.setdefault(thread, BulkGroups())
+
+    def live_threads(self) -> int:
+        return self.threads - self.exited
+
+    def exit_threads(self, count: int) -> None:
+        self.exited += count
+        for barrier in self.named_barriers.values():
+            if barrier.whole_block and barrier.arrived:
+                barrier.resize(self.live_threads())
+
+    def clock(self) -> int:
+        return self.warp_instructions & 0xFFFFFFFF
+
+    def param(self, offset: int, dtype: type) -> np.generic:
+        size = np.dtype(dtype).itemsize
+        return self.params[offset : offset + size].view(dtype)[0]
+
+    def generic_bytes(self, address: int, nbytes: int) -> bytes:
+        """Bytes at a generic address: parameters, shared or global memory."""
+        offset = address - PARAM_WINDOW if address >= PARAM_WINDOW else address
+        if 0 <= offset <= len(self.params) - nbytes:
+            return self.params[offset : offset + nbytes].tobytes()
+        return self.memory.box(address, (nbytes,), (1,), 1, False).tobytes()
+
+    # --- memory accesses of lanes
+
+    def _place(self, lanes: Lanes, space: str, addresses) -> tuple[str, np.ndarray]:
+        addresses = np.broadcast_to(addresses, (lanes.count,))
+        if space == "shared":
+            return space, addresses.astype(np.int64)
+        addresses = addresses.astype(np.uint64)
+        if space == "global":
+            return space, addresses
+        if space == "generic":
+            inside = addresses >= np.uint64(SHARED_WINDOW)
+            if inside.all():
+                return "shared", (addresses - np.uint64(SHARED_WINDOW)).astype(np.int64)
+            if not inside.any():
+                return "global", addresses
+        raise SimulatorError(f"memory access to state space {space} is not implemented")
+
+    def load(self, lanes: Lanes, instruction, space: str, addresses, width: int, count: int):
+        try:
+            space, addresses = self._place(lanes, space, addresses)
+            if space == "global":
+                return self.memory.load(addresses, width, count)
+            index = self.shared.index(addresses, width, width * count)
+            if self.accesses:
+                low, high = int(addresses.min()), int(addresses.max()) + width * count
+                self.check_shared(instruction, low, high, False)
+            view = self.shared.views[width]
+            return [view[index + k] for k in range(count)]
+        except SimulatorError as error:
+            raise self._located(error, instruction) from error
+
+    def store(self, lanes: Lanes, instruction, space: str, addresses, width: int, values) -> None:
+        try:
+            space, addresses = self._place(lanes, space, addresses)
+            values = [np.broadcast_to(value, (lanes.count,)) for value in values]
+            if space == "global":
+                self.memory.store(addresses, width, values)
+                return
+            index = self.shared.index(addresses, width, width * len(values))
+            self.mark_store(lanes, instruction, addresses, width * len(values))
+            view = self.shared.views[width]
+            for k, value in enumerate(values):
+                view[index + k] = value
+        except SimulatorError as error:
+            raise self._located(error, instruction) from error
+
+    @staticmethod
+    def _located(error: SimulatorError, instruction: Instruction) -> SimulatorError:
+        if "PTX line" in str(error):
+            return error
+        return type(error)(f"{error}\n  at {instruction.where()}")
+
+    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values):
+        """Lanes one after another; vectors element by element.  Returns what was there before."""
+        try:
+            space, addresses = self._place(lanes, space, addresses)
+            size = np.dtype(dtype).itemsize
+            before = np.empty(lanes.count, dtype)
+            values = [np.broadcast_to(np.asarray(v, dtype), (lanes.count,)) for v in values]
+            elements = values if operation != "cas" else values[:1]
+            for lane in range(lanes.count):
+                for k, value in enumerate(elements):
+                    address = int(addresses[lane]) + k * size
+                    if space == "global":
+                        view, index = self.memory.atomic_view(address, size)
+                    else:
+                        index = int(self.shared.index(np.array([address]), size, size)[0])
+                        view = self.shared.views[size]
+                    view = view.view(dtype)
+                    before[lane] = old = view[index]
+                    other = values[1][lane] if operation == "cas" else None
+                    view[index] = _combine(operation, old, value[lane], other)
+            if space == "shared":
+                self.mark_store(lanes, instruction, addresses, size)
+            return before
+        except SimulatorError as error:
+            raise self._located(error, instruction) from error
+
+    def store_matrix(self, lanes, instruction, addresses, values, transpose: bool) -> None:
+        """stmatrix: lane 8 i + r holds the address of row r of matrix i."""
+        for where, value in zip(
+            self._rows(lanes, instruction, addresses, len(values)), values, strict=True
+        ):
+            self.mark_store(lanes, instruction, where, 16)
+            words, halves = _matrix_places(lanes, where, transpose)
+            if words is not None:
+                self.shared.views[4][words] = value
+            else:
+                for half, place in enumerate(halves):
+                    self.shared.views[2][place] = value >> np.uint32(16 * half) & np.uint32(0xFFFF)
+
+    def load_matrix(self, lanes, instruction, addresses, count: int, transpose: bool):
+        result = []
+        for where in self._rows(lanes, instruction, addresses, count):
+            if self.accesses:
+                self.check_shared(instruction, int(where.min()), int(where.max()) + 16, False)
+            words, halves = _matrix_places(lanes, where, transpose)
+            if words is not None:
+                result.append(self.shared.views[4][words])
+            else:
+                low, high = (self.shared.views[2][place].astype(np.uint32) for place in halves)
+                result.append(low | high << np.uint32(16))
+        return result
+
+    def _rows(self, lanes: Lanes, instruction: Instruction, addresses, count: int):
+        """Row addresses, (warps, 8), of each matrix."""
+        if not lanes.whole_warps:
+            raise SimulatorError(f"executed by a part of a warp\n  at {instruction.where()}")
+        table = np.broadcast_to(addresses, (lanes.count,)).astype(np.int64).reshape(-1, 32)
+        try:
+            for k in range(count):
+                rows = table[:, 8 * k : 8 * k + 8]
+                self.shared.index(rows, 1, 16)
+                yield rows
+        except SimulatorError as error:
+            raise self._located(error, instruction) from error
+
+    # --- hazards in shared memory
+
+    def mark_store(self, lanes: Lanes, instruction: Instruction, addresses, nbytes: int) -> None:
+        """An ordinary store: the async proxy sees it only after the writer's fence.proxy.async."""
+        if self.accesses:
+            low, high = int(addresses.min()), int(addresses.max()) + nbytes
+            self.check_shared(instruction, low, high, True)
+        marks = lanes.warp_marks
+        if np.shape(addresses) != marks.shape:  # rows of a matrix store: (warps, 8)
+            marks = marks[::32, None]
+        units = addresses >> 4
+        self.fence_marks[units] = marks
+        if nbytes > 16:
+            self.fence_marks[units + 1] = marks
+        self.unfenced.update(np.unique(lanes.warp_marks).tolist())
+
+    def fence_proxy(self, lanes: Lanes) -> None:
+        for mark in {int(m) for m in lanes.warp_marks[:: 32 if lanes.whole_warps else 1]}:
+            if mark in self.unfenced:
+                self.fence_marks[self.fence_marks == mark] = 0
+                self.unfenced.discard(mark)
+
+    def check_fenced(self, instruction: Instruction, index) -> None:
+        """The async proxy is about to read these 16-byte units."""
+        if self.unfenced and self.fence_marks[index].any():
+            marks = self.fence_marks[index]
+            warp = int(marks[marks != 0].flat[0]) - 1
+            self.hazard(
+                instruction, f"reads what warp {warp} stored without a fence.proxy.async after it"
+            )
+
+    def check_shared(self, instruction: Instruction, low: int, high: int, writes: bool) -> None:
+        """Does an access to [low, high) collide with an asynchronous one that is not waited for?"""
+        for access in self.accesses:
+            if (writes or access.writes) and access.low < high and low < access.high:
+                kind = "writes" if writes else "reads"
+                use = "being written" if access.writes else "still being read"
+                self.hazard(instruction, f"{kind} shared memory {use} by {access.text}")
+                return
+
+
+def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
+    """Element numbers that each lane holds: 32-bit words, or two 16-bit halves if transposed."""
+    lane = np.arange(32)
+    if not transpose:
+        return ((rows[:, lane // 4] >> 2) + lane % 4).reshape(-1), None
+    halves = [((rows[:, 2 * (lane % 4) + half] >> 1) + lane // 4).reshape(-1) for half in (0, 1)]
+    return None, halves
+
+
+def _combine(operation: str, old, value, other):
+    if operation == "cas":
+        return other if old == value else old
+    if operation == "exch":
+        return value
+    if operation == "inc":
+        return 0 if old >= value else old + 1
+    if operation == "dec":
+        return value if old == 0 or old > value else old - 1
+    ufunc = {
+        "add": np.add, "min": np.minimum, "max": np.maximum,
+        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    }[operation]  # fmt: skip
+    return ufunc(old, value)
+
+
+def launch(
+    module: Module,
+    name: str,
+    *,
+    grid: Sequence[int],
+    block: Sequence[int],
+    params: Sequence[bytes],
+    memory: GlobalMemory,
+    cluster: Sequence[int] = (1, 1, 1),
+    shared_memory_bytes: int = 0,
+    options: Options | None = None,
+) -> Statistics:
+    """Run a kernel.
+
+    params: one bytes object a kernel parameter, as the host passes them.  memory: all global memory
+    that the kernel may touch.  Raises SimulatorError and its subclasses.
+    """
+    if name not in module.kernels:
+        raise LaunchError(f"no kernel {name}; {module.path} has {sorted(module.kernels)}")
+    kernel = module.kernels[name]
+    grid, block = (tuple(int(n) for n in (*d, 1, 1)[:3]) for d in (grid, block))
+    if tuple(cluster) != (1, 1, 1):
+        raise LaunchError(f"clusters are not implemented, got {tuple(cluster)}")
+    if kernel.required_block and block != kernel.required_block:
+        raise LaunchError(f"block {block}, the kernel requires {kernel.required_block}")
+    if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS or np.prod(block) % 32:
+        raise LaunchError(f"grid {grid}, block {block}: up to {_MAX_THREADS} threads, whole warps")
+    if len(params) != len(kernel.params):
+        raise LaunchError(f"{len(params)} parameters, the kernel has {len(kernel.params)}")
+    image = bytearray()
+    for number, (given, param) in enumerate(zip(params, kernel.params, strict=True)):
+        if len(given) != param.size:
+            raise LaunchError(f"parameter {number} has {len(given)} bytes, not {param.size}")
+        image += bytes(param.offset - len(image)) + bytes(given)
+    start = time.perf_counter()
+    arguments = kernel, grid, block, bytes(image), memory, shared_memory_bytes
+    machine = Machine(*arguments, options or current_options())
+    with np.errstate(all="ignore"):
+        number = 0
+        for z in range(grid[2]):
+            for y in range(grid[1]):
+                for x in range(grid[0]):
+                    machine.run_block((x, y, z), number)
+                    number += 1
+    return Statistics(number, machine.warp_instructions, time.perf_counter() - start)

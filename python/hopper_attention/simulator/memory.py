@@ -1,0 +1,158 @@
+"""Global memory over real host addresses, and the shared memory of a block.
+
+Global memory is what the host registered: an access elsewhere is an error that names the lane's
+address.  Shared memory starts as NaN bytes; its offset 0 is not usable, as on sm_90 where the
+first KiB is reserved.
+"""
+
+import bisect
+import ctypes
+
+import numpy as np
+
+from .errors import MisalignedAccess, OutOfBounds
+
+SHARED_WINDOW = 1 << 62  # generic address of shared memory's byte 0
+PARAM_WINDOW = 1 << 61  # generic address of the first parameter
+SHARED_BASE = 1024
+SHARED_LIMIT = 232448 + SHARED_BASE
+POISON = 0xFF
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Allocation:
+    """One registered range of host memory."""
+
+    def __init__(self, address: int, nbytes: int, name: str, writable: bool):
+        self.address, self.nbytes, self.name, self.writable = address, nbytes, name, writable
+        self.end = address + nbytes
+        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        self.bytes = np.frombuffer(buffer, np.uint8)
+        self.views = {
+            size: self.bytes[: nbytes // size * size].view(dtype)
+            for size, dtype in _UNSIGNED.items()
+            if address % size == 0
+        }
+
+    def __repr__(self) -> str:
+        return f"{self.name} [{self.address:#x}, {self.end:#x})"
+
+
+class GlobalMemory:
+    """The host memory that kernels of a launch may touch."""
+
+    def __init__(self) -> None:
+        self._allocations: list[Allocation] = []
+        self._starts: list[int] = []
+
+    def register(self, address: int, nbytes: int, name: str, writable: bool = True) -> None:
+        """Make ``nbytes`` bytes at a host address accessible.  Overlapping ranges are refused."""
+        if nbytes <= 0:
+            return
+        at = bisect.bisect_left(self._starts, address)
+        for other in self._allocations[max(0, at - 1) : at + 1]:
+            if address < other.end and other.address < address + nbytes:
+                raise ValueError(f"{name} overlaps the registered {other}")
+        self._allocations.insert(at, Allocation(address, nbytes, name, writable))
+        self._starts.insert(at, address)
+
+    def find(self, address: int, nbytes: int) -> Allocation:
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0 and address + nbytes <= self._allocations[at].end:
+            return self._allocations[at]
+        near = f"; nearest below is {self._allocations[at]}" if at >= 0 else ""
+        raise OutOfBounds(f"global access of {nbytes} bytes at {address:#x}{near}")
+
+    def _parts(self, addresses: np.ndarray, nbytes: int):
+        """Allocations and lane selections that cover the addresses."""
+        low, high = int(addresses.min()), int(addresses.max())
+        if nbytes > 1 and (addresses & np.uint64(nbytes - 1)).any():
+            bad = int(addresses[(addresses & np.uint64(nbytes - 1)) != 0][0])
+            raise MisalignedAccess(f"global access of {nbytes} bytes at {bad:#x}")
+        at = bisect.bisect_right(self._starts, low) - 1
+        if at >= 0 and high + nbytes <= self._allocations[at].end:
+            yield self._allocations[at], slice(None)
+            return
+        lanes = np.arange(len(addresses))
+        while len(lanes):
+            allocation = self.find(int(addresses[lanes[0]]), nbytes)
+            at_lanes = addresses[lanes]
+            inside = (at_lanes >= allocation.address) & (at_lanes + nbytes <= allocation.end)
+            yield allocation, lanes[inside]
+            lanes = lanes[~inside]
+
+    def load(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
+        """``count`` elements of ``width`` bytes a lane."""
+        result = [np.empty(len(addresses), _UNSIGNED[width]) for _ in range(count)]
+        for allocation, lanes in self._parts(addresses, width * count):
+            view, index = self._view(allocation, addresses[lanes], width)
+            for k in range(count):
+                result[k][lanes] = view[index + k]
+        return result
+
+    def store(self, addresses: np.ndarray, width: int, values: list[np.ndarray]) -> None:
+        for allocation, lanes in self._parts(addresses, width * len(values)):
+            self.require_writable(allocation)
+            view, index = self._view(allocation, addresses[lanes], width)
+            for k, value in enumerate(values):
+                view[index + k] = value[lanes]
+
+    def atomic_view(self, address: int, width: int) -> tuple[np.ndarray, int]:
+        """The array and index of one element, for read-modify-write."""
+        allocation, _ = next(self._parts(np.array([address], np.uint64), width))
+        self.require_writable(allocation)
+        view, index = self._view(allocation, np.array([address], np.uint64), width)
+        return view, int(index[0])
+
+    @staticmethod
+    def require_writable(allocation: Allocation) -> None:
+        if not allocation.writable:
+            raise OutOfBounds(f"write to read-only {allocation}")
+
+    @staticmethod
+    def _view(allocation: Allocation, addresses: np.ndarray, width: int):
+        if width not in allocation.views:
+            raise MisalignedAccess(f"{allocation} is not aligned to {width} bytes")
+        index = (addresses - np.uint64(allocation.address)) >> np.uint64(width.bit_length() - 1)
+        return allocation.views[width], index.astype(np.int64)
+
+    def box(
+        self, base: int, sizes: tuple[int, ...], strides: tuple[int, ...], width: int, write: bool
+    ) -> np.ndarray:
+        """A strided array (last dimension contiguous) over registered memory, from ``base``."""
+        extent = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + width
+        allocation = self.find(base, extent)
+        if write:
+            self.require_writable(allocation)
+        return np.ndarray(
+            sizes, _UNSIGNED[width], allocation.bytes, base - allocation.address, strides
+        )
+
+
+class SharedMemory:
+    """The bytes of one block's shared memory, from SHARED_BASE to ``end``."""
+
+    def __init__(self, nbytes: int):
+        self.end = SHARED_BASE + nbytes
+        self.bytes = np.full(-(-self.end // 1024) * 1024, POISON, np.uint8)
+        self.views = {size: self.bytes.view(dtype) for size, dtype in _UNSIGNED.items()}
+        self.chunks = self.bytes.view(np.complex128)  # 16-byte units; only ever copied
+
+    def reset(self) -> None:
+        self.bytes[:] = POISON
+
+    def check(self, low: int, high: int) -> None:
+        """Raise unless the bytes [low, high) lie within the block's shared memory."""
+        if low < SHARED_BASE or high > self.end:
+            raise OutOfBounds(
+                f"shared memory access [{low:#x}, {high:#x}) outside [{SHARED_BASE:#x}, {self.end:#x})"
+            )
+
+    def index(self, addresses: np.ndarray, width: int, nbytes: int) -> np.ndarray:
+        """Element numbers of checked addresses."""
+        self.check(int(addresses.min()), int(addresses.max()) + nbytes)
+        if nbytes > 1 and (addresses & (nbytes - 1)).any():
+            bad = int(addresses[(addresses & (nbytes - 1)) != 0][0])
+            raise MisalignedAccess(f"shared memory access of {nbytes} bytes at {bad:#x}")
+        return addresses >> (width.bit_length() - 1)

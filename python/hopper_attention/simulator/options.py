@@ -1,0 +1,54 @@
+"""Options of a simulated launch and the context manager that sets them."""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_HAZARDS = ("raise", "warn", "off")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a launch is simulated.
+
+    seed: 0 is a friendly schedule (round robin, asynchronous operations complete soon and in
+        order); every other seed picks a schedule with skewed warps and early, late or random
+        completion.  Results do not depend on it unless the kernel has a race.
+    hazards: what to do about a missing wait or fence: "raise", "warn" or "off".
+    """
+
+    seed: int = 0
+    hazards: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.hazards not in _HAZARDS:
+            raise ValueError(f"hazards must be one of {_HAZARDS}, got {self.hazards!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+
+_current: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
+    "hopper_attention_simulator", default=None
+)
+
+
+@contextlib.contextmanager
+def enabled(seed: int = 0, hazards: str = "raise") -> Iterator[Options]:
+    """Run launches on the simulator inside the ``with`` block."""
+    token = _current.set(Options(seed, hazards))
+    try:
+        yield current_options()
+    finally:
+        _current.reset(token)
+
+
+def is_enabled() -> bool:
+    """True inside ``enabled()`` or when the environment has HOPPER_ATTENTION_SIMULATOR=1."""
+    return _current.get() is not None or os.environ.get("HOPPER_ATTENTION_SIMULATOR") == "1"
+
+
+def current_options() -> Options:
+    """The options of the innermost ``enabled()``, else the defaults."""
+    return _current.get() or Options()
