@@ -5,10 +5,8 @@
 execute_process(COMMAND "${Python_EXECUTABLE}" -c "import sys; print(';'.join(sys.path))"
                 OUTPUT_VARIABLE site_folders OUTPUT_STRIP_TRAILING_WHITESPACE
                 COMMAND_ERROR_IS_FATAL ANY)
+# Either version's will do for either flavour: what is used of them did not change.
 set(wheel_folders nvidia/cu13/include nvidia/cuda_runtime/include nvidia/cuda_nvcc/include)
-if(HOPPER_ATTENTION_CUDA STREQUAL "12")
-  list(REMOVE_ITEM wheel_folders nvidia/cu13/include)
-endif()
 
 set(cuda_include_dirs)
 foreach(header IN ITEMS cuda_runtime_api.h crt/host_defines.h)

@@ -8,18 +8,24 @@ if(HOPPER_ATTENTION_PREBUILT)
   if(NOT records)
     message(FATAL_ERROR "HOPPER_ATTENTION_PREBUILT: no instances in ${kernel_folder}")
   endif()
+  set(cuda_major "as compiled")
   list(TRANSFORM records REPLACE ".*/(.+)\\.json$" "\\1" OUTPUT_VARIABLE kernel_names)
 else()
   set(kernel_folder "${CMAKE_BINARY_DIR}/kernels")
   set(list_sources "${CMAKE_BINARY_DIR}/list_sources.txt")
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -m aot list --selection "${HOPPER_ATTENTION_INSTANCES}"
-            --sources "${list_sources}"
+            --sources "${list_sources}" --prune "${kernel_folder}"
     WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python" OUTPUT_VARIABLE kernel_names
     OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   string(REPLACE "\n" ";" kernel_names "${kernel_names}")
   file(STRINGS "${list_sources}" sources)
   set_property(DIRECTORY "${CMAKE_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
+
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -m aot flavour --cuda "${HOPPER_ATTENTION_CUDA}"
+    WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python" OUTPUT_VARIABLE cuda_major
+    OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 
   # Ninja bounds a build by cores; a pool bounds this one by memory too, at 1.5 GiB a compile.
   cmake_host_system_information(RESULT memory QUERY AVAILABLE_PHYSICAL_MEMORY)
@@ -38,7 +44,7 @@ foreach(name IN LISTS kernel_names)
     add_custom_command(
       OUTPUT "${output}.o" "${output}.h" "${output}.ptx" "${output}.cubin" "${output}.json"
       COMMAND Python::Interpreter -m aot compile ${name} --out "${kernel_folder}"
-              --depfile "${output}.d" --cuda ${HOPPER_ATTENTION_CUDA}
+              --depfile "${output}.d" --cuda ${cuda_major}
       WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python"
       DEPFILE "${output}.d" JOB_POOL kernels
       COMMENT "Compiling kernel ${name}" VERBATIM)
@@ -47,4 +53,4 @@ endforeach()
 set_source_files_properties(${kernel_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 
 list(LENGTH kernel_names count)
-message(STATUS "Kernels: ${count} instances in ${kernel_folder}")
+message(STATUS "Kernels: ${count} instances (CUDA ${cuda_major}) in ${kernel_folder}")

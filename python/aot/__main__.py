@@ -1,4 +1,4 @@
-"""Command line of the build: `list`, `compile`, `registry`.  CMakeLists.txt calls it."""
+"""Command line of the build: `list`, `flavour`, `compile`, `registry`.  CMakeLists.txt calls it."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aot import sources
+from aot import flavour, outputs, sources
 from aot.selection import select
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -23,15 +23,31 @@ def list_instances(
     listed: Annotated[
         Path | None, typer.Option("--sources", help="Write the files that decide on the list here.")
     ] = None,
+    prune: Annotated[
+        Path | None,
+        typer.Option(help="Remove outputs of instances that are no longer listed here."),
+    ] = None,
 ) -> None:
     """Print the names of the selected instances."""
+    known = sources.all_instances()
     try:
-        instances = select(sources.all_instances(), selection)
+        instances = select(known, selection)
     except ValueError as fault:
         raise SystemExit(f"error: {fault}") from None
     if listed is not None:
         listed.write_text("\n".join(map(str, sources.imported_sources())) + "\n")
+    if prune is not None:
+        outputs.prune(prune, {i.name for i in known})
     print("\n".join(i.name for i in instances))
+
+
+@app.command("flavour")
+def resolve_flavour(cuda: str = "auto") -> None:
+    """Print the CUDA major version that auto, 12 or 13 stands for here."""
+    try:
+        print(flavour.resolve(cuda))
+    except ValueError as fault:
+        raise SystemExit(f"error: {fault}") from None
 
 
 @app.command("compile")
@@ -39,18 +55,18 @@ def compile_one(
     name: str,
     out: Annotated[Path, typer.Option(help="Folder for the outputs.")],
     depfile: Annotated[Path | None, typer.Option(help="Where to write the dependencies.")] = None,
-    cuda: Annotated[str, typer.Option(help="Toolchain: auto, 12 or 13.")] = "auto",
+    cuda: Annotated[str, typer.Option(help="CUDA to compile for: auto, 12 or 13.")] = "auto",
 ) -> None:
     """Compile instance NAME to OUT/NAME.{o,h,ptx,cubin,json}."""
     from aot import compile as compiler  # what `list` does not need should not be its dependency
 
-    (instance,) = (i for i in sources.all_instances() if i.name == name)
+    (instance,) = select(sources.all_instances(), name)
     try:
-        compiler.compile_instance(instance, out, None if cuda == "auto" else int(cuda))
+        compiler.compile_instance(instance, out, flavour.resolve(cuda))
     except compiler.ptxas.GateError as fault:
         raise SystemExit(f"error: {fault} (outputs are kept in {out / name}.scratch)") from None
     if depfile is not None:
-        compiler.write_depfile(depfile, out / f"{name}.o", out / f"{name}.json")
+        outputs.write_depfile(depfile, out / f"{name}.o", out / f"{name}.json")
 
 
 @app.command("registry")

@@ -1,6 +1,5 @@
 """Compile one instance to `<name>.{o,h,ptx,cubin,json}`.  No GPU and no nvcc are needed."""
 
-import hashlib
 import importlib
 import json
 import os
@@ -12,9 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aot import cubin, flavour, header, ptxas, sources
-
-SUFFIXES = (".o", ".h", ".ptx", ".cubin", ".json")
+from aot import cubin, flavour, header, outputs, ptxas, sources
 
 HOST_TARGETS = {
     "x86_64": "llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64-v2",
@@ -24,90 +21,51 @@ HOST_TARGETS = {
 object dies of SIGILL elsewhere."""
 
 
-def compile_instance(instance: Any, out: Path, cuda_major: int | None) -> bool:
-    """Compile `instance` into `out` unless what lies there is up to date; return whether it compiled.
-
-    `cuda_major` picks the DSL's toolchain, None leaves that to the DSL.
-    """
+def compile_instance(instance: Any, out: Path, cuda_major: int) -> bool:
+    """Compile `instance` into `out` unless what lies there is current; return whether it did."""
     record = out / f"{instance.name}.json"
-    if is_current(instance, record, cuda_major):
+    if outputs.is_current(instance, record, cuda_major):
         return False
     scratch = out / f"{instance.name}.scratch"  # stays behind after a failure, for diagnosis
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     facts = _compile(instance, scratch, cuda_major)
     (scratch / record.name).write_text(json.dumps(facts, indent=1) + "\n")
-    for suffix in SUFFIXES:
+    record.unlink(missing_ok=True)  # it vouches for the others: gone first, back last
+    for suffix in outputs.SUFFIXES:
         (scratch / f"{instance.name}{suffix}").replace(out / f"{instance.name}{suffix}")
     shutil.rmtree(scratch)
     return True
 
 
-def is_current(instance: Any, record: Path, cuda_major: int | None) -> bool:
-    """Whether the outputs beside `record` came from these very sources and this very instance.
-
-    Content decides, not time, so a touched file or another line of an instance list costs nothing.
-    """
-    if not all(record.with_suffix(suffix).exists() for suffix in SUFFIXES):
-        return False
-    facts = json.loads(record.read_text())
-    files = [sources.ROOT / file for file in facts["sources"]]
-    return (
-        cuda_major in (None, int(facts["flavour"].removeprefix("cu")))
-        and all(file.exists() for file in files)
-        and facts["source_hash"] == source_hash(instance, files)
-    )
-
-
-def source_hash(instance: Any, files: list[Path]) -> str:
-    """Of the instance, the DSL's version and the sources imported to compile it, lists left out."""
-    parts: dict[str, Any] = {
-        "instance": asdict(instance),
-        "dsl": version("nvidia-cutlass-dsl"),
-        "host": platform.machine(),
-        "sources": {
-            str(file.relative_to(sources.ROOT)): sources.hash_file(file)
-            for file in files
-            if not sources.is_instance_list(file)
-        },
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def write_depfile(path: Path, target: Path, record: Path) -> None:
-    """Tell the build system, in make's syntax, which sources `target` was compiled from."""
-    files = (sources.ROOT / file for file in json.loads(record.read_text())["sources"])
-    escaped = (str(file).replace(" ", r"\ ") for file in files)
-    path.write_text(f"{target}: " + " \\\n  ".join(escaped) + "\n")
-
-
-def _compile(instance: Any, out: Path, cuda_major: int | None) -> dict[str, Any]:
+def _compile(instance: Any, out: Path, cuda_major: int) -> dict[str, Any]:
     """Compile into the empty folder `out`; return what the instance's JSON says."""
     name = instance.name
     started = time.perf_counter()
     os.environ["CUTE_DSL_ARCH"] = instance.architecture  # read when cutlass is imported, not later
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # what is current is decided here alone
-    if cuda_major is not None:
-        flavour.choose(cuda_major)
+    flavour.choose(cuda_major)
     import cuda.bindings.driver as cuda
     from cutlass import cute
 
     module, _, class_name = instance.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), class_name)(instance.config)
-    for function in (type(kernel).__call__, type(kernel).kernel):
+    kernel_class = getattr(importlib.import_module(module), class_name)
+    for function in (kernel_class.__call__, kernel_class.kernel):
         function.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+    kernel = kernel_class(instance.config)
     arguments = kernel.example_arguments()
+    outputs.source_hash(instance, sources.imported_sources())  # before somebody edits them
     remarks = out / "remarks.yaml"
-    compiled = cute.compile(
-        kernel,
-        *arguments,
-        cuda.CUstream(0),
-        options=f"remarks{{ptx}} --remark-output '{remarks}' --keep-ptx --keep-cubin --dump-dir '{out}'"
-        f" --host-target '{HOST_TARGETS[platform.machine()]}'",
+    options = (
+        f"remarks{{ptx}} --remark-output '{remarks}'",
+        f"--keep-ptx --keep-cubin --dump-dir '{out}'",
+        f"--host-target '{HOST_TARGETS[platform.machine()]}'",
     )
+    compiled = cute.compile(kernel, *arguments, cuda.CUstream(0), options=" ".join(options))
     compiled.export_to_c(file_path=str(out), file_name=name, function_prefix=name)
     for suffix in (".ptx", ".cubin"):  # named after the architecture too
         next(out.glob(f"*{suffix}")).rename(out / f"{name}{suffix}")
+    seconds = round(time.perf_counter() - started, 2)
 
     resources = ptxas.parse_remarks(remarks.read_text())
     opcodes = cubin.count_opcodes(out / f"{name}.cubin", instance.claims)
@@ -115,27 +73,41 @@ def _compile(instance: Any, out: Path, cuda_major: int | None) -> dict[str, Any]
     parameters = cubin.parse_parameters((out / f"{name}.ptx").read_text())
     if alien := [symbol for symbol in parameters if not symbol.startswith(f"{name}_")]:
         raise ptxas.GateError(f"instance {name}: kernel symbols not named after it: {alien}")
-    files = sources.imported_sources()
     return {
-        "name": name,
+        **describe_instance(instance),
+        "arguments": describe_arguments((out / f"{name}.h").read_text(), name, arguments),
+        "kernels": list(parameters),
+        "parameters": parameters,
+        **asdict(resources),
+        "opcodes": opcodes,
+        "compile_seconds": seconds,
+        **describe_build(instance),
+    }
+
+
+def describe_instance(instance: Any) -> dict[str, Any]:
+    """What the instance's line in its list says, and what follows from its configuration."""
+    return {
+        "name": instance.name,
         "family": instance.family,
         "architecture": instance.architecture,
         "group": instance.group,
         "config": asdict(instance.config),
         "claims": list(instance.claims),
-        "arguments": describe_arguments((out / f"{name}.h").read_text(), name, arguments),
-        "kernels": list(parameters),
-        "parameters": parameters,
-        **asdict(resources),
         "spills_because": instance.spills_because,
-        "opcodes": opcodes,
         "shared_memory_bytes": instance.config.shared_memory_bytes,
         "threads": instance.config.threads,
-        "compile_seconds": round(time.perf_counter() - started, 2),
-        "source_hash": source_hash(instance, files),
+    }
+
+
+def describe_build(instance: Any) -> dict[str, Any]:
+    """What was compiled from, and with; asked after compiling, when all sources are imported."""
+    files = sources.imported_sources()
+    return {
+        "source_hash": outputs.source_hash(instance, files),
         "sources": [str(file.relative_to(sources.ROOT)) for file in files],
         "dsl_version": version("nvidia-cutlass-dsl"),
-        "flavour": flavour.installed(),
+        "flavour": flavour.in_use(),
     }
 
 
@@ -155,7 +127,7 @@ def describe_arguments(text: str, name: str, examples: tuple[Any, ...]) -> list[
 
 
 def _describe_tensor(tensor: Any) -> dict[str, Any]:
-    """Extents and strides: an int where static, null where dynamic; dynamic ones' common divisors."""
+    """Extents and strides: an int where static, null where dynamic, and the divisors of those."""
     static = {
         key: [n if isinstance(n, int) else None for n in modes]
         for key, modes in (("shape", tensor.shape), ("stride", tensor.stride))

@@ -1,8 +1,7 @@
-"""What the compiled code says about itself: claimed opcodes in SASS, parameters of each PTX entry."""
+"""What the compiled code says of itself: claimed opcodes in SASS, parameters of each PTX entry."""
 
 import importlib.util
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
@@ -10,12 +9,15 @@ from pathlib import Path
 
 
 def find_nvdisasm() -> str | None:
-    """The disassembler of the `nvidia-cuda-nvdisasm` wheel, else one on the path, else None."""
+    """The disassembler of the `nvidia-cuda-nvdisasm` wheel, or None.
+
+    A toolkit's is not asked: it is often older than the DSL's compiler and cannot read its cubins.
+    """
     spec = importlib.util.find_spec("nvidia")
     for location in spec.submodule_search_locations or () if spec else ():
         for candidate in sorted(Path(location).glob("cu*/bin/nvdisasm"), reverse=True):
             return str(candidate)
-    return shutil.which("nvdisasm")
+    return None
 
 
 def count_opcodes(cubin: Path, opcodes: Iterable[str]) -> dict[str, int] | None:
@@ -37,13 +39,14 @@ def parse_parameters(ptx: str) -> dict[str, list[dict[str, int]]]:
     The runtime is handed one pointer a parameter, without their number.
     """
     return {
-        entry: [_parameter(declaration) for declaration in re.findall(r"\.param ([^,\n]+)", parameters)]
+        entry: [_parameter(text) for text in re.findall(r"\.param ([^,\n]+)", parameters)]
         for entry, parameters in re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)
     }
 
 
 def _parameter(declaration: str) -> dict[str, int]:
-    match = re.fullmatch(r"(?:\.align (\d+) )?\.[bfsu](\d+) \S+?(?:\[(\d+)\])?", declaration.strip())
+    pattern = r"(?:\.align (\d+) )?\.[bfsu](\d+) \S+?(?:\[(\d+)\])?"
+    match = re.fullmatch(pattern, declaration.strip())
     if match is None:
         raise ValueError(f"unknown PTX parameter: {declaration}")
     align, bits, count = match.groups()

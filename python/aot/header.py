@@ -1,4 +1,4 @@
-"""The arguments of a compiled kernel, read from the C header that the DSL exports beside the object."""
+"""The arguments of a compiled kernel, read from the C header that the DSL exports."""
 
 import re
 from typing import Any
@@ -36,8 +36,8 @@ def _argument(header: str, name: str, parameter: str) -> dict[str, Any]:
     if c_type == f"{name}_Tensor_{argument}_t*":
         return {"name": argument, "kind": "tensor", **_tensor_struct(header, name, argument)}
     if c_type not in SCALARS:
-        accepted = ", ".join(SCALARS)
-        raise HeaderError(f"{name}: argument {argument} is a {c_type}; accepted: tensors, {accepted}")
+        accepted = ", ".join(["tensors", *SCALARS])
+        raise HeaderError(f"{name}: argument {argument} is a {c_type}; accepted: {accepted}")
     return {"name": argument, "kind": SCALARS[c_type]}
 
 

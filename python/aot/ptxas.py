@@ -59,12 +59,17 @@ def check(instance: Any, resources: Resources, opcodes: dict[str, int] | None) -
         ]
         if resources.serialized_wgmma:
             faults.append(
-                "WGMMA serialised (ptxas C7514): something reads or moves accumulators between a WGMMA"
-                " and its wait; pin the fragment after wait_group"
+                "WGMMA serialised (ptxas C7514): something reads or moves accumulators between a"
+                " WGMMA and its wait; pin the fragment after wait_group"
             )
         if faults:
             faults.append("or say in the instance why it may: spills_because")
     if opcodes is not None:
-        faults += [f"claims {op}, but its SASS has none" for op in instance.claims if not opcodes[op]]
+        missing = [opcode for opcode in instance.claims if not opcodes[opcode]]
+        faults += [
+            f"no {opcode} in the SASS, which the instance claims: another operation or layout was"
+            " compiled than meant"
+            for opcode in missing
+        ]
     if faults:
         raise GateError(f"instance {instance.name} fails the build: " + "; ".join(faults))

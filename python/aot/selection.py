@@ -9,15 +9,19 @@ from typing import Any
 def select(instances: Sequence[Any], selection: str) -> list[Any]:
     """The instances that `selection` names, in the order of their list.
 
-    `selection` is separated by commas, semicolons or spaces; each word is `full`, the name of a group,
-    or a pattern for names.  A word that matches nothing is an error: it is a misspelling.
+    `selection` is words separated by commas, semicolons or spaces; each is `full`, the name of a
+    group, or a pattern for names.  A word that matches nothing is an error: it is a misspelling.
     """
     words = [word for word in re.split(r"[,;\s]+", selection) if word]
     if not words:
         raise ValueError("no instances selected; say core, full, or names with wildcards")
+
+    def matching(word: str) -> set[str]:
+        return {i.name for i in instances if word in ("full", i.group) or fnmatchcase(i.name, word)}
+
     chosen: set[str] = set()
     for word in words:
-        matches = {i.name for i in instances if word in ("full", i.group) or fnmatchcase(i.name, word)}
+        matches = matching(word)
         if not matches:
             names = ", ".join(i.name for i in instances)
             raise ValueError(f"no instance matches {word!r}; there are: {names}")

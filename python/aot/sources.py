@@ -1,5 +1,6 @@
-"""The repository as the build sees it: kernel sources under their installed names, instances, hashes."""
+"""The repository as the build sees it: sources under their installed names, instances, hashes."""
 
+import functools
 import hashlib
 import importlib
 import sys
@@ -13,13 +14,13 @@ INSTANCE_MODULES = ("hopper_attention.hopper.instances",)
 """Every module with a list of kernels to compile, `INSTANCES`."""
 
 SOURCE_FOLDERS = tuple(ROOT / name for name in ("hopper", "cute_kernels", "python"))
-"""What a compiled kernel may depend on; not the virtual environment, which may lie in the repository."""
+"""What a kernel may depend on; a virtual environment may lie in the repository as well."""
 
 
 def make_importable() -> None:
     """Make the kernel sources importable as `hopper_attention.hopper` and `.cute_kernels`.
 
-    A stub takes the package's place, because its real `__init__` imports torch, which a build lacks.
+    A stub takes the package's place: its real `__init__` imports torch, which a build lacks.
     """
     package = ModuleType("hopper_attention")
     package.__path__ = [str(ROOT), str(ROOT / "python" / "hopper_attention")]
@@ -46,9 +47,11 @@ def imported_sources() -> list[Path]:
 
 
 def is_instance_list(path: Path) -> bool:
-    """Lists stay out of the hash: one instance depends on its own line only, which is hashed instead."""
+    """Lists stay out of the hash: an instance depends on its own line, which is hashed instead."""
     return path.name == "instances.py"
 
 
+@functools.cache
 def hash_file(path: Path) -> str:
+    """Of the content when first asked: what is edited after it was imported must not count."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -71,7 +71,7 @@ Search search() {
     void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL);
     if (handle == nullptr) continue;
     if (const char* lacks = resolve(handle, result.library)) {
-      result.missing = path + " has no " + lacks + ": CUDA 12.8 or newer is needed";
+      result.missing = path + " has no " + lacks + ": a newer one is needed";
       dlclose(handle);
       continue;
     }

@@ -14,11 +14,12 @@ struct Place {
   const Instance& instance;
   const Argument& argument;
   const char* part = nullptr;
-  int mode = 0;
+  int mode = -1;
 
   std::string text() const {
     std::string text = std::string(instance.name) + ": argument " + argument.name;
-    if (part) text += std::string(", ") + part + "[" + std::to_string(mode) + "]";
+    if (part) text += std::string(", ") + part;
+    if (mode >= 0) text += "[" + std::to_string(mode) + "]";
     return text;
   }
 };
@@ -26,16 +27,30 @@ struct Place {
 // A list or tuple, borrowed: no items are copied.
 class Sequence {
  public:
-  Sequence(PyObject* object, const std::string& what) : object_(object) {
-    if (!PyList_Check(object) && !PyTuple_Check(object))
-      throw py::type_error(what + " must be a list or tuple, not " + Py_TYPE(object)->tp_name);
-  }
+  explicit Sequence(PyObject* object) : object_(object) {}
+  static bool is_one(PyObject* object) { return PyList_Check(object) || PyTuple_Check(object); }
   Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(object_); }
   PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(object_, i); }
 
  private:
   PyObject* object_;
 };
+
+[[noreturn]] void refuse_sequence(PyObject* object, const std::string& what) {
+  throw py::type_error(what + " must be a list or tuple, not " + Py_TYPE(object)->tp_name);
+}
+
+Sequence modes_of(PyObject* tensor, int item, const Place& place) {
+  PyObject* object = PyTuple_GET_ITEM(tensor, item);
+  if (!Sequence::is_one(object)) refuse_sequence(object, place.text());
+  return Sequence(object);
+}
+
+Sequence all_of(py::handle object, const Instance& instance, const char* what) {
+  if (!Sequence::is_one(object.ptr()))
+    refuse_sequence(object.ptr(), std::string(instance.name) + ": " + what);
+  return Sequence(object.ptr());
+}
 
 std::int64_t to_integer(PyObject* object, const Place& place) {
   std::int64_t value = -1;
@@ -87,8 +102,8 @@ void pack_tensor(const Instance& instance, const Argument& argument, PyObject* o
   const Place place{instance, argument};
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 3)
     throw py::type_error(place.text() + ": expected (address, shape, strides)");
-  const Sequence shape(PyTuple_GET_ITEM(object, 1), "shape");
-  const Sequence strides(PyTuple_GET_ITEM(object, 2), "strides");
+  const Sequence shape = modes_of(object, 1, {instance, argument, "shape"});
+  const Sequence strides = modes_of(object, 2, {instance, argument, "strides"});
   if (shape.size() != argument.rank || strides.size() != argument.rank)
     throw py::value_error(place.text() + ": expected " + std::to_string(argument.rank) +
                           " dimensions, got " + std::to_string(shape.size()) + " extents and " +
@@ -187,8 +202,8 @@ void check_count(const Instance& instance, const char* what, Py_ssize_t given, i
 PackedArguments::PackedArguments(const Instance& instance, py::handle tensors, py::handle scalars,
                                  std::uintptr_t stream)
     : stream_(stream) {
-  const Sequence given_tensors(tensors.ptr(), "tensors");
-  const Sequence given_scalars(scalars.ptr(), "scalars");
+  const Sequence given_tensors = all_of(tensors, instance, "tensors");
+  const Sequence given_scalars = all_of(scalars, instance, "scalars");
   const int expected = count_tensors(instance);
   check_count(instance, "tensors", given_tensors.size(), expected);
   check_count(instance, "scalars", given_scalars.size(), instance.argument_count - expected);

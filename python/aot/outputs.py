@@ -1,0 +1,59 @@
+"""The files of a compiled instance: whether they are current, what they depend on."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aot import sources
+
+SUFFIXES = (".o", ".h", ".ptx", ".cubin", ".json")
+
+
+def prune(out: Path, names: set[str]) -> None:
+    """Remove the outputs of instances that are in no list any more; a prebuilt link takes all."""
+    for record in out.glob("*.json"):
+        if record.stem not in names:
+            for suffix in SUFFIXES:
+                record.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def is_current(instance: Any, record: Path, cuda_major: int) -> bool:
+    """Whether the outputs beside `record` came from these very sources and this very instance.
+
+    Content decides, not time, so a touched file or another line of an instance list costs nothing.
+    """
+    if not all(record.with_suffix(suffix).exists() for suffix in SUFFIXES):
+        return False
+    facts = json.loads(record.read_text())
+    files = [sources.ROOT / file for file in facts["sources"]]
+    return (
+        facts["flavour"] == f"cu{cuda_major}"
+        and all(file.exists() for file in files)
+        and facts["source_hash"] == source_hash(instance, files)
+    )
+
+
+def source_hash(instance: Any, files: list[Path]) -> str:
+    """Of the instance, the DSL's version and the sources imported to compile it, lists left out."""
+    parts: dict[str, Any] = {
+        "instance": asdict(instance),
+        "dsl": version("nvidia-cutlass-dsl"),
+        "host": platform.machine(),
+        "sources": {
+            str(file.relative_to(sources.ROOT)): sources.hash_file(file)
+            for file in files
+            if not sources.is_instance_list(file)
+        },
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_depfile(path: Path, target: Path, record: Path) -> None:
+    """Tell the build system, in make's syntax, which sources `target` was compiled from."""
+    files = (sources.ROOT / file for file in json.loads(record.read_text())["sources"])
+    escaped = (str(file).replace(" ", r"\ ") for file in files)
+    path.write_text(f"{target}: " + " \\\n  ".join(escaped) + "\n")

@@ -1,0 +1,31 @@
+"""What every test may use.
+
+`aot`, the compile driver, is not installed.  It is made importable by itself, because `python/` on
+the path would shadow the installed package with its sources.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _import_aot() -> None:
+    folder = ROOT / "python" / "aot"
+    spec = importlib.util.spec_from_file_location(
+        "aot", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["aot"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_import_aot()
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository."""
+    return ROOT

@@ -1,0 +1,306 @@
+"""The compile driver without the DSL: selection, header, ptxas report, gate, outputs, registry."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from aot import cubin, flavour, header, outputs, ptxas, registry, selection, sources
+from hopper_attention.cute_kernels.instance import Instance
+
+
+@dataclass(frozen=True)
+class Config:
+    head_dim: int = 64
+
+
+INSTANCE = Instance("fwd_a", "forward", "module:Kernel", Config())
+INSTANCES = [
+    INSTANCE,
+    replace(INSTANCE, name="fwd_b"),
+    replace(INSTANCE, name="bwd_a", group="full"),
+    replace(INSTANCE, name="fp8_a", group="fp8"),
+]
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("words", "names"),
+        [
+            ("core", ["fwd_a", "fwd_b"]),
+            ("full", ["fwd_a", "fwd_b", "bwd_a", "fp8_a"]),
+            ("fp8", ["fp8_a"]),
+            ("*_a", ["fwd_a", "bwd_a", "fp8_a"]),
+            ("fp8_a;fwd_a", ["fwd_a", "fp8_a"]),
+            ("core, bwd_?", ["fwd_a", "fwd_b", "bwd_a"]),
+        ],
+    )
+    def test_selects_in_the_order_of_the_list(self, words, names):
+        assert [i.name for i in selection.select(INSTANCES, words)] == names
+
+    @pytest.mark.parametrize(
+        ("words", "message"), [("core,fwd_x", "'fwd_x'.*fwd_a"), (" ", "no instances selected")]
+    )
+    def test_refuses_what_matches_nothing(self, words, message):
+        with pytest.raises(ValueError, match=message):
+            selection.select(INSTANCES, words)
+
+
+HEADER = """
+typedef struct {
+    void *data;
+    int32_t dynamic_shapes[3];
+    int64_t dynamic_strides[2];
+} k_Tensor_mQ_t;
+typedef struct {
+    void *data;
+} k_Tensor_mS_t;
+static inline int32_t cute_dsl_k_wrapper(k_Kernel_Module_t *module, k_Tensor_mQ_t *mQ, \
+k_Tensor_mS_t *mS, float scale, int32_t window, cudaStream_t stream) {
+"""
+
+
+class TestHeader:
+    def test_arguments_in_order(self):
+        arguments = header.parse_arguments(HEADER, "k")
+        assert [(a["name"], a["kind"]) for a in arguments] == [
+            ("mQ", "tensor"),
+            ("mS", "tensor"),
+            ("scale", "float32"),
+            ("window", "int32"),
+        ]
+        assert arguments[0] == {
+            "name": "mQ",
+            "kind": "tensor",
+            "shape_bits": 32,
+            "dynamic_shapes": 3,
+            "stride_bits": 64,
+            "dynamic_strides": 2,
+        }
+        assert (arguments[1]["dynamic_shapes"], arguments[1]["dynamic_strides"]) == (0, 0)
+
+    @pytest.mark.parametrize(
+        ("before", "after", "message"),
+        [
+            ("float scale", "void *scale", "scale is a void"),
+            (", cudaStream_t stream", "", "must be the stream"),
+            ("cute_dsl_k_", "cute_dsl_other_", "no wrapper"),
+            ("} k_Tensor_mS_t", "} other", "no struct for tensor mS"),
+        ],
+    )
+    def test_refuses_what_the_marshaller_cannot_pass(self, before, after, message):
+        with pytest.raises(header.HeaderError, match=message):
+            header.parse_arguments(HEADER.replace(before, after), "k")
+
+
+REMARKS = """
+  - Remark:      'ptxas output: ptxas info    : 0 bytes gmem
+ptxas info    : Function properties for k_0
+ptxas         . {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers
+ptxas info    : Function properties for k_1
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers
+'
+"""
+CLEAN = REMARKS.format(stack=0, stores=0, loads=0)
+SERIALISED = CLEAN + "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async ..."
+OPCODES = {"HGMMA": 24, "UTMALDG": 5}
+
+
+class TestGate:
+    def test_report_is_the_worst_of_the_kernels(self):
+        report = ptxas.parse_remarks(REMARKS.format(stack=16, stores=8, loads=4))
+        assert report == ptxas.Resources(168, 16, 8, 4, 2, serialized_wgmma=False)
+
+    def test_an_empty_report_is_not_a_clean_one(self):
+        with pytest.raises(ptxas.GateError, match="no register count"):
+            ptxas.parse_remarks("--- !Analysis")
+
+    def test_clean_kernel_passes(self):
+        ptxas.check(INSTANCE, ptxas.parse_remarks(CLEAN), OPCODES)
+        ptxas.check(INSTANCE, ptxas.parse_remarks(CLEAN), None)
+
+    @pytest.mark.parametrize(
+        ("remarks", "message"),
+        [
+            (REMARKS.format(stack=16, stores=0, loads=0), "fwd_a.* 16 bytes of stack frame"),
+            (
+                REMARKS.format(stack=0, stores=8, loads=0),
+                "fwd_a.* 8 bytes of register spill stores",
+            ),
+            (REMARKS.format(stack=0, stores=0, loads=4), "fwd_a.* 4 bytes of register spill loads"),
+            (SERIALISED, "fwd_a.* WGMMA serialised .*pin"),
+        ],
+    )
+    def test_fault_stops_the_build_unless_declared(self, remarks, message):
+        with pytest.raises(ptxas.GateError, match=message):
+            ptxas.check(INSTANCE, ptxas.parse_remarks(remarks), OPCODES)
+        declared = replace(INSTANCE, spills_because="a measured trade")
+        ptxas.check(declared, ptxas.parse_remarks(remarks), OPCODES)
+
+    def test_missing_claim_stops_the_build_even_when_spills_are_declared(self):
+        declared = replace(INSTANCE, spills_because="a measured trade")
+        with pytest.raises(ptxas.GateError, match="no HGMMA in the SASS"):
+            ptxas.check(declared, ptxas.parse_remarks(CLEAN), {**OPCODES, "HGMMA": 0})
+
+
+def test_parameters_of_ptx_entries():
+    ptx = """
+.visible .entry k_0(
+	.param .align 64 .b8 k_0_param_0[128],
+	.param .u64 k_0_param_1,
+	.param .f32 k_0_param_2
+)
+.reqntid 128, 1, 1
+.visible .entry k_1()
+"""
+    assert cubin.parse_parameters(ptx) == {
+        "k_0": [{"size": 128, "align": 64}, {"size": 8, "align": 8}, {"size": 4, "align": 4}],
+        "k_1": [],
+    }
+
+
+class TestOutputs:
+    @pytest.fixture
+    def tree(self, tmp_path, monkeypatch) -> Path:
+        """A repository with two sources, and outputs that were compiled from it."""
+        monkeypatch.setattr(sources, "ROOT", tmp_path)
+        files = [tmp_path / "hopper" / name for name in ("kernel.py", "instances.py")]
+        (tmp_path / "hopper").mkdir()
+        for file in files:
+            file.write_text("original")
+        facts = {
+            "source_hash": self.fresh_hash(files),
+            "sources": [str(file.relative_to(tmp_path)) for file in files],
+            "flavour": "cu13",
+        }
+        for suffix in outputs.SUFFIXES:
+            (tmp_path / f"fwd_a{suffix}").write_text(json.dumps(facts))
+        return tmp_path
+
+    def fresh_hash(self, files):
+        sources.hash_file.cache_clear()
+        return outputs.source_hash(INSTANCE, files)
+
+    def is_current(self, tree, instance=INSTANCE, major=13):
+        sources.hash_file.cache_clear()
+        return outputs.is_current(instance, tree / "fwd_a.json", major)
+
+    def test_nothing_changed(self, tree):
+        (tree / "hopper/kernel.py").touch()
+        assert self.is_current(tree)
+
+    def test_another_line_of_the_instance_list(self, tree):
+        (tree / "hopper/instances.py").write_text("edited")
+        assert self.is_current(tree)
+
+    def test_edited_kernel(self, tree):
+        (tree / "hopper/kernel.py").write_text("edited")
+        assert not self.is_current(tree)
+
+    def test_removed_source(self, tree):
+        (tree / "hopper/kernel.py").unlink()
+        assert not self.is_current(tree)
+
+    def test_edited_configuration(self, tree):
+        assert not self.is_current(tree, replace(INSTANCE, config=Config(head_dim=128)))
+
+    def test_other_toolchain(self, tree):
+        assert not self.is_current(tree, major=12)
+
+    @pytest.mark.parametrize("suffix", outputs.SUFFIXES)
+    def test_missing_output(self, tree, suffix):
+        (tree / f"fwd_a{suffix}").unlink()
+        assert not self.is_current(tree)
+
+    def test_edit_during_the_compile_is_noticed_later(self, tree):
+        kernel = tree / "hopper/kernel.py"
+        before = outputs.source_hash(INSTANCE, [kernel])
+        kernel.write_text("edited")
+        assert outputs.source_hash(INSTANCE, [kernel]) == before
+        assert self.fresh_hash([kernel]) != before
+
+    def test_depfile(self, tree):
+        outputs.write_depfile(tree / "fwd_a.d", tree / "fwd_a.o", tree / "fwd_a.json")
+        target, files = (tree / "fwd_a.d").read_text().replace("\\\n", "").split(": ")
+        assert target == str(tree / "fwd_a.o")
+        assert files.split() == [str(tree / "hopper" / f) for f in ("kernel.py", "instances.py")]
+
+    def test_prune_removes_unlisted_instances_only(self, tree):
+        outputs.prune(tree, {"fwd_a"})
+        assert self.is_current(tree)
+        outputs.prune(tree, {"fwd_b"})
+        assert list(tree.glob("fwd_a.*")) == []
+
+
+RECORD = {
+    "name": "k",
+    "flavour": "cu13",
+    "compile_seconds": 1.5,
+    "sources": ["hopper/kernel.py"],
+    "kernels": ["k_0"],
+    "parameters": {"k_0": [{"size": 128, "align": 64}]},
+    "arguments": [
+        {
+            "name": "mQ",
+            "kind": "tensor",
+            "rank": 2,
+            "alignment": 16,
+            "shape_bits": 32,
+            "stride_bits": 64,
+            "shape": [None, 64],
+            "shape_divisibility": [1, 1],
+            "stride": [None, 1],
+            "stride_divisibility": [8, 1],
+        },
+        {"name": "scale", "kind": "float32"},
+    ],
+}
+
+
+class TestRegistry:
+    def test_cpp(self):
+        text = registry.cpp([RECORD])
+        assert (
+            '{"mQ", Kind::tensor, 2, 16, 32, 64, {{dynamic, 1}, {64, 1}}, {{dynamic, 8}, {1, 1}}}'
+            in text
+        )
+        assert '{"scale", Kind::float32}' in text
+        assert '{"k_0", 1}' in text
+        assert "instance_count = 1" in text
+        assert "cuda_major = 13" in text
+
+    def test_manifest_is_the_same_for_equal_builds(self):
+        slower = {**RECORD, "compile_seconds": 3.0}
+        assert registry.manifest([RECORD]) == registry.manifest([slower])
+
+    def test_refuses_mixed_flavours(self):
+        with pytest.raises(ValueError, match="different CUDA versions"):
+            registry.cpp([RECORD, {**RECORD, "name": "l", "flavour": "cu12"}])
+
+
+class TestFlavour:
+    def test_explicit(self):
+        assert [flavour.resolve(major) for major in ("12", "13")] == [12, 13]
+        with pytest.raises(ValueError, match="CUDA 11"):
+            flavour.resolve("11")
+
+    def test_newest_without_a_driver(self, monkeypatch):
+        def no_driver(_name):
+            raise OSError("cannot open shared object file")
+
+        monkeypatch.setattr(flavour.ctypes, "CDLL", no_driver)
+        assert flavour.resolve("auto") == 13
+
+    @pytest.mark.parametrize(("version", "major"), [(12040, 12), (13010, 13), (14000, 13)])
+    def test_follows_the_driver(self, monkeypatch, version, major):
+        class Driver:
+            def __init__(self, _name):
+                pass
+
+            def cuDriverGetVersion(self, pointer):
+                pointer._obj.value = version
+
+        monkeypatch.setattr(flavour.ctypes, "CDLL", Driver)
+        assert flavour.resolve("auto") == major

@@ -1,0 +1,52 @@
+"""The compile driver end to end on one instance, in processes of its own as the build runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cutlass", reason="compiling needs the CuTe DSL")
+
+NAME = "fwd_bf16_d64"
+
+
+def aot(root: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "aot", *arguments]
+    done = subprocess.run(command, cwd=root / "python", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compile_to(root: Path, out: Path) -> dict[str, bytes]:
+    aot(root, "compile", NAME, "--out", str(out), "--depfile", str(out / "d"), "--cuda", "13")
+    return {file.suffix: file.read_bytes() for file in out.glob(f"{NAME}.*")}
+
+
+def test_compile_twice(root, tmp_path):
+    first = compile_to(root, tmp_path / "a")
+    facts = json.loads(first[".json"])
+    assert facts["kernels"] == [f"{NAME}_0"]
+    assert facts["flavour"] == "cu13"
+    assert [a["name"] for a in facts["arguments"]][:4] == ["mQ", "mK", "mV", "mO"]
+    assert facts["arguments"][0]["shape"] == [None, None, None, 64]
+    assert set(facts["opcodes"]) == set(facts["claims"])
+    assert (facts["spill_stores"], facts["spill_loads"], facts["stack"]) == (0, 0, 0)
+    assert str(root / "hopper/forward.py") in (tmp_path / "a/d").read_text()
+
+    # Up to date: not even the time in the JSON changes.
+    assert compile_to(root, tmp_path / "a") == first
+
+    # From nothing in another folder: the same bytes.
+    again = compile_to(root, tmp_path / "b")
+    assert set(again) == {".o", ".h", ".ptx", ".cubin", ".json"}
+    assert all(again[suffix] == first[suffix] for suffix in first if suffix != ".json")
+
+
+def test_list_names_its_sources(root, tmp_path):
+    listed = tmp_path / "sources.txt"
+    names = aot(root, "list", "--selection", f"{NAME}*", "--sources", str(listed)).split()
+    assert names == [NAME, f"{NAME}_causal"]
+    assert str(root / "hopper/instances.py") in listed.read_text().split()
+    assert str(root / "hopper/forward.py") not in listed.read_text().split()
