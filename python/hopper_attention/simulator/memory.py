@@ -47,14 +47,21 @@ class GlobalMemory:
         self._starts: list[int] = []
 
     def register(self, address: int, nbytes: int, name: str, writable: bool = True) -> None:
-        """Make ``nbytes`` bytes at a host address accessible.  Overlapping ranges are refused."""
+        """Make ``nbytes`` bytes at a host address accessible.
+
+        Ranges that overlap (views of one storage) become one, writable if either is.
+        """
         if nbytes <= 0:
             return
+        end = address + nbytes
+        shared = [a for a in self._allocations if a.address < end and address < a.end]
+        for other in shared:
+            address, end = min(address, other.address), max(end, other.end)
+            name, writable = f"{other.name}, {name}", writable or other.writable
+            self._allocations.remove(other)
+            self._starts.remove(other.address)
         at = bisect.bisect_left(self._starts, address)
-        for other in self._allocations[max(0, at - 1) : at + 1]:
-            if address < other.end and other.address < address + nbytes:
-                raise ValueError(f"{name} overlaps the registered {other}")
-        self._allocations.insert(at, Allocation(address, nbytes, name, writable))
+        self._allocations.insert(at, Allocation(address, end - address, name, writable))
         self._starts.insert(at, address)
 
     def find(self, address: int, nbytes: int) -> Allocation:

@@ -152,7 +152,7 @@ def fold_chains(operations: list[Operation], usage: Usage) -> list[Operation]:
             continue
         folded[last] = Operation(
             operations[last].instruction,
-            f"chain({first.chain}",
+            f"chain(np.{first.chain}",
             operations[last].outputs,
             inputs,
             links=len(inputs),

@@ -155,6 +155,12 @@ def _bar(instruction: Instruction):
     return run
 
 
+@control("bar.warp.sync")
+def _warp_barrier(instruction: Instruction):
+    """The lanes of a warp run in lockstep and meet where branches join."""
+    return lambda machine, unit: True
+
+
 def _cluster_barrier(instruction: Instruction):
     """A cluster of one block: arrive does nothing, wait is a block barrier's ordering only."""
 
