@@ -32,18 +32,16 @@ cudaError_t ensure_loaded(const Instance& instance, int device) {
   std::lock_guard<std::mutex> lock(mutex);
   if (state.devices.load(std::memory_order_relaxed) & bit) return cudaSuccess;
   cudaError_t result = cudaSuccess;
-  cudaError_t* result_pointer = &result;
   if (state.library == nullptr) {
     cudaLibrary_t loaded = nullptr;
     cudaLibrary_t* library = &loaded;
-    void* arguments[] = {&library, &result_pointer};
+    void* arguments[] = {&library, &result};
     instance.load_library(arguments);
     if (result != cudaSuccess) return result;
     state.library = loaded;
   }
   cudaLibrary_t* library = &state.library;
-  int* device_pointer = &device;
-  void* arguments[] = {&library, &device_pointer, &result_pointer};
+  void* arguments[] = {&library, &device, &result};
   instance.load_to_device(arguments);
   if (result == cudaSuccess) state.devices.fetch_or(bit, std::memory_order_release);
   return result;

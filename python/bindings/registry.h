@@ -43,7 +43,8 @@ struct Instance {
   int argument_count;
   const Kernel* kernels;
   int kernel_count;
-  // Exported host code.  Arguments are pointers to the values, a result (cudaError_t) comes last.
+  // Exported host code.  Arguments are pointers to the values, a result (cudaError_t) comes last;
+  // a library's value is itself the address of a cudaLibrary_t.
   void (*load_library)(void** arguments);
   void (*load_to_device)(void** arguments);
   void (*call)(void** arguments, std::int32_t count);
