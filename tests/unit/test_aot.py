@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from aot import cubin, flavour, header, outputs, ptxas, registry, selection, sources
 from hopper_attention.cute_kernels.instance import Instance
+
+from aot import cubin, flavour, header, outputs, ptxas, registry, selection, sources
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from hopper_attention import _cuda, _simulator
 
 NAME = "fwd_bf16_d128_causal"
