@@ -209,6 +209,10 @@ def _min(instruction: Instruction) -> list[Operation]:
     """Without .NaN, a NaN operand is ignored: numpy's fmin and fmax."""
     name, view = instruction.parts[0], view_of(instruction)
     if view not in "FED":
+        require(instruction, "relu")
+        if "relu" in instruction.parts:
+            clamped = f"np.maximum(np.{name}imum({{0}}, {{1}}), 0{{out}})"
+            return simple(instruction, clamped, view, view * 2)
         return simple(instruction, f"np.{name}imum({{0}}, {{1}}{{out}})", view, view * 2)
     require(instruction, "ftz NaN")
     ufunc = f"np.{name}imum" if "NaN" in instruction.parts else f"np.f{name}"
