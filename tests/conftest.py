@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,16 @@ def _import_aot() -> None:
 
 
 _import_aot()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none that the kernels run on."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        return
+    skip = pytest.mark.skip(reason="needs a Hopper GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 @pytest.fixture
