@@ -1,5 +1,5 @@
 """Architecture-neutral device code: softmax, masks, block ranges, sequence info, schedulers.
 
-Everything here is written in CuTe DSL, or in plain frozen dataclasses that work on traced values and
-on Python integers alike, so that index arithmetic is tested on the host.
+Everything here is CuTe DSL, or plain frozen dataclasses that work on traced values and on Python
+integers alike, so that index arithmetic is tested on the host.
 """

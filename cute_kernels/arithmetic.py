@@ -1,4 +1,4 @@
-"""Integer arithmetic on Python integers and on traced values alike: host tests run the same code."""
+"""Integer arithmetic on Python integers and traced values alike: host tests run the same code."""
 
 import cutlass
 

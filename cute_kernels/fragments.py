@@ -1,4 +1,4 @@
-"""WGMMA accumulator fragments: views, conversion, the fence that ties them to a point of the program."""
+"""WGMMA accumulator fragments: views, conversion, ties to a point of the program."""
 
 from dataclasses import dataclass
 
@@ -40,8 +40,8 @@ def _convert_pair(low, high, dtype, *, loc=None, ip=None) -> cutlass.Int32:
 class PackedFragment:
     """A 16-bit fragment kept in 32-bit registers.
 
-    As a plain bf16 fragment that lives across loop iterations, LLVM converts and carries the elements
-    one by one: twice the registers, and spills (seen with nvidia-cutlass-dsl 4.8.1; fp16 is spared).
+    A plain bf16 fragment that lives across loop iterations is converted and carried element by
+    element: twice the registers, and spills (nvidia-cutlass-dsl 4.8.1; fp16 is spared).
     """
 
     words: cute.Tensor
@@ -89,8 +89,8 @@ def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
     """Keep the arithmetic that leads to `values`, none of them negative, above this point.
 
     ptxas lets a wait for WGMMA float up above arithmetic that should run under the WGMMA, because
-    nothing ties the two together.  A store that depends on the values and is never taken does: a wait
-    is not moved above it.  Costs two instructions a value.
+    nothing ties the two together.  A store that depends on the values, and is never taken, does:
+    the wait is not moved above it.  Costs two instructions a value.
     """
     for i in range(cute.size(values)):
         llvm.inline_asm(

@@ -1,6 +1,6 @@
 """One kernel instance: what the build compiles and the dispatcher chooses from.
 
-Free of imports from the CuTe DSL, so that the list of instances can be read where it is not installed.
+Free of imports from the CuTe DSL: the list of instances can be read where that is not installed.
 """
 
 from dataclasses import dataclass

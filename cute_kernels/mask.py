@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-
 from hopper_attention.cute_kernels.arithmetic import maximum, minimum
 
 
@@ -25,9 +24,9 @@ class Mask:
     @cute.jit
     def apply(self, scores: cute.Tensor, n_block: Int32):
         """scores (rows, columns) of key block `n_block`, in place."""
-        # A thread's columns are a run-time base plus constants, so a row's limit is the number of
-        # this thread's columns that it sees; as a word of ones it becomes predicates seven at a time
-        # (R2P), where comparing every column costs an instruction each.
+        # A thread's columns are a run-time base plus constants, so a row's limit is a number of this
+        # thread's columns.  As a word of ones it becomes predicates seven at a time (R2P), where
+        # comparing every column would cost an instruction each.
         base = self.coordinates[0, 0][1]
         in_sequence = self.seqlen_k - n_block * self.tile_n - base
         columns = cute.size(scores, mode=[1])

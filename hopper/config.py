@@ -26,7 +26,7 @@ REGISTERS = {2: Registers(240, 24), 3: Registers(160, 32)}
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """One forward kernel.  `tile_m` query rows, 64 for each consumer warpgroup, by `tile_n` keys."""
+    """One forward kernel: `tile_m` query rows, 64 a consumer warpgroup, by `tile_n` keys."""
 
     dtype: str
     head_dim: int
@@ -67,7 +67,7 @@ class ForwardConfig:
 
 FORWARD_TILES = {
     # Model of a tile's clocks and the peers' choices: docs/tuning.md.
-    # d64: 192 rows amortise each K/V byte best; P stays in registers, which 192x192 would not allow.
+    # d64: 192 rows amortise each K/V byte best; 192x192 would force P into shared memory.
     (64, False): (192, 128),
     (64, True): (192, 128),
     # d128: 176 keys fill shared memory; a causal diagonal wastes least with square tiles.

@@ -1,10 +1,10 @@
 """Forward attention on sm_90a: O = softmax(softmax_scale * Q K^T) V and its log-sum-exp.
 
-FlashAttention-3's structure (arXiv 2407.08608), one tile of `tile_m` query rows of one head a block.
+FlashAttention-3's structure (arXiv 2407.08608); a block takes `tile_m` query rows of one head.
 
 Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d); bf16 or fp16, last
-           dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads, seqlen_q)
-           float32, natural log.  Query head h reads key head h // (heads / heads_kv).
+           dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
+           seqlen_q) float32, natural log.  Query head h reads key head h // (heads / heads_kv).
 
 Roles      warpgroup 0     producer; its first warp issues every load, the others idle
            warpgroup 1..W  consumers, 64 query rows each; registers by `setmaxnreg` (config.py)
@@ -20,8 +20,8 @@ Timeline   of consumer w, key blocks j from the last to the first ("token": name
                      wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P, rescale O
              issue O += P V(0) | 1 / row_sum, LSE | wait O | convert, store
 
-           The token orders the consumers' issue, so that one's softmax runs under the others' GEMMs;
-           within a consumer, softmax of block j runs under O += P V(j+1).
+           The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
+           Within a consumer, softmax of block j runs under O += P V(j+1).
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
            them, and it has waited for those) and stores them by TMA: no barrier.
@@ -44,7 +44,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
-
 from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.block_range import BlockRange
 from hopper_attention.cute_kernels.fragments import (
@@ -138,7 +137,7 @@ class Fragments:
 
 
 class Forward:
-    """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and its roles on the GPU."""
+    """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and its roles on a GPU."""
 
     def __init__(self, config: ForwardConfig):
         self.cfg = config
@@ -210,9 +209,7 @@ class Forward:
         q = cute.select(sm90.make_smem_layout_a(row, qk, self.dtype, 1), mode=[0, 1])
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
         v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        swizzle = warpgroup.make_smem_layout_atom(
-            warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype
-        )
+        swizzle = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         return q, k, v, cute.tile_to_shape(swizzle, STORE_TILE, order=(0, 1))
 
     @cute.kernel
@@ -340,7 +337,7 @@ class Forward:
         """Consumer warpgroup: 64 rows of S, softmax and O."""
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
-        # Descriptors from the warpgroup's first thread: warp-uniform, so they stay in uniform registers.
+        # Descriptors from the warpgroup's first thread: warp-uniform, they stay in uniform registers.
         first = consumer_warpgroup() * 128
         uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
@@ -384,9 +381,7 @@ class Forward:
         acc_s, acc_o = fragments.acc_s, fragments.acc_o
         scores = rows_and_columns(acc_s)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        k_state = pipeline.make_pipeline_state(
-            pipeline.PipelineUserType.Consumer, self.cfg.stages
-        )
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.cfg.stages)
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
         turns = Turns(consumer_warpgroup(), self.cfg.warpgroups)
         turns.start()

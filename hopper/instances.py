@@ -1,4 +1,4 @@
-"""The list of sm_90a kernels that are compiled.  CMake, the registry and the dispatcher read this."""
+"""The list of sm_90a kernels that are compiled: the build and the dispatcher have no other."""
 
 from hopper_attention.cute_kernels.instance import Instance
 from hopper_attention.hopper.config import DTYPES, FORWARD_TILES, ForwardConfig

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from hopper_attention import manifest, reference
 from hopper_attention.numerics import Error, pytorch_attention
 

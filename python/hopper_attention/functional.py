@@ -1,4 +1,4 @@
-"""The public functions: arguments checked and normalised, then the implementation for the device."""
+"""The public functions: arguments checked and normalised, then the device's implementation."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                f"{name} requires grad and there is no backward yet; use torch.no_grad() or detach()"
+                f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
             )
     batch, _, heads, head_dim = q.shape
     for name, tensor in (("k", k), ("v", v)):

@@ -30,9 +30,7 @@ class Error:
 
     def within_twice(self, other: Error) -> bool:
         """At most twice the other error plus FLOOR; false for NaN."""
-        return (
-            self.maximum <= 2 * other.maximum + FLOOR and self.rms <= 2 * other.rms + FLOOR
-        )
+        return self.maximum <= 2 * other.maximum + FLOOR and self.rms <= 2 * other.rms + FLOOR
 
 
 def pytorch_attention(

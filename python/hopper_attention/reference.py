@@ -1,4 +1,4 @@
-"""Attention stated plainly in PyTorch: the CPU implementation, and in float64 the tests' reference."""
+"""Attention stated plainly in PyTorch: what CPU tensors get, and in float64 the tests' reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attention(
     Everything is computed in `compute_dtype`; out has q's dtype, or float64 if that is computed in;
     lse (batch, heads, seqlen_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf.
     """
-    batch, seqlen_q, heads, head_dim = q.shape
+    batch, seqlen_q, heads, _ = q.shape
     out_dtype = torch.float64 if compute_dtype == torch.float64 else q.dtype
     out = q.new_empty(q.shape, dtype=out_dtype)
     lse = q.new_empty((batch, heads, seqlen_q), dtype=compute_dtype)

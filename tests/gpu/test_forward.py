@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import SHAPES, TORCH_DTYPES, Shape, check_forward, forward_instances, random_inputs
+
 from hopper_attention import flash_attn_func, manifest, simulator
 
 pytestmark = pytest.mark.gpu

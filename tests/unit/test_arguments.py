@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from hopper_attention import flash_attn_func, reference, runtime, simulator
 
 
@@ -104,5 +105,5 @@ def test_wrong_or_unsupported_options(error, arguments):
 def test_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
-    with pytest.raises(NotImplementedError, match="cuda:7.*A100.*8.0.*9.0"):
+    with pytest.raises(NotImplementedError, match=r"cuda:7.*A100.*8\.0.*9\.0"):
         runtime.check_gpu(torch.device("cuda", 7))

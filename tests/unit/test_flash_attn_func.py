@@ -7,12 +7,14 @@ import inspect
 import pytest
 import torch
 from cases import SHAPES, check_forward, random_inputs
+
 from hopper_attention import flash_attn_func
 
-FLASH_ATTN_3 = (
-    "q k v softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap "
-    "num_splits pack_gqa deterministic sm_margin return_attn_probs"
-).split()
+FLASH_ATTN_3 = [
+    *("q", "k", "v", "softmax_scale", "causal", "qv", "q_descale", "k_descale", "v_descale"),
+    *("window_size", "attention_chunk", "softcap", "num_splits", "pack_gqa", "deterministic"),
+    *("sm_margin", "return_attn_probs"),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -57,7 +57,9 @@ def test_sections_share_l2_and_run_longest_first():
     section = resident * 4  # query heads of `resident` key heads
     for start in range(0, len(tiles), section * 4):
         of_section = tiles[start : start + section * 4]
-        assert [t.m_block for t in of_section] == sorted((t.m_block for t in of_section), reverse=True)
+        assert [t.m_block for t in of_section] == sorted(
+            (t.m_block for t in of_section), reverse=True
+        )
         assert len({(t.batch, t.head // 4) for t in of_section}) <= resident
 
 

@@ -8,7 +8,7 @@ import pydoc_data.topics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -38,7 +38,9 @@ SIMULATOR_SIZE = Size(tokens=384, heads=4, heads_kv=2)
 def demo(
     text: Annotated[
         Path | None,
-        typer.Option(help="Text to attend over; by default CPython's own help topics.", exists=True),
+        typer.Option(
+            help="Text to attend over; by default CPython's own help topics.", exists=True
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Bytes of the text to use.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the simulator.")] = 0,
@@ -143,18 +145,20 @@ def _run(q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tensor, float]:
             event.record()
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(events, events[1:])]
-        return out, sorted(times)[len(times) // 2] / 1e3
+        return cast(Tensor, out), sorted(times)[len(times) // 2] / 1e3
     with simulator.enabled(seed=seed):
         start = time.perf_counter()
         out = flash_attn_func(q, k, v, causal=True)
-        return out, time.perf_counter() - start
+        return cast(Tensor, out), time.perf_counter() - start
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     instance, (_, tokens, heads, head_dim) = report["instance"], report["shape"]
     facts = Table(show_header=False, box=None)
     facts.add_row("text", f"{report['text']}, {tokens} bytes as tokens")
-    facts.add_row("layer", f"{heads} heads, {report['heads_kv']} KV heads, head_dim {head_dim}, bf16")
+    facts.add_row(
+        "layer", f"{heads} heads, {report['heads_kv']} KV heads, head_dim {head_dim}, bf16"
+    )
     facts.add_row("ran on", report["device"])
     opcodes = ", ".join(f"{count} {opcode}" for opcode, count in instance["opcodes"].items())
     spills = instance["spill_stores"] + instance["spill_loads"]

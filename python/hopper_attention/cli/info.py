@@ -56,22 +56,22 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
     summary.add_row("devices", ", ".join(devices) or "no GPU: kernels run on the simulator")
     console.print(summary)
 
-    table = Table(title="Compiled kernel instances")
-    table.add_column("instance")
-    for column in ("arch", "tile", "threads", "registers", "shared memory", "stack", "spills"):
-        table.add_column(column, justify="right")
-    table.add_column("instructions")
-    for i in facts["instances"]:
-        tile = f"{i['config']['tile_m']}x{i['config']['tile_n']}"
+    instances = facts["instances"]
+    architectures = ", ".join(sorted({i["architecture"] for i in instances}))
+    opcodes = sorted({opcode for i in instances for opcode in i["opcodes"]})
+    table = Table(title=f"Compiled kernel instances ({architectures})", box=None)
+    table.add_column("instance", no_wrap=True)
+    for column in ("tile", "threads", "regs", "shared", "spills", *opcodes):
+        table.add_column(column, justify="right", no_wrap=True)
+    for i in instances:
+        figures = (
+            i["threads"],
+            i["registers"],
+            i["shared_memory_bytes"],
+            i["spill_stores"] + i["spill_loads"],
+            *(i["opcodes"].get(opcode, 0) for opcode in opcodes),
+        )
         table.add_row(
-            i["name"],
-            i["architecture"],
-            tile,
-            str(i["threads"]),
-            str(i["registers"]),
-            f"{i['shared_memory_bytes']:,}",
-            str(i["stack"]),
-            str(i["spill_stores"] + i["spill_loads"]),
-            ", ".join(f"{count} {opcode}" for opcode, count in i["opcodes"].items()),
+            i["name"], f"{i['config']['tile_m']}x{i['config']['tile_n']}", *map(str, figures)
         )
     console.print(table)
