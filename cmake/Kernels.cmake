@@ -47,7 +47,7 @@ foreach(name IN LISTS kernel_names)
               --depfile "${output}.d" --cuda ${cuda_major}
       WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python"
       DEPFILE "${output}.d" JOB_POOL kernels
-      COMMENT "Compiling kernel ${name}" VERBATIM)
+      COMMENT "Kernel ${name}" VERBATIM)
   endif()
 endforeach()
 set_source_files_properties(${kernel_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)

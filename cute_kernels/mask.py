@@ -24,8 +24,8 @@ class Mask:
     @cute.jit
     def apply(self, scores: cute.Tensor, n_block: Int32):
         """scores (rows, columns) of key block `n_block`, in place."""
-        # A thread's columns are a run-time base plus constants, so a row's limit is a number of this
-        # thread's columns.  As a word of ones it becomes predicates seven at a time (R2P), where
+        # A thread's columns are a run-time base plus constants, so a row's limit is a number of
+        # those columns.  As a word of ones it becomes predicates seven at a time (R2P), where
         # comparing every column would cost an instruction each.
         base = self.coordinates[0, 0][1]
         in_sequence = self.seqlen_k - n_block * self.tile_n - base

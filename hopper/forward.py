@@ -137,7 +137,7 @@ class Fragments:
 
 
 class Forward:
-    """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and its roles on a GPU."""
+    """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and roles on a GPU."""
 
     def __init__(self, config: ForwardConfig):
         self.cfg = config
@@ -337,7 +337,7 @@ class Forward:
         """Consumer warpgroup: 64 rows of S, softmax and O."""
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
-        # Descriptors from the warpgroup's first thread: warp-uniform, they stay in uniform registers.
+        # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
         first = consumer_warpgroup() * 128
         uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))

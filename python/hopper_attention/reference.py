@@ -1,4 +1,4 @@
-"""Attention stated plainly in PyTorch: what CPU tensors get, and in float64 the tests' reference."""
+"""Attention stated plainly in PyTorch: what CPU tensors get; in float64 the tests' reference."""
 
 from __future__ import annotations
 

@@ -155,8 +155,9 @@ class Schedule:
             self._until = self.now + self.random.choice((5, 20, 100, 400))
         fast = [unit for unit in units if unit.warpgroup is not self.slow]
         if fast and self.random.random() < 0.95:
-            units = fast
-        return self.random.choice(units), self.random.choice((1, 2, 3, 10, 200))
+            return self.random.choice(fast), self.random.choice((1, 2, 3, 10, 200))
+        # Short steps: the others must be able to catch up with it at every place.
+        return self.random.choice(units), self.random.choice((1, 2, 3, 10))
 
 
 class Events:

@@ -174,8 +174,6 @@ class Unit:
         return sorted({first + int(lane) // 32 for entry in self.stack for lane in entry[2][::1]})
 
     def advance(self, pc: int) -> None:
-        if not self.stack:
-            return
         self.pc = self.stack[-1][0] = pc
         while self.stack[-1][0] == self.stack[-1][1]:
             self.stack.pop()
@@ -259,23 +257,24 @@ class Unit:
         return False
 
     def require_whole_warps(self, instruction: Instruction) -> None:
-        if not self.lanes.whole_warps:
+        """All lanes of the warps that have not exited must be here."""
+        if self.lanes.whole_warps:
+            return
+        live = np.unique(np.concatenate([active for _, _, active in self.stack]))
+        if len(live) != self.lanes.count:
             raise SimulatorError(f"{instruction.opcode} is executed by a part of a warp")
 
     def exit_lanes(self) -> None:
-        active = self.lanes.lanes
-        self.machine.exit_threads(len(active))
-        stack = []
-        for pc, meeting, lanes in self.stack:
-            rest = np.setdiff1d(lanes, active)
-            if len(rest):
-                stack.append([pc, meeting, rest])
-        self.stack = stack
-        if stack:
+        """The active lanes end; others of the unit go on where they are."""
+        ended = self.lanes.lanes
+        self.machine.exit_threads(self.lanes)
+        self.stack[-1][0] += 1
+        rest = [[pc, meeting, np.setdiff1d(lanes, ended)] for pc, meeting, lanes in self.stack]
+        self.stack = [entry for entry in rest if len(entry[2])]
+        while self.stack and self.stack[-1][0] == self.stack[-1][1]:
+            self.stack.pop()
+        if self.stack:
             self._load()
-            self.pc = self.stack[-1][0] = self.stack[-1][0] - 1  # the caller advances by one
-        else:
-            self.pc = EXIT
 
     def run(self, steps: int) -> None:
         program = self.machine.program.steps
@@ -339,7 +338,7 @@ class Machine:
         self.named_barriers: dict[int, NamedBarrier] = {}
         self.bulk: dict[int, BulkGroups] = {}
         self.accesses: list[SharedAccess] = []
-        self.exited = 0
+        self.live_lanes = np.full(self.threads // 32, 32)
         self.schedule = Schedule(self.options.seed, number)
         self.events = Events(self.schedule)
         self._allot_registers()
@@ -352,7 +351,7 @@ class Machine:
         self._check_end()
 
     def _allot_registers(self) -> None:
-        warps = -(-self.threads // 32)
+        warps = self.threads // 32
         share = _REGISTERS_PER_BLOCK // (32 * warps * self.kernel.min_blocks) // 8 * 8
         count = min(self.kernel.max_registers or 256, share, 256)
         self.warp_registers = [count] * warps
@@ -404,8 +403,7 @@ class Machine:
             where = self.program.steps[unit.pc].first.where()
             lines.append(f"  warps {unit.warps}, {unit.lanes.count} lanes, wait for {unit.waiting}")
             lines.append(f"    at {where}")
-        done = self.exited // 32
-        lines.append(f"  {done} warps have exited")
+        lines.append(f"  {np.count_nonzero(self.live_lanes == 0)} warps have exited")
         lines += [f"  {self.mbarriers[a]}" for a in sorted(self.mbarriers)]
         lines += [f"  {self.named_barriers[n]}" for n in sorted(self.named_barriers)]
         lines.append(f"  registers: {self.free_registers} free for setmaxnreg.inc")
@@ -463,10 +461,11 @@ class Machine:
         return self.bulk.setdefault(thread, BulkGroups())
 
     def live_threads(self) -> int:
-        return self.threads - self.exited
+        """What barriers count: whole warps, as long as one lane is left."""
+        return 32 * int(np.count_nonzero(self.live_lanes))
 
-    def exit_threads(self, count: int) -> None:
-        self.exited += count
+    def exit_threads(self, lanes: Lanes) -> None:
+        np.subtract.at(self.live_lanes, lanes.threads // 32, 1)
         for barrier in self.named_barriers.values():
             if barrier.whole_block and barrier.arrived:
                 barrier.resize(self.live_threads())

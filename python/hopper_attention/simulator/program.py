@@ -107,15 +107,16 @@ class Guarded:
             unit.advance(self.pc + 1)
             return True
         whole = unit.lanes
-        unit.lanes = unit.warpgroup.window(whole.lanes[chosen])
-        if unit.lanes.gathered:
-            unit.lanes.pull()
+        unit.lanes = part = unit.warpgroup.window(whole.lanes[chosen])
+        if part.gathered:
+            part.pull()
         try:
             return self.step.execute_on_lanes(machine, unit)
         finally:
-            if unit.lanes.gathered:
-                unit.lanes.push()
-            unit.lanes = whole
+            if part.gathered:
+                part.push()
+            if unit.lanes is part:  # not after an exit
+                unit.lanes = whole
 
 
 class GuardedRegion(Region):
@@ -135,6 +136,21 @@ class Control:
         machine.version += 1
         machine.warp_instructions += unit.lanes.warp_count
         unit.advance(self.pc + 1)
+        return True
+
+    execute_on_lanes = execute
+
+
+class Exit(Control):
+    """ret or exit, and the end of the kernel's text."""
+
+    def __init__(self, pc: int, instruction: Instruction):
+        self.pc, self.first = pc, instruction
+
+    def execute(self, machine, unit) -> bool:
+        machine.version += 1
+        machine.warp_instructions += unit.lanes.warp_count
+        unit.exit_lanes()
         return True
 
     execute_on_lanes = execute
@@ -206,6 +222,11 @@ class Program:
                 start_of[number] = len(self.steps)
                 self.steps.append(Branch(len(self.steps), instruction))
                 continue
+            if instruction.parts[0] in ("ret", "exit"):
+                region = None
+                start_of[number] = len(self.steps)
+                self._append(Exit(len(self.steps), instruction), instruction)
+                continue
             control = find(CONTROL, instruction)
             if control is not None:
                 region = None
@@ -229,7 +250,7 @@ class Program:
             start_of[number] = region.pc
             self._extend(region, instruction, operations)
         start_of[len(instructions)] = len(self.steps)
-        self.steps.append(Control(len(self.steps), instructions[-1], _end_of_kernel))
+        self.steps.append(Exit(len(self.steps), instructions[-1]))
         for step in self.steps:
             if isinstance(step, Branch):
                 step.target = start_of[step.first.target]
@@ -263,8 +284,10 @@ class Program:
     def _successors(self, step) -> list[int]:
         if isinstance(step, Branch):
             return [step.target] if step.guard is None else [step.target, step.pc + 1]
-        if isinstance(step, Control) and step.first.parts[0] in ("ret", "exit", "trap"):
+        if isinstance(step, Exit):
             return [len(self.steps)]
+        if isinstance(step, Guarded) and isinstance(step.step, Exit):
+            return [len(self.steps), step.pc + 1]
         return [step.pc + 1]
 
     def _join_points(self) -> None:
@@ -332,11 +355,6 @@ class Program:
         for region in regions:
             region.number()
         self.rows = numbering.rows
-
-
-def _end_of_kernel(machine, unit) -> bool:
-    unit.exit_lanes()
-    return True
 
 
 _LANE_REGISTERS = {

@@ -1,17 +1,8 @@
-"""ret, exit, trap and setmaxnreg.  Branches are the machine's own, see machine.py."""
+"""trap and setmaxnreg.  Branches and exits are steps of their own, see program.py."""
 
 from ..errors import SimulatorError
 from ..ptx import Instruction
 from . import control
-
-
-@control("ret", "exit")
-def _exit(instruction: Instruction):
-    def run(machine, unit) -> bool:
-        unit.exit_lanes()
-        return True
-
-    return run
 
 
 @control("trap")

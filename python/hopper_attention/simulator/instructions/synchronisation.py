@@ -145,7 +145,7 @@ def _bar(instruction: Instruction):
             count = machine.live_threads()
         barrier = machine.named_barriers.setdefault(number, NamedBarrier(number))
         generation = barrier.generation
-        barrier.arrive(unit.lanes.count, count, len(operands) == 1)
+        barrier.arrive(32 * unit.lanes.warp_count, count, len(operands) == 1)
         if mode == "arrive" or barrier.generation != generation:
             return True
         unit.waiting_barrier = barrier, generation

@@ -33,6 +33,7 @@ from .synchronisation import operand_values
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 _BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4}
 _NAN = 0xFFFFFFFF
+_ONE_THREAD = 1 << 18  # multiplications of a product up to which OpenBLAS uses one thread
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,21 @@ def fragment_d(matrix: np.ndarray) -> np.ndarray:
     n = matrix.shape[1]
     split = matrix.reshape(4, 2, 8, n // 8, 4, 2)  # warp, row half, row, column block, quad, pair
     return split.transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, 128)
+
+
+def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(64, K) x (K, N) in pieces that OpenBLAS does not spread over threads.
+
+    Its threads wait by spinning, which costs a factor of ten on a busy machine, and their number
+    changes the last bits.
+    """
+    k, n = b.shape
+    width = max(8, (_ONE_THREAD // (64 * k)) // 8 * 8)
+    result = np.empty((64, n), np.float32)
+    for start in range(0, n, width):
+        part = slice(start, start + width)
+        np.matmul(a, b[:, part], out=result[:, part])
+    return result
 
 
 @dataclass(eq=False)
@@ -285,7 +301,7 @@ class Queue:
             a = _gather(shared, tuple(i.a for i in chain), 64, a_kind, shape.a_mn_major)
             a = a.T if shape.a_mn_major else a
         b = _gather(shared, tuple(item.b for item in chain), shape.n, b_kind, shape.b_mn_major)
-        product = fragment_d(a @ (b if shape.b_mn_major else b.T))
+        product = fragment_d(multiply(a, b if shape.b_mn_major else b.T))
         if shape.sign < 0:
             product = -product
         key = shape.accumulator
