@@ -24,10 +24,10 @@ object dies of SIGILL elsewhere."""
 def compile_instance(instance: Any, out: Path, cuda_major: int) -> bool:
     """Compile `instance` into `out` unless what lies there is current; return whether it did."""
     record = out / f"{instance.name}.json"
-    if outputs.is_current(instance, record, cuda_major):
-        return False
     scratch = out / f"{instance.name}.scratch"  # stays behind after a failure, for diagnosis
     shutil.rmtree(scratch, ignore_errors=True)
+    if outputs.is_current(instance, record, cuda_major):
+        return False
     scratch.mkdir(parents=True)
     facts = _compile(instance, scratch, cuda_major)
     (scratch / record.name).write_text(json.dumps(facts, indent=1) + "\n")
