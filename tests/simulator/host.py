@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+
 from hopper_attention import simulator
 
 _STAND_IN = r"""

@@ -27,6 +27,7 @@ class Mbarrier:
     pending: int
     transactions: int = 0
     phase: int = 0
+    unfenced_warp: int = -1  # initialised by this warp, without a fence since
 
     def arrive(self, count: int = 1) -> None:
         if count > self.pending:

@@ -617,7 +617,15 @@ class Machine:
             self.fence_marks[units + 1] = marks
         self.unfenced.update(np.unique(lanes.warp_marks).tolist())
 
+    def fence_mbarriers(self, lanes: Lanes) -> None:
+        """The async proxy may use mbarriers only after their initialiser's fence."""
+        warps = {int(mark) - 1 for mark in lanes.warp_marks}
+        for barrier in self.mbarriers.values():
+            if barrier.unfenced_warp in warps:
+                barrier.unfenced_warp = -1
+
     def fence_proxy(self, lanes: Lanes) -> None:
+        self.fence_mbarriers(lanes)
         for mark in {int(m) for m in lanes.warp_marks[:: 32 if lanes.whole_warps else 1]}:
             if mark in self.unfenced:
                 self.fence_marks[self.fence_marks == mark] = 0

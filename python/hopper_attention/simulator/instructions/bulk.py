@@ -148,6 +148,8 @@ def _into_shared(machine, instruction, start: int, nbytes: int, where: int, effe
     """Common part of loads: checks, poison, completion on the mbarrier at ``where``."""
     machine.shared.check(start, start + nbytes)
     barrier = machine.mbarrier(where)
+    if barrier.unfenced_warp >= 0:
+        machine.hazard(instruction, f"no fence.mbarrier_init since mbarrier.init of {where:#x}")
     machine.check_shared(instruction, start, start + nbytes, True)
     access = SharedAccess(start, start + nbytes, True, barrier, instruction.where())
     machine.accesses.append(access)

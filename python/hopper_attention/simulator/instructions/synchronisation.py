@@ -35,13 +35,14 @@ def _init(instruction: Instruction):
 
     def run(machine, unit) -> bool:
         counts = operand_values(unit, instruction.operands[1])
-        for where, count in zip(
-            shared_addresses(unit, instruction.operands[0]), counts, strict=True
-        ):
+        addresses = shared_addresses(unit, instruction.operands[0])
+        for lane, (where, count) in enumerate(zip(addresses, counts, strict=True)):
             machine.shared.index(np.array([where]), 8, 8)
             if not 0 < count < 1 << 20:
                 raise BarrierError(f"mbarrier.init with count {count}")
-            machine.mbarriers[int(where)] = Mbarrier(int(where), int(count), int(count))
+            barrier = Mbarrier(int(where), int(count), int(count))
+            barrier.unfenced_warp = int(unit.lanes.threads[lane]) // 32
+            machine.mbarriers[int(where)] = barrier
         return True
 
     return run
@@ -181,9 +182,9 @@ def _fence(instruction: Instruction) -> list[Operation]:
     parts = instruction.parts
     if "proxy" in parts and any(part.startswith("async") for part in parts):
         return [Operation(instruction, "C.fence_proxy(L)", [], [], "store")]
-    if any(
-        p in parts for p in ("mbarrier_init", "acq_rel", "sc", "cta", "gl", "sys", "gpu", "proxy")
-    ):
+    if "mbarrier_init" in parts:
+        return [Operation(instruction, "C.fence_mbarriers(L)", [], [], "store")]
+    if any(p in parts for p in ("acq_rel", "sc", "cta", "gl", "sys", "gpu", "proxy")):
         return []
     raise instruction.unknown(instruction.opcode)
 
