@@ -14,3 +14,7 @@ def maximum(a, b):
 def ceil_div(a, b: int):
     """ceil(a / b) for a >= 0 and b > 0."""
     return (a + (b - 1)) // b
+
+
+def clamp(a, low, high):
+    return minimum(maximum(a, low), high)

@@ -85,23 +85,40 @@ class OnlineSoftmax:
         return rescale
 
     @cute.jit
-    def finish(self) -> cute.Tensor:
-        """The factors 1 / row_sum (rows,); turns row_max into the rows' log-sum-exp (`lse`).
+    def finish(self, sink_log2: Float32) -> cute.Tensor:
+        """The factors that normalise the rows (rows,); turns row_max into their LSE (`lse`).
 
-        A row without any key has row_sum 0 and row_max -inf: factor 0, LSE -inf.
+        `sink_log2`: a score (times log2(e)) that joins each row's sum without a value; -inf: none.
+        A row without keys or sink has row_sum 0 and row_max -inf: factor 0, LSE -inf.
         """
-        inverse = cute.make_rmem_tensor_like(self.row_sum)
+        factors = cute.make_rmem_tensor_like(self.row_sum)
         for i in cutlass.range_constexpr(cute.size(self.row_sum)):
             row_sum = cute.arch.warp_reduction(self.row_sum[i], add, threads_in_group=4)
-            inverse[i] = Float32(0.0) if row_sum == 0.0 else cute.arch.rcp_approx(row_sum)
-            log2_sum = cute.math.log2(row_sum, fastmath=True)
-            self.row_max[i] = (self.row_max[i] * self.scale_log2 + log2_sum) * LN_2
-        return inverse
+            row_max = self.row_max[i] * self.scale_log2
+            top = cute.arch.fmax(row_max, sink_log2)
+            finite_top = Float32(0.0) if top == -Float32.inf else top
+            shrink = cute.math.exp2(row_max - finite_top, fastmath=True)
+            row_sum = row_sum * shrink + cute.math.exp2(sink_log2 - finite_top, fastmath=True)
+            inverse = shrink * cute.arch.rcp_approx(row_sum)
+            factors[i] = Float32(0.0) if row_sum == 0.0 else inverse
+            self.row_max[i] = (finite_top + cute.math.log2(row_sum, fastmath=True)) * LN_2
+        return factors
 
     @property
     def lse(self) -> cute.Tensor:
         """Natural log-sum-exp of the scaled scores (rows,): after `finish`, or where no key was."""
         return self.row_max
+
+
+@cute.jit
+def cap(scores: cute.Tensor, inner: Float32, outer: Float32):
+    """scores <- outer * tanh(scores * inner / (2 log2(e))).
+
+    From exp2 and 1/x, not tanh.approx, whose error of 2^-11 would grow by the cap itself.
+    """
+    for i in cutlass.range_constexpr(cute.size(scores)):
+        grown = cute.math.exp2(scores[i] * inner, fastmath=True)
+        scores[i] = outer - 2.0 * outer * cute.arch.rcp_approx(grown + 1.0)
 
 
 @cute.jit

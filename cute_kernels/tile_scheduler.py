@@ -1,9 +1,14 @@
-"""Which tile of work a block takes: one tile a block, longest first, K/V of neighbours in L2."""
+"""Which tile of work a block takes: one tile a block."""
 
 from dataclasses import dataclass
 from typing import Any
 
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
 from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum
+from hopper_attention.cute_kernels.sequence import Lengths
 
 L2_BYTES = 32 << 20
 """Keys and values of the heads that run at the same time should fit: 50 MB less what streams."""
@@ -17,7 +22,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class TileScheduler:
+class DenseScheduler:
     """Blocks in launch order walk through sections of (batch, head) pairs.
 
     Within a section the pair changes fastest and the row block slowest, last rows first: under a
@@ -37,7 +42,7 @@ class TileScheduler:
         pairs = batch * heads
         resident = maximum(L2_BYTES // key_bytes // maximum(seqlen_k, 1), 1)
         section = minimum(resident * (heads // heads_kv), pairs)
-        return TileScheduler(ceil_div(seqlen_q, tile_m), heads, pairs, section)
+        return DenseScheduler(ceil_div(seqlen_q, tile_m), heads, pairs, section)
 
     @property
     def blocks(self):
@@ -51,3 +56,61 @@ class TileScheduler:
         width = minimum(self.section, self.pairs - first_pair)  # the last section may be narrower
         pair = first_pair + within % width
         return Tile(self.m_blocks - 1 - within // width, pair % self.heads, pair // self.heads)
+
+
+@dataclass(frozen=True)
+class VarlenScheduler:
+    """Sequences one after another; of each the row blocks, last first, and of each all heads.
+
+    The host does not know the lengths, so the grid has as many blocks as there could be row blocks;
+    those left over get a tile of batch entry `batch`, which does not exist.
+    """
+
+    lengths: Lengths
+    batch: Any
+    heads: Any
+    rows: Any
+    """Rows of queries in all, used or not."""
+    tile_m: cutlass.Constexpr
+
+    @property
+    def blocks(self):
+        return (self.rows // self.tile_m + self.batch) * self.heads
+
+    @cute.jit
+    def tile(self, block: Int32) -> Tile:
+        """By a whole warp: each lane looks at one sequence of 32."""
+        wanted = block // self.heads
+        lane = cute.arch.lane_idx()
+        first = Int32(0)
+        before = Int32(0)  # row blocks of the sequences before `first`
+        m_blocks = self.m_blocks(lane)
+        until = before + inclusive_sum(m_blocks, lane)
+        total = cute.arch.shuffle_sync(until, 31)
+        while total <= wanted and first + 32 < self.batch:
+            first += 32
+            before = total
+            m_blocks = self.m_blocks(first + lane)
+            until = before + inclusive_sum(m_blocks, lane)
+            total = cute.arch.shuffle_sync(until, 31)
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(until <= wanted))
+        source = minimum(passed, 31)
+        row_block = cute.arch.shuffle_sync(until, source) - 1 - wanted
+        batch = first + passed if passed < 32 else self.batch
+        return Tile(row_block, block % self.heads, minimum(batch, self.batch))
+
+    @cute.jit
+    def m_blocks(self, batch: Int32) -> Int32:
+        length = Int32(0)
+        if batch < self.batch:
+            length = self.lengths.of(batch).length
+        return ceil_div(length, self.tile_m)
+
+
+@cute.jit
+def inclusive_sum(value: Int32, lane: Int32) -> Int32:
+    """Over the lanes of a warp up to this one."""
+    for distance in (1, 2, 4, 8, 16):
+        other = cute.arch.shuffle_sync_up(value, distance)
+        value = value + (other if lane >= distance else 0)
+    return value

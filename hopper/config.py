@@ -9,7 +9,7 @@ SHARED_MEMORY_CAPACITY = 232448
 """Bytes of shared memory one block may have on sm_90."""
 
 DTYPES = ("bf16", "fp16")
-HEAD_DIMS = (64, 128, 256)
+MASKS = ("full", "causal", "local")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,23 @@ class ForwardConfig:
 
     dtype: str
     head_dim: int
-    causal: bool
+    """Columns of the tiles of Q and K; smaller heads are filled up with zeros."""
+    head_dim_v: int
+    """The same of V and O."""
+    mask: str
+    """"full"; "causal"; "local": windows and chunks given at run time, which may be causal too."""
+    softcap: bool
+    varlen: bool
+    """Sequences of their own lengths: packed, or the used part of dense ones."""
     tile_m: int
     tile_n: int
     stages: int = 2
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
-        assert self.head_dim in HEAD_DIMS, self.head_dim
+        assert self.mask in MASKS, self.mask
+        assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
+        assert self.head_dim <= 256 and self.head_dim_v <= 256, "N of one WGMMA"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS, self.tile_m
         assert self.tile_n % 16 == 0 and self.tile_n <= 256, "P is the A operand of k16 WGMMAs"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
@@ -56,25 +65,35 @@ class ForwardConfig:
         return 128 * (self.warpgroups + 1)
 
     @property
-    def shared_memory_bytes(self) -> int:
-        """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K and V stages.
+    def output_over_q(self) -> bool:
+        """Whether O is staged where Q was, else in a buffer of its own.
 
-        O is staged where Q was.
+        Both are stored swizzle span by swizzle span: a row of O lies in the same row of Q.
         """
-        rows = self.tile_m + 2 * self.stages * self.tile_n
-        return 1024 + 2 * self.head_dim * rows
+        return self.head_dim_v <= self.head_dim
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K and V stages, O."""
+        row, row_v = 2 * self.head_dim, 2 * self.head_dim_v
+        output = 0 if self.output_over_q else self.tile_m * row_v
+        keys = self.stages * self.tile_n * (row + row_v)
+        return 1024 + self.tile_m * row + keys + output
 
 
 FORWARD_TILES = {
     # Model of a tile's clocks and the peers' choices: docs/tuning.md.
     # d64: 192 rows amortise each K/V byte best; 192x192 would force P into shared memory.
-    (64, False): (192, 128),
-    (64, True): (192, 128),
+    # Softcap needs more registers: 128 keys would spill.
+    (64, 64): {"full": (192, 128), "causal": (192, 128), "local": (192, 128), "softcap": (192, 96)},
+    # d96: with three warpgroups S, P and O of 144 keys exceed their 160 registers.
+    (96, 96): {"full": (128, 160), "causal": (128, 128), "local": (128, 128)},
     # d128: 176 keys fill shared memory; a causal diagonal wastes least with square tiles.
-    (128, False): (128, 176),
-    (128, True): (128, 128),
+    (128, 128): {"full": (128, 176), "causal": (128, 128), "local": (128, 128)},
+    (192, 128): {"full": (128, 128), "causal": (128, 128), "local": (128, 96)},
+    (192, 192): {"full": (128, 112), "causal": (128, 96), "local": (128, 96)},
     # d256: O takes 128 registers a thread, so S must stay small.
-    (256, False): (128, 80),
-    (256, True): (128, 80),
+    (256, 256): {"full": (128, 80), "causal": (128, 80), "local": (128, 64)},
+    (64, 256): {"full": (128, 96), "causal": (128, 96), "local": (128, 64)},
 }
-"""(head_dim, causal) -> (tile_m, tile_n)."""
+"""(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); "softcap" if it differs from "local"."""

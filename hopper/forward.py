@@ -5,6 +5,8 @@ FlashAttention-3's structure (arXiv 2407.08608); a block takes `tile_m` query ro
 Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d); bf16 or fp16, last
            dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
            seqlen_q) float32, natural log.  Query head h reads key head h // (heads / heads_kv).
+           Columns beyond a tensor's d are loaded as zeros and not stored.
+           Packed sequences (varlen) are the rows of one batch entry.
 
 Roles      warpgroup 0     producer; its first warp issues every load, the others idle
            warpgroup 1..W  consumers, 64 query rows each; registers by `setmaxnreg` (config.py)
@@ -18,34 +20,34 @@ Timeline   of consumer w, key blocks j from the last to the first ("token": name
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
              for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
                      wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P, rescale O
-             issue O += P V(0) | 1 / row_sum, LSE | wait O | convert, store
+             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
 
            The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
            Within a consumer, softmax of block j runs under O += P V(j+1).
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
-           them, and it has waited for those) and stores them by TMA: no barrier.
+           them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
+           or narrower than Q it has a buffer of its own.  A warp whose rows end with a packed
+           sequence stores from registers: TMA would overwrite the next sequence.
 
 Shared memory: barriers, Q (O), `stages` K, `stages` V; `ForwardConfig.shared_memory_bytes`.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
-from hopper_attention.cute_kernels.arithmetic import minimum
-from hopper_attention.cute_kernels.block_range import BlockRange
+from hopper_attention.cute_kernels.arithmetic import maximum, minimum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     as_a_operand,
@@ -54,32 +56,35 @@ from hopper_attention.cute_kernels.fragments import (
     rows_and_columns,
 )
 from hopper_attention.cute_kernels.mask import Mask
-from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, scale_rows
-from hopper_attention.cute_kernels.tile_scheduler import Tile, TileScheduler
+from hopper_attention.cute_kernels.memory import read
+from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Sequence
+from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, scale_rows
+from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, Tile, VarlenScheduler
+from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardConfig
+from hopper_attention.hopper.tma import load_stage, partition, permute
+from hopper_attention.hopper.turns import Barrier, Turns, consumer_warpgroup
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
-
-STORE_TILE = (16, 64)
-"""Rows of one warp, columns of one 128-byte swizzle span."""
-
-
-class Barrier(IntEnum):
-    """Named barriers of a block; 0 is __syncthreads."""
-
-    TURN = 1
-    """TURN + w: consumer w may issue its GEMMs."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """What all roles know of the launch."""
 
-    seqlen_q: Int32
-    seqlen_k: Int32
+    queries: Any
+    """EqualLengths or Lengths, by `ForwardConfig.varlen`."""
+    keys: Any
     qhead_per_kvhead: Int32
     scale_log2: Float32
+    """Of the scores that softmax sees: after softcap if there is one."""
+    softcap: Any
+    """(inner, outer) of `softmax.cap`, or None."""
+    window: Any
+    """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
+    sink: Int64
+    """Address of a float32 score for each head, or 0."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +107,23 @@ class Mmas:
 
 @dataclass(frozen=True)
 class Work:
-    """One tile: its place, and the key blocks it attends to."""
+    """One tile: its place, its sequences, and the key blocks it attends to."""
 
     tile: Tile
+    queries: Sequence
+    keys: Sequence
+    visibility: Visibility
     blocks: BlockRange
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shared memory: Q, later O, (tile_m, d); K (tile_n, d, stages); V (d, tile_n, stages)."""
+    """Shared memory: Q (tile_m, d); K (tile_n, d, stages); V (dv, tile_n, stages); O (tile_m, dv)."""
 
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
+    o: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -142,20 +151,26 @@ class Forward:
     def __init__(self, config: ForwardConfig):
         self.cfg = config
         self.dtype = DTYPES[config.dtype]
+        # One TMA store: 16 rows of a warp, columns of one swizzle span (128 or 64 bytes).
+        self.store_tile = (16, 64 if config.head_dim_v % 64 == 0 else 32)
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
         n = 128 // self.dtype.width
 
         def operand():
-            shape = (*(cute.sym_int32() for _ in range(3)), self.cfg.head_dim)
+            shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=n))
             stride = (*(cute.sym_int64(divisibility=n) for _ in range(3)), 1)
             return make_fake_tensor(self.dtype, shape, stride, assumed_align=16)
 
         lse_shape = tuple(cute.sym_int32() for _ in range(3))
         lse_stride = (cute.sym_int64(), cute.sym_int64(), 1)
         lse = make_fake_tensor(Float32, lse_shape, lse_stride, assumed_align=4)
-        return operand(), operand(), operand(), operand(), lse, Float32(1.0)
+        softcap = Float32(1.0) if self.cfg.softcap else None
+        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
+        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
+        operands = (operand(), operand(), operand(), operand(), lse)
+        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths)
 
     @cute.jit
     def __call__(
@@ -166,10 +181,20 @@ class Forward:
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         softmax_scale: Float32,
+        learnable_sink: Int64,
+        softcap: Optional[Float32],
+        window_left: Optional[Int32],
+        window_right: Optional[Int32],
+        attention_chunk: Optional[Int32],
+        cu_seqlens_q: Optional[Int64],
+        cu_seqlens_k: Optional[Int64],
+        seqused_q: Optional[Int64],
+        seqused_k: Optional[Int64],
+        num_sequences: Optional[Int32],
         stream: cuda.CUstream,
     ):
         cfg = self.cfg
-        batch, seqlen_q, heads, _ = mQ.shape
+        entries, seqlen_q, heads, _ = mQ.shape
         _, seqlen_k, heads_kv, _ = mK.shape
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
@@ -180,15 +205,30 @@ class Forward:
         tma = Tma(
             make(load, mQ, layout_q, (cfg.tile_m, cfg.head_dim)),
             make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
-            make(load, mV, layout_v, (cfg.head_dim, cfg.tile_n)),
-            make(store, mO, layout_o, STORE_TILE),
+            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
+            make(store, mO, cute.tile_to_shape(self.swizzle_v(), self.store_tile, (0, 1)), self.store_tile),
         )
-        key_bytes = 2 * cfg.head_dim * self.dtype.width // 8
-        scheduler = TileScheduler.create(
-            seqlen_q, seqlen_k, heads, heads_kv, batch, cfg.tile_m, key_bytes
+        if const_expr(cfg.varlen):
+            queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+            keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
+            rows = entries * seqlen_q
+            scheduler = VarlenScheduler(queries, num_sequences, heads, rows, cfg.tile_m)
+        else:
+            queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
+            key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
+            scheduler = DenseScheduler.create(
+                seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
+            )
+        capped, scale = None, softmax_scale
+        if const_expr(cfg.softcap):
+            capped, scale = (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
+        window = None
+        if const_expr(cfg.mask == "local"):
+            window = (window_left, window_right, attention_chunk)
+        problem = Problem(
+            queries, keys, heads // heads_kv, scale * LOG2_E, capped, window, learnable_sink
         )
-        problem = Problem(seqlen_q, seqlen_k, heads // heads_kv, softmax_scale * LOG2_E)
-        self.kernel(tma, mLSE, problem, scheduler, self.tiled_mmas()).launch(
+        self.kernel(tma, mO, mLSE, problem, scheduler, self.tiled_mmas()).launch(
             grid=[scheduler.blocks, 1, 1], block=[cfg.threads, 1, 1], stream=stream
         )
 
@@ -198,64 +238,88 @@ class Forward:
         registers = warpgroup.OperandSource.RMEM
         return Mmas(
             make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_n)),
-            make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim), registers),
+            make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim_v), registers),
         )
 
     def shared_layouts(self) -> tuple:
-        """Of Q; of K and V with their stages; of one TMA store of O."""
+        """Swizzled layouts of Q, of K and V with their stages, of O."""
         cfg, row, column = self.cfg, LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
         qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
-        pv = (cfg.tile_m, cfg.head_dim, cfg.tile_n)
+        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
         q = cute.select(sm90.make_smem_layout_a(row, qk, self.dtype, 1), mode=[0, 1])
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
         v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        swizzle = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
-        return q, k, v, cute.tile_to_shape(swizzle, STORE_TILE, order=(0, 1))
+        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v), (0, 1))
+        return q, k, v, o
+
+    def swizzle_v(self):
+        kinds = warpgroup.SmemLayoutAtomKind
+        kind = kinds.K_SW128 if self.store_tile[1] == 64 else kinds.K_SW64
+        return warpgroup.make_smem_layout_atom(kind, self.dtype)
 
     @cute.kernel
     def kernel(
         self,
         tma: Tma,
+        mO: cute.Tensor,
         mLSE: cute.Tensor,
         problem: Problem,
-        scheduler: TileScheduler,
+        scheduler: Any,
         mmas: Mmas,
     ):
         cfg = self.cfg
         storage_type = self.shared_storage()
         assert storage_type.__sizeof__() == cfg.shared_memory_bytes, storage_type.__sizeof__()
         storage = SmemAllocator().allocate(storage_type)
-        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
+        output = storage.q if cfg.output_over_q else storage.o
         tiles = Tiles(
             storage.q.get_tensor(layout_q.outer, swizzle=layout_q.inner),
             storage.k.get_tensor(layout_k.outer, swizzle=layout_k.inner),
             storage.v.get_tensor(layout_v.outer, swizzle=layout_v.inner),
+            output.get_tensor(layout_o.outer, swizzle=layout_o.inner),
         )
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.v, tma.o):
                 cpasync.prefetch_descriptor(info.atom)
         pipelines = self.make_pipelines(storage)
-
-        tile = scheduler.tile(cute.arch.block_idx()[0])
-        blocks = BlockRange.of(
-            tile.m_block, problem.seqlen_q, problem.seqlen_k, cfg.tile_m, cfg.tile_n, cfg.causal
-        )
-        work = Work(tile, blocks)
+        work = self.find_work(problem, scheduler)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
-            if warp_index == 0 and blocks.count > 0:
+            if warp_index == 0 and work.blocks.end > work.blocks.first:
                 self.load(tma, tiles, pipelines, problem, work)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
-            self.consume(mmas, tma.o, mLSE, tiles, pipelines, problem, work)
+            self.consume(mmas, tma.o, mO, mLSE, tiles, pipelines, problem, work, storage.v.data_ptr())
+
+    @cute.jit
+    def find_work(self, problem: Problem, scheduler: Any) -> Work:
+        cfg = self.cfg
+        tile = scheduler.tile(cute.arch.block_idx()[0])
+        batch = tile.batch
+        if const_expr(cfg.varlen):
+            batch = minimum(batch, scheduler.batch - 1)
+        queries, keys = problem.queries.of(batch), problem.keys.of(batch)
+        if const_expr(cfg.varlen):
+            # A block left over: no rows.
+            rows = queries.length if tile.batch < scheduler.batch else Int32(0)
+            queries = Sequence(queries.batch, queries.offset, rows)
+        window = problem.window if const_expr(cfg.mask == "local") else ()
+        visibility = Visibility(cfg.mask, queries.length, keys.length, *window)
+        blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n)
+        if const_expr(cfg.varlen):
+            end = blocks.end if queries.length > 0 else blocks.first
+            blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
+        return Work(tile, queries, keys, visibility, blocks)
 
     def shared_storage(self):
         cfg = self.cfg
-        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
 
-        def buffer(layout):
-            return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
+        def buffer(layout, used=True):
+            size = cute.cosize(layout) if used else 0
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, size], 1024]
 
         @cute.struct
         class Storage:
@@ -265,40 +329,44 @@ class Forward:
             q: buffer(layout_q)
             k: buffer(layout_k)
             v: buffer(layout_v)
+            o: buffer(layout_o, not cfg.output_over_q)
 
         return Storage
 
     def make_pipelines(self, storage) -> Pipelines:
-        cfg, row_bytes = self.cfg, self.cfg.head_dim * self.dtype.width // 8
+        cfg, element_bytes = self.cfg, self.dtype.width // 8
         group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
 
-        def make(barriers, stages, rows, last=False):
+        def make(barriers, stages, elements, last=False):
             return pipeline.PipelineTmaAsync.create(
                 num_stages=stages,
                 producer_group=group(thread),
                 consumer_group=group(thread, 4 * cfg.warpgroups),
-                tx_count=rows * row_bytes,
+                tx_count=elements * element_bytes,
                 barrier_storage=barriers.data_ptr(),
                 defer_sync=not last,  # the last one fences and synchronises for all
             )
 
         return Pipelines(
-            make(storage.q_barriers, 1, cfg.tile_m),
-            make(storage.k_barriers, cfg.stages, cfg.tile_n),
-            make(storage.v_barriers, cfg.stages, cfg.tile_n, last=True),
+            make(storage.q_barriers, 1, cfg.tile_m * cfg.head_dim),
+            make(storage.k_barriers, cfg.stages, cfg.tile_n * cfg.head_dim),
+            make(storage.v_barriers, cfg.stages, cfg.tile_n * cfg.head_dim_v, last=True),
         )
 
     @cute.jit
     def load(self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, work: Work):
-        """Producer warp: K(last), Q, then K(j), V(j + 1) downwards, then V(0)."""
-        cfg, tile = self.cfg, work.tile
-        head_kv = tile.head // problem.qhead_per_kvhead
-        mQ = tma.q.tma_tensor[None, None, tile.head, tile.batch]
-        mK = tma.k.tma_tensor[None, None, head_kv, tile.batch]
-        mV = tma.v.tma_tensor[None, None, head_kv, tile.batch]
-        gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+        """Producer warp: K(last), Q, then K(j), V(j + 1) downwards, then V(first)."""
+        cfg, queries, keys = self.cfg, work.queries, work.keys
+        head_kv = work.tile.head // problem.qhead_per_kvhead
+        mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
+        mK = tma.k.tma_tensor[None, None, head_kv, keys.batch]
+        mV = tma.v.tma_tensor[None, None, head_kv, keys.batch]
+        mQ = cute.domain_offset((queries.offset, 0), mQ)
+        mK = cute.domain_offset((keys.offset, 0), mK)
+        mV = cute.domain_offset((0, keys.offset), mV)
+        gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (work.tile.m_block, 0))
         gK = cute.local_tile(mK, (cfg.tile_n, cfg.head_dim), (None, 0))
-        gV = cute.local_tile(mV, (cfg.head_dim, cfg.tile_n), (0, None))
+        gV = cute.local_tile(mV, (cfg.head_dim_v, cfg.tile_n), (0, None))
         sQ, gQ = partition(tma.q, tiles.q, gQ)
         sK, gK = partition(tma.k, tiles.k, gK)
         sV, gV = partition(tma.v, tiles.v, gV)
@@ -307,17 +375,17 @@ class Forward:
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, cfg.stages)
         v_state = k_state.clone()
 
-        last = work.blocks.count - 1
+        last = work.blocks.end - 1
         load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
         k_state.advance()
         q.producer_acquire(q_state)
         cute.copy(tma.q.atom, gQ, sQ, tma_bar_ptr=q.producer_get_barrier(q_state))
-        for i in cutlass.range(last, unroll=1):
+        for i in cutlass.range(last - work.blocks.first, unroll=1):
             load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
             k_state.advance()
             load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
             v_state.advance()
-        load_stage(v, v_state, tma.v.atom, gV[None, 0], sV)
+        load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
         v_state.advance()
         # A block must not exit while its consumers may still arrive on the empty barriers.
         k.producer_tail(k_state)
@@ -328,11 +396,13 @@ class Forward:
         self,
         mmas: Mmas,
         tma_o: cpasync.TmaInfo,
+        mO: cute.Tensor,
         mLSE: cute.Tensor,
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
         work: Work,
+        v_start: cute.Pointer,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O."""
         cfg = self.cfg
@@ -341,7 +411,7 @@ class Forward:
         first = consumer_warpgroup() * 128
         uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
-        shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim))
+        shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim_v))
         acc_s = cute.make_rmem_tensor(shape_s, Float32)
         fragments = Fragments(
             q=mmas.qk.make_fragment_A(uniform_qk.partition_A(tiles.q)),
@@ -352,20 +422,22 @@ class Forward:
             acc_o=cute.make_rmem_tensor(shape_o, Float32),
         )
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.tile_n))
-        mask = Mask(
-            coordinates=rows_and_columns(mmas.qk.get_slice(thread).partition_C(identity)),
-            first_row=work.tile.m_block * cfg.tile_m,
-            seqlen_q=problem.seqlen_q,
-            seqlen_k=problem.seqlen_k,
-            causal=cfg.causal,
-            tile_n=cfg.tile_n,
-        )
+        coordinates = rows_and_columns(mmas.qk.get_slice(thread).partition_C(identity))
+        first_row = work.tile.m_block * cfg.tile_m
+        mask = Mask(work.visibility, coordinates, first_row, cfg.tile_n)
         softmax = OnlineSoftmax.create(2, problem.scale_log2)
+        sink_log2 = -Float32.inf
+        if problem.sink != 0:
+            sink_log2 = read(Float32, problem.sink, work.tile.head) * LOG2_E
         fragments.acc_o.fill(0.0)
-        if work.blocks.count > 0:
-            self.attend(mmas, fragments, pipelines, softmax, mask, work.blocks)
-        self.store_lse(softmax.lse, mLSE, mask, work.tile)
-        self.store_output(fragments.acc_o, mmas.pv, tiles.q, tma_o, work.tile)
+        if work.blocks.end > work.blocks.first:
+            self.attend(
+                mmas, fragments, pipelines, softmax, mask, problem, work, sink_log2, v_start
+            )
+        else:
+            softmax.finish(sink_log2)
+        self.store_lse(softmax.lse, mLSE, coordinates, work)
+        self.store_output(fragments.acc_o, mmas.pv, tiles.o, tma_o, mO, work)
 
     @cute.jit
     def attend(
@@ -375,18 +447,20 @@ class Forward:
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
         mask: Mask,
-        blocks: BlockRange,
+        problem: Problem,
+        work: Work,
+        sink_log2: Float32,
+        v_start: cute.Pointer,
     ):
         """All key blocks, last to first; leaves the normalised O in acc_o, the LSE in softmax."""
-        acc_s, acc_o = fragments.acc_s, fragments.acc_o
-        scores = rows_and_columns(acc_s)
+        cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.cfg.stages)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
-        turns = Turns(consumer_warpgroup(), self.cfg.warpgroups)
+        turns = Turns(consumer_warpgroup(), cfg.warpgroups)
         turns.start()
 
-        last = blocks.count - 1
+        last = blocks.end - 1
         pipelines.q.consumer_wait(q_state)
         pipelines.k.consumer_wait(k_state)
         k_block = fragments.k[None, None, None, k_state.index]
@@ -395,26 +469,31 @@ class Forward:
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
         k_state.advance()
-        mask.apply(scores, last)
-        softmax.step(scores, first=True, masked=True)
+        self.update_softmax(acc_s, softmax, problem, mask, last, first=True)
         fragments.p.convert(acc_s)
+        if const_expr(cfg.varlen):
+            self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
-        step = partial(self.step, mmas, fragments, pipelines, softmax, turns)
-        unmasked = minimum(blocks.unmasked, last)
-        if const_expr(self.cfg.causal):
-            for i in cutlass.range(last - unmasked, unroll=1):
+        step = partial(self.step, mmas, fragments, pipelines, softmax, turns, problem)
+        unmasked_end = minimum(blocks.unmasked_end, last)
+        unmasked_first = minimum(blocks.unmasked_first, last)
+        if const_expr(cfg.mask != "full"):
+            for i in cutlass.range(last - unmasked_end, unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, last - 1 - i)
-        for _ in cutlass.range(unmasked, unroll=1):
+        for _ in cutlass.range(unmasked_end - unmasked_first, unroll=1):
             k_state, v_state = step(k_state, v_state, None, None)
+        if const_expr(cfg.mask == "local"):
+            for i in cutlass.range(unmasked_first - blocks.first, unroll=1):
+                k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
         v_block = fragments.v[None, None, None, v_state.index]
         wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
-        inverse = softmax.finish()
+        factors = softmax.finish(sink_log2)
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
-        scale_rows(rows_and_columns(acc_o), inverse)
+        scale_rows(rows_and_columns(acc_o), factors)
 
     @cute.jit
     def step(
@@ -423,7 +502,8 @@ class Forward:
         fragments: Fragments,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: "Turns",
+        turns: Turns,
+        problem: Problem,
         k_state: pipeline.PipelineState,
         v_state: pipeline.PipelineState,
         mask: Optional[Mask],
@@ -442,10 +522,7 @@ class Forward:
         warpgroup.wait_group(1)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
-        scores = rows_and_columns(acc_s)
-        if const_expr(mask is not None):
-            mask.apply(scores, n_block)
-        rescale = softmax.step(scores, first=False, masked=mask is not None)
+        rescale = self.update_softmax(acc_s, softmax, problem, mask, n_block, first=False)
         finish_before(softmax.row_sum)
         warpgroup.wait_group(0)
         pin(acc_o)
@@ -457,12 +534,58 @@ class Forward:
         return following, k_state
 
     @cute.jit
-    def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, mask: Mask, tile: Tile):
-        gLSE = mLSE[tile.batch, tile.head, None]
+    def update_softmax(
+        self,
+        acc_s: cute.Tensor,
+        softmax: OnlineSoftmax,
+        problem: Problem,
+        mask: Optional[Mask],
+        n_block: Optional[Int32],
+        first: cutlass.Constexpr,
+    ) -> cute.Tensor:
+        """S of one key block, capped and masked, becomes P in place; the factors for O."""
+        scores = rows_and_columns(acc_s)
+        if const_expr(self.cfg.softcap):
+            cap(scores, *problem.softcap)
+        if const_expr(mask is not None):
+            mask.apply(scores, n_block)
+        return softmax.step(scores, first=first, masked=mask is not None)
+
+    @cute.jit
+    def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):
+        """Zero the rows from `valid` of a V stage: P is 0 there, but 0 * NaN would not be.
+
+        Behind a packed sequence lies the next one, behind the used rows whatever there is.
+        """
+        cfg = self.cfg
+        if valid < cfg.tile_n:
+            pipe.consumer_wait(state)
+            # A row of one swizzle span is contiguous, and swizzling permutes only within it.
+            span = self.store_tile[1]
+            vectors = span // 8
+            start = v_start + state.index * (cfg.tile_n * cfg.head_dim_v)
+            zeros = cute.make_rmem_tensor((8,), self.dtype)
+            zeros.fill(0.0)
+            threads = 128 * cfg.warpgroups
+            thread = cute.arch.thread_idx()[0] - 128
+            for i in cutlass.range(thread, cfg.tile_n * (cfg.head_dim_v // 8), threads, unroll=1):
+                row = i // vectors % cfg.tile_n
+                if row >= valid:
+                    place = (start + i * 8).align(16)
+                    cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(8)))
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=threads)
+
+    @cute.jit
+    def store_lse(
+        self, lse: cute.Tensor, mLSE: cute.Tensor, coordinates: cute.Tensor, work: Work
+    ):
+        gLSE = mLSE[work.queries.batch, work.tile.head, None]
         for i in cutlass.range_constexpr(cute.size(lse)):
-            row, column = mask.coordinates[i, 0]
-            if column == 0 and mask.first_row + row < mask.seqlen_q:
-                gLSE[mask.first_row + row] = lse[i]
+            row, column = coordinates[i, 0]
+            row += work.tile.m_block * self.cfg.tile_m
+            if column == 0 and row < work.queries.length:
+                gLSE[work.queries.offset + row] = lse[i]
 
     @cute.jit
     def store_output(
@@ -471,79 +594,75 @@ class Forward:
         mma_pv: cute.TiledMma,
         sO: cute.Tensor,
         tma_o: cpasync.TmaInfo,
-        tile: Tile,
+        mO: cute.Tensor,
+        work: Work,
     ):
-        """Each warp: 16 rows through shared memory, then one TMA store for every 64 columns."""
+        """Each warp its 16 rows: through shared memory by TMA, or, if not all exist, directly."""
         cfg = self.cfg
-        thread = cute.arch.thread_idx()[0] - 128
         out = PackedFragment.like(acc_o, self.dtype)
         out.convert(acc_o)
+        rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
+        if const_expr(cfg.varlen):
+            end = work.tile.m_block * cfg.tile_m + 16 * rows + 16
+            if end <= work.queries.length:
+                self.store_rows(out, mma_pv, sO, tma_o, work, rows)
+            else:
+                self.store_elements(out, mma_pv, mO, work)
+        else:
+            self.store_rows(out, mma_pv, sO, tma_o, work, rows)
+
+    @cute.jit
+    def store_rows(
+        self,
+        out: PackedFragment,
+        mma_pv: cute.TiledMma,
+        sO: cute.Tensor,
+        tma_o: cpasync.TmaInfo,
+        work: Work,
+        rows: Int32,
+    ):
+        """The warp's 16 rows through shared memory, one TMA store a swizzle span."""
+        cfg, tile = self.cfg, work.tile
+        thread = cute.arch.thread_idx()[0] - 128
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, mma_pv)
         cute.copy(copy, copy.retile(out.view), copy.get_slice(thread).partition_D(sO))
         cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
         cute.arch.sync_warp()
 
-        rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
-        mO = tma_o.tma_tensor[None, None, tile.head, tile.batch]
-        g_rows = tile.m_block * (cfg.tile_m // STORE_TILE[0]) + rows
+        mO = tma_o.tma_tensor[None, None, tile.head, work.queries.batch]
+        mO = cute.domain_offset((work.queries.offset, 0), mO)
+        g_rows = tile.m_block * (cfg.tile_m // self.store_tile[0]) + rows
         sO, gO = partition(
             tma_o,
-            cute.local_tile(sO, STORE_TILE, (rows, None)),
-            cute.local_tile(mO, STORE_TILE, (g_rows, None)),
+            cute.local_tile(sO, self.store_tile, (rows, None)),
+            cute.local_tile(mO, self.store_tile, (g_rows, None)),
         )
         with cute.arch.elect_one():
-            for j in cutlass.range_constexpr(cfg.head_dim // STORE_TILE[1]):
+            for j in cutlass.range_constexpr(cfg.head_dim_v // self.store_tile[1]):
                 cute.copy(tma_o.atom, sO[None, j], gO[None, j])
             cute.arch.cp_async_bulk_commit_group()
             # Shared memory must outlive the store's reads.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-
-@dataclass(frozen=True)
-class Turns:
-    """Ping-pong: consumers issue their GEMMs in turn, 0, 1, ..., 0, ...
-
-    Barrier TURN + w completes when consumer w waits for its turn and the one before has given it.
-    """
-
-    own: Int32
-    """Index of this consumer warpgroup."""
-    warpgroups: cutlass.Constexpr
-
     @cute.jit
-    def start(self):
-        if self.own == self.warpgroups - 1:
-            self.give()
-
-    @cute.jit
-    def wait(self):
-        cute.arch.barrier(barrier_id=Barrier.TURN + self.own, number_of_threads=256)
-
-    @cute.jit
-    def give(self):
-        following = self.own + 1 if self.own < self.warpgroups - 1 else 0
-        cute.arch.barrier_arrive(barrier_id=Barrier.TURN + following, number_of_threads=256)
-
-
-def consumer_warpgroup() -> Int32:
-    """Index of the calling consumer warpgroup, warp-uniform."""
-    return cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 - 1
-
-
-def permute(tensor: cute.Tensor, modes: tuple[int, ...]) -> cute.Tensor:
-    return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=list(modes)))
-
-
-def partition(tma: cpasync.TmaInfo, s: cute.Tensor, g: cute.Tensor):
-    """(shared, global) with the tile's two modes merged, as `cute.copy` takes them."""
-    s, g = cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-    return cpasync.tma_partition(tma.atom, 0, cute.make_layout(1), s, g)
-
-
-@cute.jit
-def load_stage(pipe, state, atom, source, stages):
-    """By a whole warp: wait until the stage is free, then fill it.  The caller advances."""
-    pipe.producer_acquire(state)
-    full = pipe.producer_get_barrier(state)
-    cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full)
+    def store_elements(
+        self, out: PackedFragment, mma_pv: cute.TiledMma, mO: cute.Tensor, work: Work
+    ):
+        """Pairs of columns from registers, as far as rows and columns exist."""
+        cfg, tile, queries = self.cfg, work.tile, work.queries
+        thread = cute.arch.thread_idx()[0] - 128
+        identity = cute.make_identity_tensor((cfg.tile_m, cfg.head_dim_v))
+        coordinates = rows_and_columns(mma_pv.get_slice(thread).partition_C(identity))
+        pairs = rows_and_columns(out.view)
+        columns = mO.shape[1]
+        for i in cutlass.range_constexpr(cute.size(pairs, mode=[0])):
+            row = tile.m_block * cfg.tile_m + coordinates[i, 0][0]
+            if row < queries.length:
+                gO = mO[queries.offset + row, None, tile.head, queries.batch]
+                for j in cutlass.range_constexpr(0, cute.size(pairs, mode=[1]), 2):
+                    column = coordinates[i, j][1]
+                    if column < columns:
+                        place = (gO.iterator + column).align(4)
+                        pair = cute.make_tensor(pairs[i, None].iterator + j, cute.make_layout(2))
+                        cute.autovec_copy(pair, cute.make_tensor(place, cute.make_layout(2)))

@@ -1,0 +1,22 @@
+"""TMA: views, partitions and pipeline loads."""
+
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import cpasync
+
+
+def permute(tensor: cute.Tensor, modes: tuple[int, ...]) -> cute.Tensor:
+    return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=list(modes)))
+
+
+def partition(tma: cpasync.TmaInfo, s: cute.Tensor, g: cute.Tensor):
+    """(shared, global) with the tile's two modes merged, as `cute.copy` takes them."""
+    s, g = cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+    return cpasync.tma_partition(tma.atom, 0, cute.make_layout(1), s, g)
+
+
+@cute.jit
+def load_stage(pipe, state, atom, source, stages):
+    """By a whole warp: wait until the stage is free, then fill it.  The caller advances."""
+    pipe.producer_acquire(state)
+    full = pipe.producer_get_barrier(state)
+    cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full)
