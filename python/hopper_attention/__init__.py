@@ -7,8 +7,18 @@ implementation, or, inside `simulator.enabled()`, to the same kernels on a funct
 from importlib.metadata import version
 
 from hopper_attention import simulator
-from hopper_attention.functional import flash_attn_func
+from hopper_attention.functional import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
 
 __version__ = version("hopper-attention")
 
-__all__ = ["__version__", "flash_attn_func", "simulator"]
+__all__ = [
+    "__version__",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "simulator",
+]

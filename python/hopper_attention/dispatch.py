@@ -11,26 +11,32 @@ from hopper_attention import manifest
 
 
 @functools.cache
-def forward_instance(dtype: str, head_dim: int, causal: bool) -> str:
-    """Raises NotImplementedError, naming the nearest head dim, if nothing matches."""
-    configs = {
-        name: instance.config
+def forward_instance(
+    dtype: str, head_dim: int, head_dim_v: int, mask: str, softcap: bool, varlen: bool
+) -> str:
+    """The forward instance with the least tile that holds both head dims.
+
+    Raises NotImplementedError, naming what this build has, if nothing does.
+    """
+    mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
+    wanted = {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen}
+    tiles = {
+        (instance.config["head_dim"], instance.config["head_dim_v"]): name
         for name, instance in manifest.instances().items()
-        if instance.family == "forward"
+        if instance.family == "forward" and wanted.items() <= instance.config.items()
     }
-    head_dims = {}
-    for name, config in configs.items():
-        if (config["dtype"], config["causal"]) == (dtype, causal):
-            head_dims[config["head_dim"]] = name
-    if head_dim in head_dims:
-        return head_dims[head_dim]
-    if not head_dims:
+    fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
+    if fitting:
+        return tiles[min(fitting, key=sum)]
+    kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    if not tiles:
         raise NotImplementedError(
-            f"no forward kernel for {dtype}, causal={causal} in this build; it holds "
-            f"{', '.join(configs)}; rebuild with HOPPER_ATTENTION_INSTANCES=core"
+            f"this build has no forward kernel for {kind}; rebuild with "
+            "HOPPER_ATTENTION_INSTANCES=core"
         )
-    nearest = min(head_dims, key=lambda d: (abs(d - head_dim), -d))
+    have = ", ".join(f"{d}/{dv}" for d, dv in sorted(tiles))
+    nearest = min(tiles, key=lambda dims: abs(dims[0] - head_dim) + abs(dims[1] - head_dim_v))
     raise NotImplementedError(
-        f"head_dim {head_dim} of q is not supported; supported in this build: "
-        f"{', '.join(map(str, sorted(head_dims)))} (nearest: {nearest})"
+        f"head_dim {head_dim} with head_dim_v {head_dim_v} is not supported for {kind}; supported "
+        f"up to one of {have} (nearest: {nearest[0]}/{nearest[1]})"
     )

@@ -1,17 +1,17 @@
-"""The public functions: arguments checked and normalised, then the device's implementation."""
+"""The public functions, with flash-attn 3's parameter names and order."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from hopper_attention import dispatch, reference, runtime
+from hopper_attention import arguments, dispatch, reference, runtime
+from hopper_attention.arguments import Lengths, Mask
 
-SUPPORTED_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+WindowSize = Sequence[int | None]
+Result = Tensor | tuple[Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -24,7 +24,7 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Sequence[int | None] = (-1, -1),
+    window_size: WindowSize = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -35,160 +35,294 @@ def flash_attn_func(
     *,
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """softmax(softmax_scale * q k^T) v for every batch entry and head.
 
-    Parameter names and order are those of flash-attn 3.
+    Query i is aligned with key a = i + seqlen_k - seqlen_q (bottom right).
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), bf16 or fp16.
-        k, v: (batch, seqlen_k, heads_kv, head_dim), dtype and device of `q`.  `heads` must be a
+        q: (batch, seqlen_q, heads, head_dim), bf16 or fp16; head_dim a multiple of 8 up to 256.
+        k: (batch, seqlen_k, heads_kv, head_dim), dtype and device of `q`.  `heads` must be a
             multiple of `heads_kv`; query head h reads key head h // (heads // heads_kv).
+        v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v as head_dim, and may differ from it.
             q, k and v may have any strides that are multiples of 16 bytes, with a contiguous last
-            dimension; head_dim is 64, 128 or 256.
+            dimension.
         softmax_scale: positive; 1 / sqrt(head_dim) by default.
-        causal: query i sees key j if j <= i + seqlen_k - seqlen_q (aligned to the bottom right).
-        window_size: (left, right); only windows that mask nothing, or just what `causal` masks, are
-            supported so far.  -1 or None: unbounded.
+        causal: query i sees keys up to a.
+        window_size: (left, right): query i sees keys from a - left to a + right.  -1 or None:
+            unbounded.  With `causal`, right is 0.
+        attention_chunk: if not 0, query i sees only keys of its chunk: those j with
+            j // attention_chunk == a // attention_chunk.
+        softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
         deterministic: accepted; forward is always deterministic.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
+        learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss).
 
     Returns:
-        out (batch, seqlen_q, heads, head_dim) in q's dtype, and if asked for lse (batch, heads,
-        seqlen_q), float32, natural logarithm.  A query that sees no key has out 0 and lse -inf.
+        out (batch, seqlen_q, heads, head_dim_v) in q's dtype, and if asked for lse (batch, heads,
+        seqlen_q), float32, natural logarithm, the sink included.  A query that sees no key has out
+        0, and lse -inf or the sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, gradients, qv, descales, windows, attention_chunk, softcap, learnable_sink,
-            num_splits > 1, pack_gqa, sm_margin; a GPU that is not sm_90.
+            dims, gradients, qv, descales, num_splits > 1, pack_gqa, sm_margin; a GPU that is not
+            sm_90.
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
     """
-    _check_unsupported(
+    _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
+    arguments.check_tensors(q=q, k=k, v=v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        arguments.check_rank(name, tensor, packed=False)
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {tensor.shape[0]}, q has {q.shape[0]}")
+    arguments.check_same(1, "seqlen", k, v)
+    arguments.check_heads(q, k, v)
+    scale = arguments.resolve_scale(softmax_scale, q.shape[3])
+    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q.shape[1], k.shape[1])
+    cap = arguments.resolve_softcap(softcap)
+    sink = arguments.resolve_sink(learnable_sink, q)
+    out, lse = _forward(q, k, v, scale, mask, cap, sink)
+    return (out, lse) if return_attn_probs or return_lse else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: WindowSize = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Result:
+    """`flash_attn_func` for sequences of different lengths, packed or padded; no padding is read.
+
+    Args:
+        q: (total_q, heads, head_dim), packed: sequence b is rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1]; or, with cu_seqlens_q None, (batch, seqlen_q, heads, head_dim).
+        k, v: the same with cu_seqlens_k; the one may be packed and the other not.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1) int32, ascending from 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths, on the host or the device; the
+            kernels find the lengths on the device, so nothing waits for these and None will do.
+        seqused_q, seqused_k: (batch,) int32: only so many of a sequence's rows are used.
+        Everything else as for `flash_attn_func`.
+
+    Returns:
+        out in q's layout, and if asked for lse (heads, total_q), or (batch, heads, seqlen_q) for an
+        unpacked q.  Rows that seqused_q leaves out are 0 and -inf.
+
+    Raises:
+        As `flash_attn_func`.  The values of the index tensors are checked on the CPU; on a GPU only
+        with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
+    """
+    _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
+    arguments.check_tensors(q=q, k=k, v=v)
+    queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
+    arguments.check_rank("q", q, packed=cu_seqlens_q is not None)
+    for name, tensor in (("k", k), ("v", v)):
+        arguments.check_rank(name, tensor, packed=cu_seqlens_k is not None)
+    arguments.check_same(0, "total" if k.dim() == 3 else "batch", k, v)
+    if k.dim() == 4:
+        arguments.check_same(1, "seqlen", k, v)
+    arguments.check_heads(q, k, v)
+    batch = _batch(q, k, queries, keys)
+    arguments.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q)
+    arguments.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q)
+    arguments.check_index("seqused_q", seqused_q, batch, q)
+    arguments.check_index("seqused_k", seqused_k, batch, q)
+    arguments.check_lengths("q", queries, q.shape[-3])
+    arguments.check_lengths("k", keys, k.shape[-3])
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if bound is not None and not isinstance(bound, (int, Tensor)):
+            raise TypeError(f"{name}: expected an integer, got {type(bound).__name__}")
+    scale = arguments.resolve_scale(softmax_scale, q.shape[-1])
+    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q.shape[-3], k.shape[-3])
+    cap = arguments.resolve_softcap(softcap)
+    sink = arguments.resolve_sink(learnable_sink, q)
+    out, lse = _forward(q, k, v, scale, mask, cap, sink, queries, keys, batch)
+    return (out, lse) if return_attn_probs or return_lse else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: WindowSize = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Result:
+    """`flash_attn_func` on views of one tensor; nothing is copied.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim); or with `num_heads_q`, for GQA, (batch, seqlen,
+            num_heads_q + 2 * heads_kv, head_dim).
+        Everything else as for `flash_attn_func`, and what it returns and raises.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv: expected a torch.Tensor, got {type(qkv).__name__}")
+    if num_heads_q is None:
+        if qkv.dim() != 5 or qkv.shape[2] != 3:
+            raise ValueError(
+                f"qkv has shape {tuple(qkv.shape)}; expected (batch, seqlen, 3, heads, head_dim), "
+                "or num_heads_q and (batch, seqlen, num_heads_q + 2 * heads_kv, head_dim)"
+            )
+        q, k, v = qkv.unbind(dim=2)
+    else:
+        heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2) if qkv.dim() == 4 else (0, 1)
+        if rest or heads_kv < 1 or num_heads_q < 1:
+            raise ValueError(
+                f"qkv has shape {tuple(qkv.shape)}; with num_heads_q={num_heads_q} expected "
+                "(batch, seqlen, num_heads_q + 2 * heads_kv, head_dim)"
+            )
+        q, k, v = qkv.split([num_heads_q, heads_kv, heads_kv], dim=2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_attn_probs=return_attn_probs,
+        return_lse=return_lse,
+        learnable_sink=learnable_sink,
+    )
+
+
+def _check_hints(
+    qv: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    num_splits: int,
+    pack_gqa: bool | None,
+    sm_margin: int,
+) -> None:
+    """Arguments of flash-attn 3 that no kernel here serves yet."""
+    arguments.check_unsupported(
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        softcap=softcap or None,
-        learnable_sink=learnable_sink,
         pack_gqa=pack_gqa or None,
         sm_margin=sm_margin or None,
     )
     if num_splits not in (0, 1):
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
-    _check_tensors(q, k, v)
-    scale = _softmax_scale(softmax_scale, q.shape[-1])
-    causal = _resolve_mask(causal, window_size, q.shape[1], k.shape[1])
-    out, lse = _forward(q, k, v, scale, causal)
-    return (out, lse) if return_attn_probs or return_lse else out
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
+    """Number of sequences, which whatever names it first says; the others are held to it."""
+    sides = (("q", q, queries), ("k", k, keys))
+    counts = {}
+    for name, tensor, lengths in sides:
+        cu_seqlens = lengths.cu_seqlens
+        if cu_seqlens is None:
+            counts[name] = tensor.shape[0]
+        elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
+            counts[f"cu_seqlens_{name}"] = cu_seqlens.shape[0] - 1
+        else:
+            raise ValueError(f"cu_seqlens_{name}: expected an int32 vector of batch + 1")
+    (first, batch), (second, other) = counts.items()
+    if batch != other:
+        raise ValueError(f"{second} has {other} sequences, {first} has {batch}")
+    return batch
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sink: Tensor | None,
+    queries: Lengths | None = None,
+    keys: Lengths | None = None,
+    batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on whatever q's device has; the arguments are known to fit."""
     backend = runtime.backend_for(q)
-    instance = dispatch.forward_instance(SUPPORTED_DTYPES[q.dtype], q.shape[-1], causal)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_strides(name, tensor)
+    varlen = queries is not None
+    dtype = arguments.DTYPES[q.dtype]
+    instance = dispatch.forward_instance(
+        dtype, q.shape[-1], v.shape[-1], mask.kind, softcap is not None, varlen
+    )
+    arguments.check_strides(q=q, k=k, v=v)
     if backend is runtime.Backend.REFERENCE:
-        return reference.attention(q, k, v, softmax_scale=scale, causal=causal)
-    batch, seqlen_q, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    if out.numel() > 0:
-        runtime.launch(backend, instance, (q, k, v, out, lse), (scale,))
+        return reference.attention(
+            q, k, v, softmax_scale=scale, mask=mask, softcap=softcap, sink=sink,
+            queries=queries, keys=keys,
+        )  # fmt: skip
+    *rows, heads, _ = q.shape
+    out = q.new_empty((*rows, heads, v.shape[-1]))
+    lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if queries is not None and queries.seqused is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if out.numel() == 0 or (varlen and batch == 0):
+        return out, lse
+    operands = [("mQ", q), ("mK", k), ("mV", v), ("mO", out), ("mLSE", lse)]
+    values: dict[str, float | int | Tensor | None] = {
+        "softmax_scale": scale,
+        "learnable_sink": sink,
+        "softcap": softcap,
+        "window_left": mask.left,
+        "window_right": mask.right,
+        "attention_chunk": mask.chunk,
+    }
+    if queries is not None and keys is not None:
+        operands = [(name, _with_batch(name, x)) for name, x in operands]
+        values |= {
+            "cu_seqlens_q": queries.cu_seqlens,
+            "cu_seqlens_k": keys.cu_seqlens,
+            "seqused_q": queries.seqused,
+            "seqused_k": keys.seqused,
+            "num_sequences": batch,
+        }
+    runtime.launch(backend, instance, [x for _, x in operands], values)
     return out, lse
 
 
-def _check_unsupported(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: not supported yet; leave it at its default")
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Types, devices, dtypes, ranks, and the shapes that must match."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            raise NotImplementedError(
-                f"{name} has dtype {tensor.dtype}; supported: torch.bfloat16, torch.float16"
-            )
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected (batch, seqlen, heads, head_dim)"
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
-            )
-    batch, _, heads, head_dim = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, q has {batch}")
-        if tensor.shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {tensor.shape[3]}, q has {head_dim}")
-    for axis, what in ((1, "seqlen"), (2, "heads")):
-        if v.shape[axis] != k.shape[axis]:
-            raise ValueError(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]}")
-    heads_kv = k.shape[2]
-    if heads_kv == 0 or heads % heads_kv != 0:
-        raise ValueError(f"q has {heads} heads, not a multiple of the {heads_kv} of k and v")
-
-
-def _check_strides(name: str, tensor: Tensor) -> None:
-    """What TMA can address: contiguous rows, everything else in steps of 16 bytes."""
-    if tensor.numel() == 0:
-        return
-    if tensor.stride(3) != 1:
-        raise ValueError(
-            f"{name}: the last dimension must be contiguous (stride 1, got {tensor.stride(3)}); "
-            f"use {name}.contiguous()"
-        )
-    step = 16 // tensor.element_size()
-    for axis in range(3):
-        if tensor.shape[axis] > 1 and tensor.stride(axis) % step != 0:
-            raise ValueError(
-                f"{name}: stride {tensor.stride(axis)} of dimension {axis} is not a multiple of "
-                f"{step} elements (16 bytes); use {name}.contiguous()"
-            )
-    if tensor.data_ptr() % 16 != 0:
-        raise ValueError(f"{name}: the data pointer is not aligned to 16 bytes; use {name}.clone()")
-
-
-def _softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
-    if softmax_scale is None:
-        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    if not isinstance(softmax_scale, Real):
-        raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
-    scale = float(softmax_scale)
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"softmax_scale must be positive and finite, got {scale}")
-    return scale
-
-
-def _resolve_mask(
-    causal: bool, window_size: Sequence[int | None], seqlen_q: int, seqlen_k: int
-) -> bool:
-    """Whether the mask is causal; windows that are neither full nor causal raise."""
-    try:
-        left, right = (-1 if w is None else int(w) for w in window_size)
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size must be (left, right), got {window_size!r}") from None
-    if left < 0 or left >= seqlen_k - 1:
-        left = -1
-    if right < 0 or right >= seqlen_q - 1:
-        right = -1
-    if left == -1 and (right == -1 or causal or right == 0):
-        return bool(causal) or right == 0
-    raise NotImplementedError(
-        f"window_size={tuple(window_size)}: sliding windows are not supported yet; "
-        "use (-1, -1), with causal=True or not"
-    )
+def _with_batch(name: str, tensor: Tensor) -> Tensor:
+    """Packed tensors are one batch entry."""
+    return tensor.unsqueeze(0) if tensor.dim() == (2 if name == "mLSE" else 3) else tensor

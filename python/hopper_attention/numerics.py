@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hopper_attention import reference
+from hopper_attention.arguments import CAUSAL, FULL, Mask
 
 FLOOR = 1e-5
 """Absolute error below which nothing is judged: PyTorch may happen to be exact."""
@@ -34,26 +35,61 @@ class Error:
 
 
 def pytorch_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    mask: Mask = FULL,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` in the inputs' dtype, (batch, seqlen, heads, head_dim).
+    """PyTorch's attention in the inputs' dtype, (batch, seqlen, heads, head_dim).
 
+    `F.scaled_dot_product_attention` where it has the feature, else the same steps written out.
     Queries without keys give 0, as everywhere here.
     """
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
     if seqlen_q * seqlen_k == 0:
-        return torch.zeros_like(q)
-    mask = None
-    if causal and seqlen_q != seqlen_k:  # is_causal is aligned to the top left
-        every_row = slice(0, seqlen_q)
-        mask = reference.causal_mask(every_row, seqlen_q, torch.empty(0, seqlen_k, device=q.device))
-    group = q.shape[2] // k.shape[2]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.repeat_interleave(group, dim=2).transpose(1, 2),
-        v.repeat_interleave(group, dim=2).transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=softmax_scale,
-    ).transpose(1, 2)
-    return out if mask is None else out.masked_fill(~mask.any(1)[:, None, None], 0.0)
+        return q.new_zeros((batch, seqlen_q, heads, v.shape[-1]))
+    group = heads // k.shape[2]
+    q, k, v = (
+        x.transpose(1, 2)
+        for x in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
+    )
+    top_left_causal = mask == CAUSAL and seqlen_q == seqlen_k
+    seen = None
+    if mask != FULL and not top_left_causal:
+        seen = reference.visible(mask, seqlen_q, seqlen_k, slice(0, seqlen_q), q.device)
+    if softcap is None and sink is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=top_left_causal, scale=softmax_scale
+        )
+    else:
+        if top_left_causal:
+            seen = reference.visible(mask, seqlen_q, seqlen_k, slice(0, seqlen_q), q.device)
+        out = _eager(q, k, v, softmax_scale, seen, softcap, sink)
+    out = out.transpose(1, 2)
+    return out if seen is None else out.masked_fill(~seen.any(1)[:, None, None], 0.0)
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    seen: Tensor | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """As transformers' eager attention does it, on (batch, heads, seqlen, head_dim)."""
+    scores = q @ k.mT * softmax_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if sink is not None:
+        column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights[..., : k.shape[-2]] @ v

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopper_attention.arguments import FULL, Lengths, Mask
+
 QUERY_BLOCK = 1024
 """Queries scored at once: bounds memory at QUERY_BLOCK * seqlen_k scores a head."""
 
@@ -15,41 +17,94 @@ def attention(
     v: Tensor,
     *,
     softmax_scale: float,
-    causal: bool,
+    mask: Mask = FULL,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    queries: Lengths | None = None,
+    keys: Lengths | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of q (batch, seqlen_q, heads, d) and k, v (batch, seqlen_k, heads_kv, d).
+    """(out, lse) of q (batch, seqlen_q, heads, d), k (batch, seqlen_k, heads_kv, d), v (.., dv).
 
-    Everything is computed in `compute_dtype`; out has q's dtype, or float64 if that is computed in;
-    lse (batch, heads, seqlen_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf.
+    With `queries` and `keys`, either may be packed, (total, heads, d).  Everything is computed in
+    `compute_dtype`; out has q's dtype, or float64 if that is computed in; lse (batch, heads,
+    seqlen_q) or (heads, total_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf or sink.
     """
-    batch, seqlen_q, heads, _ = q.shape
     out_dtype = torch.float64 if compute_dtype == torch.float64 else q.dtype
-    out = q.new_empty(q.shape, dtype=out_dtype)
-    lse = q.new_empty((batch, heads, seqlen_q), dtype=compute_dtype)
-    if out.numel() == 0:
-        return out, lse
-    group = heads // k.shape[2]
-    for b in range(batch):
+    *rows, heads, _ = q.shape
+    out = q.new_zeros((*rows, heads, v.shape[-1]), dtype=out_dtype)
+    lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
+    lse = q.new_full(lse_shape, -torch.inf, dtype=compute_dtype)
+    group = heads // k.shape[-2]
+    for b in range(_sequences(q, queries)):
+        at_q, at_k = _rows(q, queries, b), _rows(k, keys, b)
         for h in range(heads):
-            keys = k[b, :, h // group].to(compute_dtype)
-            values = v[b, :, h // group].to(compute_dtype)
-            for start in range(0, seqlen_q, QUERY_BLOCK):
-                rows = slice(start, min(start + QUERY_BLOCK, seqlen_q))
-                scores = q[b, rows, h].to(compute_dtype) @ keys.T * softmax_scale
-                if causal:
-                    scores.masked_fill_(~causal_mask(rows, seqlen_q, scores), -torch.inf)
-                row_lse = torch.logsumexp(scores, dim=-1)
-                # A query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN.
-                shift = torch.where(row_lse == -torch.inf, 0.0, row_lse)
-                out[b, rows, h] = (torch.exp(scores - shift[:, None]) @ values).to(out_dtype)
-                lse[b, h, rows] = row_lse
+            key, value = k[at_k][:, h // group], v[at_k][:, h // group]
+            head_out, head_lse = _one_head(
+                q[at_q][:, h].to(compute_dtype),
+                key.to(compute_dtype),
+                value.to(compute_dtype),
+                softmax_scale,
+                mask,
+                softcap,
+                None if sink is None else sink[h].to(compute_dtype),
+            )
+            out[at_q][:, h] = head_out.to(out_dtype)
+            head_rows = (h, at_q) if len(rows) == 1 else (b, h, at_q[1])
+            lse[head_rows] = head_lse
     return out, lse
 
 
-def causal_mask(rows: slice, seqlen_q: int, scores: Tensor) -> Tensor:
-    """True where a query of `rows` sees a key: bottom-right aligned."""
-    seqlen_k = scores.shape[-1]
-    query = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
-    key = torch.arange(seqlen_k, device=scores.device)
-    return key <= query + (seqlen_k - seqlen_q)
+def _sequences(q: Tensor, queries: Lengths | None) -> int:
+    if queries is None or queries.cu_seqlens is None:
+        return q.shape[0]
+    return len(queries.cu_seqlens) - 1
+
+
+def _rows(tensor: Tensor, lengths: Lengths | None, b: int):
+    """Index of sequence b's rows: a slice of a packed tensor, or (b, slice)."""
+    start, stop = 0, tensor.shape[-3]
+    packed = lengths is not None and lengths.cu_seqlens is not None
+    if lengths is not None and lengths.cu_seqlens is not None:
+        start, stop = (int(n) for n in lengths.cu_seqlens[b : b + 2])
+    if lengths is not None and lengths.seqused is not None:
+        stop = start + int(lengths.seqused[b])
+    return slice(start, stop) if packed else (b, slice(start, stop))
+
+
+def _one_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(seqlen_q, dv) and (seqlen_q,) of q (seqlen_q, d), k (seqlen_k, d), v (seqlen_k, dv)."""
+    out, lse = q.new_zeros((len(q), v.shape[-1])), q.new_full((len(q),), -torch.inf)
+    for start in range(0, len(q), QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, len(q)))
+        scores = q[rows] @ k.T * softmax_scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        seen = visible(mask, len(q), len(k), rows, q.device)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        row_lse = torch.logsumexp(scores, dim=-1)
+        if sink is not None:
+            row_lse = torch.logaddexp(row_lse, sink)
+        # A query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN.
+        shift = torch.where(row_lse == -torch.inf, 0.0, row_lse)
+        out[rows] = torch.exp(scores - shift[:, None]) @ v
+        lse[rows] = row_lse
+    return out, lse
+
+
+def visible(
+    mask: Mask, seqlen_q: int, seqlen_k: int, rows: slice, device: torch.device
+) -> Tensor:
+    """(rows, seqlen_k): True where a query sees a key."""
+    aligned = torch.arange(rows.start, rows.stop, device=device)[:, None] + (seqlen_k - seqlen_q)
+    key = torch.arange(seqlen_k, device=device)
+    seen = (key >= aligned - mask.left) & (key <= aligned + mask.right)
+    return seen & (key // mask.chunk == aligned.clamp(min=0) // mask.chunk)

@@ -7,7 +7,7 @@ import enum
 import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,18 +51,40 @@ def check_gpu(device: torch.device) -> None:
 
 
 def launch(
-    backend: Backend, instance: str, tensors: Sequence[Tensor], scalars: Sequence[float | int]
+    backend: Backend,
+    instance: str,
+    tensors: Sequence[Tensor],
+    values: Mapping[str, float | int | Tensor | None],
 ) -> None:
-    """Run one kernel instance on the current stream of the tensors' device, or simulate it."""
+    """Run one kernel instance on the current stream of the tensors' device, or simulate it.
+
+    `values` holds the other arguments by name, of which the instance takes those it has; a tensor
+    stands for its address, None for address 0.
+    """
     device = tensors[0].device
     described = [(t.data_ptr(), tuple(t.shape), _strides(t)) for t in tensors]
+    chosen = [values[name] for name in _scalar_names(instance)]
+    scalars = [_address(value) for value in chosen]
     if backend is Backend.CUDA:
         stream = torch.cuda.current_stream(device).cuda_stream
         _cuda.launch(instance, device.index, stream, described, scalars)
         return
+    reachable = [*tensors, *(value for value in chosen if isinstance(value, Tensor))]
     with _simulating:
-        _simulator.set_launch_handler(_Simulation(tensors).run)
+        _simulator.set_launch_handler(_Simulation(reachable).run)
         _simulator.launch(instance, 0, 0, described, scalars)
+
+
+@functools.cache
+def _scalar_names(instance: str) -> list[str]:
+    arguments = manifest.instances()[instance].arguments
+    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
+
+
+def _address(value: float | int | Tensor | None) -> float | int:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return 0 if value is None else value
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

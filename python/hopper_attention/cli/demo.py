@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hopper_attention import dispatch, flash_attn_func, manifest, reference, runtime, simulator
+from hopper_attention.arguments import CAUSAL
 from hopper_attention.numerics import Error, pytorch_attention
 
 HEAD_DIM = 128
@@ -68,12 +69,12 @@ def demo(
         progress.update(task, description="the same in FP64, and by PyTorch in bf16")
         scale = 1.0 / math.sqrt(HEAD_DIM)
         exact, _ = reference.attention(
-            q, k, v, softmax_scale=scale, causal=True, compute_dtype=torch.float64
+            q, k, v, softmax_scale=scale, mask=CAUSAL, compute_dtype=torch.float64
         )
-        torch_out = pytorch_attention(q, k, v, softmax_scale=scale, causal=True)
+        torch_out = pytorch_attention(q, k, v, softmax_scale=scale, mask=CAUSAL)
         progress.update(task, description="done", total=1, completed=1)
     ours, pytorch = Error.of(out, exact), Error.of(torch_out, exact)
-    instance = manifest.instances()[dispatch.forward_instance("bf16", HEAD_DIM, True)]
+    instance = manifest.instances()[dispatch.forward_instance("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)]
     report = {
         "text": str(text) if text else "CPython's pydoc_data.topics",
         "shape": list(q.shape),
