@@ -65,7 +65,9 @@ INTEGER_CASES = {
     "shf.l.wrap.b32 %d0, %a0, %a1, %a2;": lambda a, b, c: (b << 32 | a) << (c & 31) >> 32,
     "shf.r.clamp.b32 %d0, %a0, %a1, %a2;": lambda a, b, c: (b << 32 | a) >> min(c, 32),
     "prmt.b32 %d0, %a0, %a1, 0x5140;": (
-        lambda a, b, c: sum(((b << 32 | a) >> 8 * n & 255) << 8 * k for k, n in enumerate((0, 4, 1, 5)))
+        lambda a, b, c: sum(
+            ((b << 32 | a) >> 8 * n & 255) << 8 * k for k, n in enumerate((0, 4, 1, 5))
+        )
     ),
     "prmt.b32 %d0, %a0, %a1, 0xBA98;": (
         lambda a, b, c: sum((255 if a >> 8 * k + 7 & 1 else 0) << 8 * k for k in range(4))
@@ -75,7 +77,9 @@ INTEGER_CASES = {
     "popc.b32 %d0, %a0;": lambda a, b, c: a.bit_count(),
     "clz.b32 %d0, %a0;": lambda a, b, c: 32 - a.bit_length(),
     "brev.b32 %d0, %a0;": lambda a, b, c: int(f"{a:032b}"[::-1], 2),
-    "div.s32 %d0, %a0, 7;": lambda a, b, c: int(abs(signed(a)) // 7) * (1 if signed(a) >= 0 else -1),
+    "div.s32 %d0, %a0, 7;": (
+        lambda a, b, c: abs(signed(a)) // 7 * (1 if signed(a) >= 0 else -1)
+    ),
     "rem.u32 %d0, %a0, 1000;": lambda a, b, c: a % 1000,
     "setp.lt.s32 %p1, %a0, %a1; selp.b32 %d0, %a2, 9, %p1;": (
         lambda a, b, c: c if signed(a) < signed(b) else 9
@@ -141,7 +145,7 @@ FLOAT_CASES = {
         lambda a, b, c: f32(np.float64(a) * np.float64(b) + np.float64(c))
     ),
     "max.f32 %d0, %a0, %a1;": lambda a, b, c: b if np.isnan(a) else a if np.isnan(b) else max(a, b),
-    "max.NaN.f32 %d0, %a0, %a1;": lambda a, b, c: f32(np.nan) if np.isnan(a) or np.isnan(b) else max(a, b),
+    "max.NaN.f32 %d0, %a0, %a1;": lambda a, b, c: np.maximum(a, b),
     "neg.f32 %d0, %a0;": lambda a, b, c: -a,
     "abs.f32 %d0, %a0;": lambda a, b, c: abs(a),
     "ex2.approx.ftz.f32 %d0, %a0;": lambda a, b, c: flush(f32(np.exp2(np.float64(flush(a))))),
@@ -430,7 +434,7 @@ def test_votes_and_reductions():
 
 @pytest.mark.parametrize("transpose", ["", ".trans"])
 def test_matrix_store_and_load(transpose):
-    """Thread t holds row t // 4, columns 2 (t % 4) and the next; transposed: the other way round."""
+    """Thread t holds row t // 4, columns 2 (t % 4) and the next; transposed: the other way."""
     body = f"""
     mov.b32 %r1, memory;
     mad.lo.s32 %r2, %r500, 16, %r1;

@@ -12,6 +12,7 @@ the seed, between its issue and the wait that orders it:
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import BarrierError
 
@@ -145,7 +146,7 @@ class Schedule:
             return self._FOREVER
         return self.random.choice((0, 1, 2, 5, 20, 100, self._FOREVER))
 
-    def choose(self, units: list) -> tuple[object, int]:
+    def choose(self, units: list) -> tuple[Any, int]:
         """The unit to run next and for how many steps."""
         self.now += 1
         if self.mode == "friendly":
@@ -220,7 +221,7 @@ class BulkGroups:
 
 @dataclass(eq=False)
 class SharedAccess:
-    """Bytes [low, high) of shared memory in use by an asynchronous operation until it is waited for."""
+    """Bytes [low, high) of shared memory that an asynchronous operation uses until waited for."""
 
     low: int
     high: int

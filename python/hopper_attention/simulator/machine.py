@@ -1,10 +1,11 @@
 """Blocks, warpgroups and the scheduler.
 
-A Warpgroup owns the registers of up to 128 threads: rows are registers, columns are lanes.  A Unit is
-a set of its warps that run in lockstep: all four while they are at the same place, fewer after their
-branches went different ways.  Within a unit, lanes that diverge are kept on a stack of (pc, meeting
-point, active lanes) and meet again at the branch's immediate post-dominator.  Lanes (a window on the
-registers) is what instructions compute on: views of a range of columns, or copies of scattered ones.
+A Warpgroup owns the registers of up to 128 threads: rows are registers, columns are lanes.  A Unit
+is a set of its warps that run in lockstep: all four while they are at the same place, fewer after
+their branches went different ways.  Within a unit, lanes that diverge are kept on a stack of (pc,
+meeting point, active lanes) and meet again at the branch's immediate post-dominator.  Lanes (a
+window on the registers) is what instructions compute on: views of a range of columns, or copies of
+scattered ones.
 
 Blocks run one after another, so a grid whose blocks wait for later blocks deadlocks.
 """
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +41,13 @@ from .ptx import Instruction, Kernel, Module
 
 _REGISTERS_PER_BLOCK = 65536
 _MAX_THREADS = 1024
-_VIEWS = {
+_VIEWS: dict[int, dict[str, Any]] = {
     1: {"P": np.bool_},
     16: {"H": np.uint16, "S": np.int16, "E": np.float16},
     32: {"U": np.uint32, "I": np.int32, "F": np.float32},
     64: {"W": np.uint64, "J": np.int64, "D": np.float64},
 }
-_DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_DTYPES: dict[int, Any] = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Warpgroup:
 
 
 class Unit:
-    """Warps of one warpgroup in lockstep.  stack: [pc, meeting point, active lanes], last is on top."""
+    """Warps of one warpgroup in lockstep; stack: [pc, meeting point, active lanes], top last."""
 
     def __init__(self, machine: "Machine", warpgroup: Warpgroup, stack: list):
         self.machine, self.warpgroup, self.stack = machine, warpgroup, stack

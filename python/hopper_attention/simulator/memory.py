@@ -28,7 +28,7 @@ class Allocation:
         self.address, self.nbytes, self.name, self.writable = address, nbytes, name, writable
         self.end = address + nbytes
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        self.bytes = np.frombuffer(buffer, np.uint8)
+        self.bytes = np.frombuffer(memoryview(buffer), np.uint8)
         self.views = {
             size: self.bytes[: nbytes // size * size].view(dtype)
             for size, dtype in _UNSIGNED.items()
@@ -153,7 +153,8 @@ class SharedMemory:
         """Raise unless the bytes [low, high) lie within the block's shared memory."""
         if low < SHARED_BASE or high > self.end:
             raise OutOfBounds(
-                f"shared memory access [{low:#x}, {high:#x}) outside [{SHARED_BASE:#x}, {self.end:#x})"
+                f"shared memory access [{low:#x}, {high:#x}) outside "
+                f"[{SHARED_BASE:#x}, {self.end:#x})"
             )
 
     def index(self, addresses: np.ndarray, width: int, nbytes: int) -> np.ndarray:

@@ -238,11 +238,11 @@ class Program:
             if instruction.guard is not None and any(op.effect for op in operations):
                 region = None
                 start_of[number] = len(self.steps)
-                step = GuardedRegion(len(self.steps))
+                guarded = GuardedRegion(len(self.steps))
                 for operation in operations:
                     operation.guard = None
-                self._extend(step, instruction, operations)
-                self._append(step, instruction)
+                self._extend(guarded, instruction, operations)
+                self._append(guarded, instruction)
                 continue
             if region is None:
                 region = Region(len(self.steps))

@@ -306,7 +306,7 @@ def _funnel(instruction: Instruction) -> list[Operation]:
 def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     both = np.asarray(b).astype(np.uint64) << np.uint64(32) | a
     selector = np.asarray(selector, np.uint32)
-    result = np.uint32(0)
+    result = np.zeros(np.shape(both), np.uint32)
     for k in range(4):
         nibble = selector >> np.uint32(4 * k)
         byte = (both >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(

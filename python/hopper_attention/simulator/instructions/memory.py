@@ -71,7 +71,7 @@ def _load(instruction: Instruction) -> list[Operation]:
     width, count, kind = access(instruction)
     text, base = address(instruction, instruction.operands[1])
     lines = [f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count})"]
-    outputs = []
+    outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
         if register == Symbol("_"):
             continue
@@ -90,7 +90,7 @@ def _load(instruction: Instruction) -> list[Operation]:
 
 
 def _load_param(instruction: Instruction) -> list[Operation]:
-    width, count, kind = access(instruction)
+    width, _, kind = access(instruction)
     place = instruction.operands[1]
     if not isinstance(place.base, Symbol):
         raise instruction.unknown("parameter address in a register")

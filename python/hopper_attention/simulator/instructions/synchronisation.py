@@ -87,7 +87,7 @@ def _arrive(instruction: Instruction):
 
 @control("mbarrier.try_wait", "mbarrier.test_wait")
 def _try_wait(instruction: Instruction):
-    """Fails once, then sleeps until the phase flips; otherwise a peek would deadlock artificially."""
+    """Fails once, then sleeps until the phase flips: a peek alone must not deadlock."""
     _require_shared(instruction)
     target, place, phase = instruction.operands[:3]
     by_parity = "parity" in instruction.parts

@@ -174,7 +174,7 @@ def _store_matrix(instruction: Instruction) -> list[Operation]:
 def _load_matrix(instruction: Instruction) -> list[Operation]:
     count, transpose = _matrix_form(instruction)
     target = instruction.operands[0]
-    items = target.items if isinstance(target, Vector) else (target,)
+    items: tuple = target.items if isinstance(target, Vector) else (target,)
     text, base = address(instruction, instruction.operands[1])
     lines = [f"t = C.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
     lines += [f"{{d{k}}} = t[{k}]" for k in range(count)]
