@@ -114,6 +114,24 @@ def test_statistics_count_blocks_and_instructions(compiled):
     assert statistics.seconds > 0
 
 
+def test_vectorising_does_not_change_a_bit(compiled, monkeypatch):
+    """One numpy call an instruction, in program order, against batches and folded chains."""
+    program = compiled("gemm_bf16")
+    x = (RNG.standard_normal((5, 100)) * 5).astype(np.float32)
+    fast, slow = np.zeros_like(x), np.zeros_like(x)
+    product = gemm(program, 0)
+    compiled("softmax")(x, fast)
+    monkeypatch.setattr("hopper_attention.simulator.program.fold_chains", lambda ops, usage: ops)
+    monkeypatch.setattr("hopper_attention.simulator.program.batch", lambda ops: [[x] for x in ops])
+    for name in ("gemm_bf16", "softmax"):
+        exported = compiled(name)
+        text = Path(exported.module.path).read_text()
+        monkeypatch.setattr(exported, "module", simulator.Module.parse(text))
+    np.testing.assert_array_equal(gemm(program, 0), product)
+    compiled("softmax")(x, slow)
+    np.testing.assert_array_equal(slow, fast)
+
+
 # --------------------------------------------------------------------------------------- mutations
 
 

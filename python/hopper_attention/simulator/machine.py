@@ -30,13 +30,14 @@ from .errors import (
 from .instructions.wgmma import Queue
 from .memory import (
     PARAM_WINDOW,
+    SHARED_BASE,
     SHARED_LIMIT,
     SHARED_WINDOW,
     GlobalMemory,
     SharedMemory,
 )
 from .options import Options, current_options
-from .program import EXIT, Program, Region
+from .program import EXIT, Region, program_of
 from .ptx import Instruction, Kernel, Module
 
 _REGISTERS_PER_BLOCK = 65536
@@ -173,7 +174,8 @@ class Unit:
     @property
     def warps(self) -> list[int]:
         first = self.warpgroup.first_thread // 32
-        return sorted({first + int(lane) // 32 for entry in self.stack for lane in entry[2][::1]})
+        lanes = np.concatenate([active for _, _, active in self.stack])
+        return (first + np.unique(lanes // 32)).tolist()
 
     def advance(self, pc: int) -> None:
         self.pc = self.stack[-1][0] = pc
@@ -307,19 +309,17 @@ class Machine:
     """One launch: its memories, and the block that is running."""
 
     def __init__(self, kernel: Kernel, grid, block, params: bytes, memory, dynamic: int, options):
-        if kernel.program is None:
-            kernel.program = Program(kernel)
-        self.program: Program = kernel.program
+        self.program = program_of(kernel)
         self.kernel, self.grid, self.block, self.memory = kernel, grid, block, memory
         self.options: Options = options
         self.params = np.frombuffer(params, np.uint8)
         self.dynamic_shared = dynamic
         self.threads = block[0] * block[1] * block[2]
-        self.shared = SharedMemory(self.program.static_end + dynamic - 1024)
+        self.shared = SharedMemory(self.program.static_end + dynamic - SHARED_BASE)
         if self.shared.end > SHARED_LIMIT:
             raise LaunchError(
-                f"{self.shared.end - 1024} bytes of shared memory; a block has at most "
-                f"{SHARED_LIMIT - 1024}"
+                f"{self.shared.end - SHARED_BASE} bytes of shared memory; a block has at most "
+                f"{SHARED_LIMIT - SHARED_BASE}"
             )
         self.warp_instructions = 0
         self.version = 0

@@ -6,6 +6,7 @@ means that the unit is blocked there.  Branches know where their paths meet agai
 post-dominator in the control-flow graph.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -107,6 +108,8 @@ class Guarded:
             unit.advance(self.pc + 1)
             return True
         whole = unit.lanes
+        if whole.gathered:
+            whole.push()
         unit.lanes = part = unit.warpgroup.window(whole.lanes[chosen])
         if part.gathered:
             part.pull()
@@ -115,6 +118,8 @@ class Guarded:
         finally:
             if part.gathered:
                 part.push()
+            if whole.gathered:
+                whole.pull()  # its copies would overwrite what the part wrote
             if unit.lanes is part:  # not after an exit
                 unit.lanes = whole
 
@@ -177,6 +182,17 @@ class Branch:
         else:
             unit.diverge(taken, self.target, self.pc + 1, self.join)
         return True
+
+
+_building = threading.Lock()
+
+
+def program_of(kernel: Kernel) -> "Program":
+    """The kernel's program, made at its first launch."""
+    with _building:
+        if kernel.program is None:
+            kernel.program = Program(kernel)
+        return kernel.program
 
 
 class Program:
@@ -331,6 +347,8 @@ class Program:
 
     def _number(self) -> None:
         usage, regions, numbering = Usage(), [], Numbering()
+        for register in self.kernel.registers:
+            register.index = -1
         for step in self.steps:
             inner = step.step if isinstance(step, Guarded) else step
             if isinstance(inner, Region):
