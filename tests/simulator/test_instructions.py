@@ -375,6 +375,23 @@ def test_atomics():
     assert counter.tolist() == [74, 31]
 
 
+def test_vector_reductions_and_compare_and_swap():
+    target, lock = np.zeros(4, np.float32), np.array([3], np.uint32)
+    body = f"""
+    mov.b64 %rd1, {target.ctypes.data};
+    red.relaxed.gpu.global.add.v4.f32 [%rd1], {{%a0, %a1, %a0, 0f3F800000}};
+    mov.b64 %rd2, {lock.ctypes.data};
+    add.u32 %r1, %r500, 3;
+    add.u32 %r2, %r500, 4;
+    atom.global.cas.b32 %d0, [%rd2], %r1, %r2;
+    """
+    values = RNG.integers(-8, 8, (32, 2)).astype(np.float32)
+    got = run(body, values.view(np.uint32), extra=(target, lock))[:, 0]
+    assert target.tolist() == [*values.sum(axis=0), values[:, 0].sum(), 32.0]
+    assert got.tolist() == list(range(3, 35))
+    assert lock[0] == 35
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [

@@ -10,6 +10,7 @@ scattered ones.
 Blocks run one after another, so a grid whose blocks wait for later blocks deadlocks.
 """
 
+import random
 import time
 import warnings
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from .ptx import Instruction, Kernel, Module
 
 _REGISTERS_PER_BLOCK = 65536
 _MAX_THREADS = 1024
+MAX_IDLE_STEPS = 20_000_000  # steps without a barrier, an asynchronous operation or an exit
 _VIEWS: dict[int, dict[str, Any]] = {
     1: {"P": np.bool_},
     16: {"H": np.uint16, "S": np.int16, "E": np.float16},
@@ -340,9 +342,10 @@ class Machine:
         self.named_barriers: dict[int, NamedBarrier] = {}
         self.bulk: dict[int, BulkGroups] = {}
         self.accesses: list[SharedAccess] = []
-        self.live_lanes = np.full(self.threads // 32, 32)
+        self.live_lanes = np.bincount(np.arange(self.threads) // 32)
         self.schedule = Schedule(self.options.seed, number)
         self.events = Events(self.schedule)
+        self.idle_steps, self.idle_version = 0, self.version
         self._allot_registers()
         self.units = []
         for warpgroup in self.warpgroups:
@@ -353,7 +356,7 @@ class Machine:
         self._check_end()
 
     def _allot_registers(self) -> None:
-        warps = self.threads // 32
+        warps = -(-self.threads // 32)
         share = _REGISTERS_PER_BLOCK // (32 * warps * self.kernel.min_blocks) // 8 * 8
         count = min(self.kernel.max_registers or 256, share, 256)
         self.warp_registers = [count] * warps
@@ -375,6 +378,7 @@ class Machine:
             self.version += 1
             return
         unit, steps = self.schedule.choose(ready)
+        self._notice_spinning(steps)
         if unit.paused:
             unit.joins.discard(unit.pc)
         try:
@@ -391,6 +395,14 @@ class Machine:
                 self.units.remove(other)
                 self.version += 1
                 break
+
+    def _notice_spinning(self, steps: int) -> None:
+        """Warps that poll memory for something that no other warp of the block will write."""
+        if self.version != self.idle_version:
+            self.idle_steps, self.idle_version = 0, self.version
+        self.idle_steps += steps
+        if self.idle_steps > MAX_IDLE_STEPS:
+            raise DeadlockError(f"{self.deadlock_report()}\n  no progress: warps poll memory")
 
     def annotate(self, error: SimulatorError, unit: Unit) -> SimulatorError:
         if "PTX line" in str(error) and "block (" in str(error):
@@ -538,31 +550,39 @@ class Machine:
             return error
         return type(error)(f"{error}\n  at {instruction.where()}")
 
-    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values):
-        """Lanes one after another; vectors element by element.  Returns what was there before."""
+    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values, old):
+        """Lanes one after another, vectors element by element; ``old``: return what was there."""
         try:
             space, addresses = self._place(lanes, space, addresses)
-            size = np.dtype(dtype).itemsize
-            before = np.empty(lanes.count, dtype)
             values = [np.broadcast_to(np.asarray(v, dtype), (lanes.count,)) for v in values]
-            elements = values if operation != "cas" else values[:1]
-            for lane in range(lanes.count):
-                for k, value in enumerate(elements):
-                    address = int(addresses[lane]) + k * size
-                    if space == "global":
-                        view, index = self.memory.atomic_view(address, size)
-                    else:
-                        index = int(self.shared.index(np.array([address]), size, size)[0])
-                        view = self.shared.views[size]
-                    view = view.view(dtype)
-                    before[lane] = old = view[index]
-                    other = values[1][lane] if operation == "cas" else None
-                    view[index] = _combine(operation, old, value[lane], other)
+            size = np.dtype(dtype).itemsize
             if space == "shared":
                 self.mark_store(lanes, instruction, addresses, size)
-            return before
+            if old or operation not in _UFUNCS:
+                return self._exchange(space, operation, dtype, addresses, values)
+            for k, value in enumerate(values):
+                for view, index, chosen in self._elements(space, addresses + k * size, size):
+                    _UFUNCS[operation].at(view.view(dtype), index, value[chosen])
+            return None
         except SimulatorError as error:
             raise self._located(error, instruction) from error
+
+    def _exchange(self, space: str, operation: str, dtype, addresses, values) -> np.ndarray:
+        before = np.empty(len(addresses), dtype)
+        for lane in range(len(addresses)):
+            places = self._elements(space, addresses[lane : lane + 1], before.itemsize)
+            view, index, _ = next(iter(places))
+            element, at = view.view(dtype), int(index[0])
+            before[lane] = element[at]
+            other = values[1][lane] if operation == "cas" else None
+            element[at] = _combine(operation, element[at], values[0][lane], other)
+        return before
+
+    def _elements(self, space: str, addresses: np.ndarray, size: int):
+        """Arrays, element numbers in them, and the lanes they belong to."""
+        if space == "global":
+            return self.memory.elements(addresses, size)
+        return [(self.shared.views[size], self.shared.index(addresses, size, size), slice(None))]
 
     def store_matrix(self, lanes, instruction, addresses, values, transpose: bool) -> None:
         """stmatrix: lane 8 i + r holds the address of row r of matrix i."""
@@ -661,6 +681,12 @@ def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
     return None, halves
 
 
+_UFUNCS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
 def _combine(operation: str, old, value, other):
     if operation == "cas":
         return other if old == value else old
@@ -670,11 +696,7 @@ def _combine(operation: str, old, value, other):
         return 0 if old >= value else old + 1
     if operation == "dec":
         return value if old == 0 or old > value else old - 1
-    ufunc = {
-        "add": np.add, "min": np.minimum, "max": np.maximum,
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }[operation]  # fmt: skip
-    return ufunc(old, value)
+    return _UFUNCS[operation](old, value)
 
 
 def launch(
@@ -702,8 +724,8 @@ def launch(
         raise LaunchError(f"clusters are not implemented, got {tuple(cluster)}")
     if kernel.required_block and block != kernel.required_block:
         raise LaunchError(f"block {block}, the kernel requires {kernel.required_block}")
-    if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS or np.prod(block) % 32:
-        raise LaunchError(f"grid {grid}, block {block}: up to {_MAX_THREADS} threads, whole warps")
+    if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS:
+        raise LaunchError(f"grid {grid}, block {block}: 1 to {_MAX_THREADS} threads a block")
     if len(params) != len(kernel.params):
         raise LaunchError(f"{len(params)} parameters, the kernel has {len(kernel.params)}")
     image = bytearray()
@@ -714,11 +736,10 @@ def launch(
     start = time.perf_counter()
     arguments = kernel, grid, block, bytes(image), memory, shared_memory_bytes
     machine = Machine(*arguments, options or current_options())
+    blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    if machine.options.seed:
+        random.Random(machine.options.seed).shuffle(blocks)
     with np.errstate(all="ignore"):
-        number = 0
-        for z in range(grid[2]):
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    machine.run_block((x, y, z), number)
-                    number += 1
-    return Statistics(number, machine.warp_instructions, time.perf_counter() - start)
+        for number, ctaid in enumerate(blocks):
+            machine.run_block(ctaid, number)
+    return Statistics(len(blocks), machine.warp_instructions, time.perf_counter() - start)

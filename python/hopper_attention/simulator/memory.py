@@ -105,12 +105,12 @@ class GlobalMemory:
             for k, value in enumerate(values):
                 view[index + k] = value[lanes]
 
-    def atomic_view(self, address: int, width: int) -> tuple[np.ndarray, int]:
-        """The array and index of one element, for read-modify-write."""
-        allocation, _ = next(self._parts(np.array([address], np.uint64), width))
-        self.require_writable(allocation)
-        view, index = self._view(allocation, np.array([address], np.uint64), width)
-        return view, int(index[0])
+    def elements(self, addresses: np.ndarray, width: int):
+        """For read-modify-write: arrays, element numbers in them, and the lanes they belong to."""
+        for allocation, lanes in self._parts(addresses, width):
+            self.require_writable(allocation)
+            view, index = self._view(allocation, addresses[lanes], width)
+            yield view, index, lanes
 
     @staticmethod
     def require_writable(allocation: Allocation) -> None:

@@ -155,10 +155,12 @@ def _atomic(instruction: Instruction) -> list[Operation]:
         values = values[:1]  # a cache policy may follow
     inputs = [base] + [(view, value) for value in values]
     arguments = ", ".join(f"{{{k + 1}}}" for k in range(len(values)))
-    call = f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{{kind}}, {text}, ({arguments},))"
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
-    call = call.replace("{kind}", dtype)
     outputs = [] if target is None or target == Symbol("_") else [(view, target)]
+    call = (
+        f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
+        f"{bool(outputs)})"
+    )
     line = f"{{d0}} = {call}" if outputs else call
     return [
         Operation(
