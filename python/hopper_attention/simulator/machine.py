@@ -248,9 +248,11 @@ class Unit:
             mine[2] = np.union1d(mine[2], theirs[2])
         self.failed_wait = self.failed_wait if self.failed_wait == other.failed_wait else None
         self.joins &= other.joins
-        self.joins.discard(self.pc)
-        self.paused = False
         self.blocked_at = -1
+        rest = [u for u in self.machine.units if u is not self and u is not other]
+        self.paused = any(u.warpgroup is self.warpgroup and self.pc in u.joins for u in rest)
+        if not self.paused:
+            self.joins.discard(self.pc)
         self._load()
 
     def gather_warpgroup(self) -> bool:

@@ -8,7 +8,7 @@ least as accurate as hardware; calibration against a device belongs here.
 
 import numpy as np
 
-from ..ptx import Immediate, Instruction, Negated, Operand, Pair, Symbol, Vector
+from ..ptx import SINK, Immediate, Instruction, Negated, Operand, Pair, Vector
 from ..vectorize import BITS, Operation
 from . import helper, pure
 
@@ -17,7 +17,6 @@ VIEW = {
     "b32": "U", "u32": "U", "s32": "I", "f32": "F",
     "b64": "W", "u64": "W", "s64": "J", "f64": "D", "pred": "P",
 }  # fmt: skip
-UNSIGNED = {"I": "U", "J": "W", "S": "H", "F": "U", "D": "W", "E": "H"}
 _TINY = np.float32(2.0**-126)
 
 
@@ -45,7 +44,7 @@ def simple(
 ) -> list[Operation]:
     """One result from operands 1.. read through the views in ``inputs``."""
     destination = instruction.operands[0]
-    if destination == Symbol("_"):
+    if destination == SINK:
         return []
     pairs = list(zip(inputs, instruction.operands[1:], strict=True))
     return [
@@ -429,7 +428,7 @@ def _setp(instruction: Instruction) -> list[Operation]:
         text = f"np.bitwise_{modifiers[0]}({text.replace('{out}', '')}, {{2}}{{out}})"
     result = []
     for register, expression in ((target, text), (second, f"~{text.replace('{out}', '')}")):
-        if register is not None and register != Symbol("_"):
+        if register is not None and register != SINK:
             result.append(
                 Operation(
                     instruction, expression, [("P", register)], inputs, guard=instruction.guard
@@ -482,7 +481,7 @@ def _unpack(
         raise instruction.unknown("mov to a vector of bytes")
     result = []
     for k, register in enumerate(destination.items):
-        if register == Symbol("_"):
+        if register == SINK:
             continue
         text = (
             f"({{0}} >> {k * bits}).astype(np.uint{bits})" if k else f"{{0}}.astype(np.uint{bits})"

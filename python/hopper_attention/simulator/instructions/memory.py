@@ -4,12 +4,10 @@ Generated code calls the block's ``load`` and ``store`` with the state space's n
 bounds, alignment and hazards and return one array a vector element.
 """
 
-import numpy as np
-
 from ..memory import PARAM_WINDOW, SHARED_WINDOW
-from ..ptx import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
+from ..ptx import SINK, Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 from ..vectorize import BITS, Operation
-from . import helper, pure
+from . import pure
 from .arithmetic import VIEW, simple
 
 _SPACES = ("global", "shared", "param", "local", "const")
@@ -73,7 +71,7 @@ def _load(instruction: Instruction) -> list[Operation]:
     lines = [f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count})"]
     outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
-        if register == Symbol("_"):
+        if register == SINK:
             continue
         signed = f".view(np.int{8 * width})" if kind[0] == "s" else ""
         view = {16: "H", 32: "U", 64: "W"}[register.bits]
@@ -156,7 +154,7 @@ def _atomic(instruction: Instruction) -> list[Operation]:
     inputs = [base] + [(view, value) for value in values]
     arguments = ", ".join(f"{{{k + 1}}}" for k in range(len(values)))
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
-    outputs = [] if target is None or target == Symbol("_") else [(view, target)]
+    outputs = [] if target is None or target == SINK else [(view, target)]
     call = (
         f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
         f"{bool(outputs)})"
@@ -168,11 +166,6 @@ def _atomic(instruction: Instruction) -> list[Operation]:
             constants=(instruction,),
         )
     ]  # fmt: skip
-
-
-@helper
-def to_window(x: np.ndarray, window: int) -> np.ndarray:
-    return np.asarray(x).astype(np.uint64) + np.uint64(window)
 
 
 @pure("cvta")
