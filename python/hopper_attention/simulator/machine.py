@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .asynchronous import BulkGroups, Events, Mbarrier, NamedBarrier, Schedule, SharedAccess
+from .asynchronous import BulkGroups, Events, Mbarrier, NamedBarrier, Schedule, SharedAccesses
 from .errors import (
     BarrierError,
     DeadlockError,
@@ -343,7 +343,7 @@ class Machine:
         self.mbarriers: dict[int, Mbarrier] = {}
         self.named_barriers: dict[int, NamedBarrier] = {}
         self.bulk: dict[int, BulkGroups] = {}
-        self.accesses: list[SharedAccess] = []
+        self.accesses = SharedAccesses()
         self.live_lanes = np.bincount(np.arange(self.threads) // 32)
         self.schedule = Schedule(self.options.seed, number)
         self.events = Events(self.schedule)
@@ -430,13 +430,13 @@ class Machine:
         for warpgroup in self.warpgroups:
             if warpgroup.queue.groups or warpgroup.queue.open.items:
                 self.hazard(last, f"warpgroup {warpgroup.number} exits with wgmma not waited for")
-        for access in self.accesses:
+        for access in self.accesses.reads:
             if isinstance(access.owner, BulkGroups):
                 self.hazard(
                     last, f"exit while a bulk store may still read shared memory: {access.text}"
                 )
-            elif access.writes:
-                self.hazard(last, f"exit while a bulk load is under way: {access.text}")
+        for access in self.accesses.writes:
+            self.hazard(last, f"exit while a bulk load is under way: {access.text}")
         while self.events.run_one():
             pass
 
@@ -523,7 +523,7 @@ class Machine:
             if space == "global":
                 return self.memory.load(addresses, width, count)
             index = self.shared.index(addresses, width, width * count)
-            if self.accesses:
+            if self.accesses.writes:
                 low, high = int(addresses.min()), int(addresses.max()) + width * count
                 self.check_shared(instruction, low, high, False)
             view = self.shared.views[width]
@@ -602,7 +602,7 @@ class Machine:
     def load_matrix(self, lanes, instruction, addresses, count: int, transpose: bool):
         result = []
         for where in self._rows(lanes, instruction, addresses, count):
-            if self.accesses:
+            if self.accesses.writes:
                 self.check_shared(instruction, int(where.min()), int(where.max()) + 16, False)
             words, halves = _matrix_places(lanes, where, transpose)
             if words is not None:
@@ -629,7 +629,7 @@ class Machine:
 
     def mark_store(self, lanes: Lanes, instruction: Instruction, addresses, nbytes: int) -> None:
         """An ordinary store: the async proxy sees it only after the writer's fence.proxy.async."""
-        if self.accesses:
+        if self.accesses.writes or self.accesses.reads:
             low, high = int(addresses.min()), int(addresses.max()) + nbytes
             self.check_shared(instruction, low, high, True)
         marks = lanes.warp_marks
@@ -666,12 +666,11 @@ class Machine:
 
     def check_shared(self, instruction: Instruction, low: int, high: int, writes: bool) -> None:
         """Does an access to [low, high) collide with an asynchronous one that is not waited for?"""
-        for access in self.accesses:
-            if (writes or access.writes) and access.low < high and low < access.high:
-                kind = "writes" if writes else "reads"
-                use = "being written" if access.writes else "still being read"
-                self.hazard(instruction, f"{kind} shared memory {use} by {access.text}")
-                return
+        access = self.accesses.collision(low, high, writes)
+        if access is not None:
+            kind = "writes" if writes else "reads"
+            use = "being written" if access.writes else "still being read"
+            self.hazard(instruction, f"{kind} shared memory {use} by {access.text}")
 
 
 def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):

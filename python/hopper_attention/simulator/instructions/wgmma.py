@@ -397,9 +397,10 @@ def _use(machine, instruction: Instruction, queue: Queue, index: np.ndarray) -> 
     low, high = int(index.min()) << 4, (int(index.max()) + 1) << 4
     machine.shared.check(low, high)
     machine.check_fenced(instruction, index)
+    machine.check_shared(instruction, low, high, False)
     access = SharedAccess(low, high, False, queue, instruction.where())
     queue.open.accesses.append(access)
-    machine.accesses.append(access)
+    machine.accesses.add(access)
 
 
 @control("wgmma.fence")
