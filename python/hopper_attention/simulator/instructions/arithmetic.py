@@ -354,6 +354,12 @@ def _bit_field(instruction: Instruction) -> list[Operation]:
 
 
 @helper
+def count_bits(a: np.ndarray) -> np.ndarray:
+    raw = np.ascontiguousarray(a)[..., None].view(np.uint8)
+    return np.unpackbits(raw, axis=-1).sum(axis=-1, dtype=np.uint32)
+
+
+@helper
 def highest_bit(a: np.ndarray) -> np.ndarray:
     """Position of the highest set bit, -1 for zero."""
     return np.frexp(np.asarray(a).astype(np.float64))[1] - 1
@@ -371,7 +377,7 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
 def _bits(instruction: Instruction) -> list[Operation]:
     name, view = instruction.parts[0], view_of(instruction)
     if name == "popc":
-        return simple(instruction, "np.bitwise_count({0})", view, view, "U")
+        return simple(instruction, "count_bits({0})", view, view, "U")
     if name == "brev" and view == "U":
         return simple(instruction, "reverse_bits({0})", "U", "U")
     if view == "U" and len(instruction.parts) == 2:
