@@ -89,15 +89,14 @@ def flash_attn_func(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     backend = runtime.backend_for(q)
-    instance = dispatch.forward_instance(SUPPORTED_DTYPES[q.dtype], q.shape[-1], causal)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_strides(name, tensor)
+    batch, seqlen_q, heads, head_dim = q.shape
+    instance = dispatch.forward_instance(SUPPORTED_DTYPES[q.dtype], head_dim, causal)
+    q, k, v = _addressable("q", q), _addressable("k", k), _addressable("v", v)
     if backend is runtime.Backend.REFERENCE:
         return reference.attention(q, k, v, softmax_scale=scale, causal=causal)
-    batch, seqlen_q, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    if out.numel() > 0:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    if batch and seqlen_q and heads:
         runtime.launch(backend, instance, (q, k, v, out, lse), (scale,))
     return out, lse
 
@@ -110,57 +109,69 @@ def _check_unsupported(**arguments: object) -> None:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Types, devices, dtypes, ranks, and the shapes that must match."""
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q: expected a torch.Tensor, got {type(q).__name__}")
+    device, dtype, grad_enabled = q.device, q.dtype, torch.is_grad_enabled()
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise NotImplementedError(
                 f"{name} has dtype {tensor.dtype}; supported: torch.bfloat16, torch.float16"
             )
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}")
-        if tensor.dim() != 4:
+        if tensor.dtype is not dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {dtype}")
+        if tensor.ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; expected (batch, seqlen, heads, head_dim)"
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if grad_enabled and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
             )
     batch, _, heads, head_dim = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, q has {batch}")
-        if tensor.shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {tensor.shape[3]}, q has {head_dim}")
+    k_shape, v_shape = k.shape, v.shape
+    for name, shape in (("k", k_shape), ("v", v_shape)):
+        if shape[0] != batch:
+            raise ValueError(f"{name} has batch {shape[0]}, q has {batch}")
+        if shape[3] != head_dim:
+            raise ValueError(f"{name} has head_dim {shape[3]}, q has {head_dim}")
     for axis, what in ((1, "seqlen"), (2, "heads")):
-        if v.shape[axis] != k.shape[axis]:
-            raise ValueError(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]}")
-    heads_kv = k.shape[2]
+        if v_shape[axis] != k_shape[axis]:
+            raise ValueError(f"v has {what} {v_shape[axis]}, k has {k_shape[axis]}")
+    heads_kv = k_shape[2]
     if heads_kv == 0 or heads % heads_kv != 0:
         raise ValueError(f"q has {heads} heads, not a multiple of the {heads_kv} of k and v")
 
 
-def _check_strides(name: str, tensor: Tensor) -> None:
-    """What TMA can address: contiguous rows, everything else in steps of 16 bytes."""
+def _addressable(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as TMA can address it: contiguous rows, everything else in steps of 16 bytes.
+
+    That goes for strides which an extent of 1 leaves unused, too: those are replaced.
+    """
+    batch, seqlen, head, last = tensor.stride()
+    step = 8  # elements of two bytes
+    if last == 1 and not ((batch | seqlen | head) % step or tensor.data_ptr() % 16):
+        return tensor
     if tensor.numel() == 0:
-        return
-    if tensor.stride(3) != 1:
+        return tensor
+    if last != 1:
         raise ValueError(
-            f"{name}: the last dimension must be contiguous (stride 1, got {tensor.stride(3)}); "
+            f"{name}: the last dimension must be contiguous (stride 1, got {last}); "
             f"use {name}.contiguous()"
         )
-    step = 16 // tensor.element_size()
-    for axis in range(3):
-        if tensor.shape[axis] > 1 and tensor.stride(axis) % step != 0:
+    for axis, stride in enumerate((batch, seqlen, head)):
+        if tensor.shape[axis] > 1 and stride % step != 0:
             raise ValueError(
-                f"{name}: stride {tensor.stride(axis)} of dimension {axis} is not a multiple of "
+                f"{name}: stride {stride} of dimension {axis} is not a multiple of "
                 f"{step} elements (16 bytes); use {name}.contiguous()"
             )
     if tensor.data_ptr() % 16 != 0:
         raise ValueError(f"{name}: the data pointer is not aligned to 16 bytes; use {name}.clone()")
+    strides = [s if n > 1 else tensor.shape[-1] for n, s in zip(tensor.shape[:3], tensor.stride())]
+    return tensor.as_strided(tensor.shape, [*strides, 1])
 
 
 def _softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -178,6 +189,8 @@ def _resolve_mask(
     causal: bool, window_size: Sequence[int | None], seqlen_q: int, seqlen_k: int
 ) -> bool:
     """Whether the mask is causal; windows that are neither full nor causal raise."""
+    if window_size == (-1, -1):
+        return bool(causal)
     try:
         left, right = (-1 if w is None else int(w) for w in window_size)
     except (TypeError, ValueError):

@@ -28,11 +28,11 @@ class Backend(enum.Enum):
 
 def backend_for(tensor: Tensor) -> Backend:
     """Raises NotImplementedError for a device without kernels."""
-    if tensor.device.type == "cpu":
-        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         check_gpu(tensor.device)
         return Backend.CUDA
+    if tensor.is_cpu:
+        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
     raise NotImplementedError(
         f"q is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference and "
         "simulator"
@@ -54,23 +54,22 @@ def launch(
     backend: Backend, instance: str, tensors: Sequence[Tensor], scalars: Sequence[float | int]
 ) -> None:
     """Run one kernel instance on the current stream of the tensors' device, or simulate it."""
-    device = tensors[0].device
-    described = [(t.data_ptr(), tuple(t.shape), _strides(t)) for t in tensors]
+    described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     if backend is Backend.CUDA:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _cuda.launch(instance, device.index, stream, described, scalars)
+        device = tensors[0].get_device()
+        _cuda.launch(instance, device, current_stream(device), described, scalars)
         return
     with _simulating:
         _simulator.set_launch_handler(_Simulation(tensors).run)
         _simulator.launch(instance, 0, 0, described, scalars)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """In elements; TMA wants multiples of 16 bytes even where an extent of 1 leaves them unused."""
-    row = tensor.shape[-1]
-    return tuple(
-        stride if extent > 1 else row for extent, stride in zip(tensor.shape[:-1], tensor.stride())
-    ) + (1,)
+def current_stream(device: int) -> int:
+    """What `torch.cuda.current_stream(device).cuda_stream` is, without making an object for it.
+
+    Inductor's and Triton's launchers use it too.
+    """
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 class _Simulation:
