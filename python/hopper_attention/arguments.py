@@ -17,6 +17,8 @@ from torch import Tensor
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256
+ALIGNMENT = 8
+"""Elements of 16 bytes."""
 UNBOUNDED = 1 << 30
 """What the kernels take for a window side or chunk that hides nothing."""
 
@@ -64,18 +66,21 @@ def check_unsupported(**arguments: object) -> None:
 def check_tensors(**tensors: Tensor) -> None:
     """Types, devices and dtypes of q, k and v; what only backward could serve."""
     q = next(iter(tensors.values()))
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q: expected a torch.Tensor, got {type(q).__name__}")
+    device, dtype, grad_enabled = q.device, q.dtype, torch.is_grad_enabled()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
         if tensor.dtype not in DTYPES:
             raise NotImplementedError(
                 f"{name} has dtype {tensor.dtype}; supported: torch.bfloat16, torch.float16"
             )
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}")
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor.dtype is not dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {dtype}")
+        if grad_enabled and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
             )
@@ -110,27 +115,31 @@ def check_same(axis: int, what: str, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]}")
 
 
-def check_strides(**tensors: Tensor) -> None:
-    """What TMA can address: contiguous rows, everything else in steps of 16 bytes."""
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            continue
-        *outer, last = tensor.stride()
-        if last != 1:
+def addressable(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as TMA can address it: contiguous rows, everything else in steps of 16 bytes.
+
+    That goes for strides which an extent of 1 leaves unused, too: those are replaced.
+    """
+    *outer, last = tensor.stride()
+    if last == 1 and not (any(s % ALIGNMENT for s in outer) or tensor.data_ptr() % 16):
+        return tensor
+    if tensor.numel() == 0:
+        return tensor
+    if last != 1:
+        raise ValueError(
+            f"{name}: the last dimension must be contiguous (stride 1, got {last}); "
+            f"use {name}.contiguous()"
+        )
+    for axis, stride in enumerate(outer):
+        if tensor.shape[axis] > 1 and stride % ALIGNMENT != 0:
             raise ValueError(
-                f"{name}: the last dimension must be contiguous (stride 1, got {last}); "
-                f"use {name}.contiguous()"
+                f"{name}: stride {stride} of dimension {axis} is not a multiple of "
+                f"{ALIGNMENT} elements (16 bytes); use {name}.contiguous()"
             )
-        for axis, stride in enumerate(outer):
-            if stride % 8 != 0 and tensor.shape[axis] > 1:
-                raise ValueError(
-                    f"{name}: stride {stride} of dimension {axis} is not a multiple of 8 elements "
-                    f"(16 bytes); use {name}.contiguous()"
-                )
-        if tensor.data_ptr() % 16 != 0:
-            raise ValueError(
-                f"{name}: the data pointer is not aligned to 16 bytes; use {name}.clone()"
-            )
+    if tensor.data_ptr() % 16 != 0:
+        raise ValueError(f"{name}: the data pointer is not aligned to 16 bytes; use {name}.clone()")
+    strides = [s if n > 1 else ALIGNMENT for n, s in zip(tensor.shape, outer)]
+    return tensor.as_strided(tensor.shape, [*strides, 1])
 
 
 def check_index(name: str, index: Tensor | None, size: int, q: Tensor) -> None:
@@ -195,8 +204,8 @@ def resolve_mask(
     max_seqlen_k: int,
 ) -> Mask:
     """The least mask that hides the same; the bounds may exceed the sequences' true lengths."""
-    if not causal and attention_chunk == 0 and tuple(window_size) == (-1, -1):
-        return FULL
+    if attention_chunk == 0 and window_size == (-1, -1):
+        return CAUSAL if causal else FULL
     try:
         left, right = (-1 if w is None else int(w) for w in window_size)
     except (TypeError, ValueError):

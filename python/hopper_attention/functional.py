@@ -286,7 +286,7 @@ def _forward(
     instance = dispatch.forward_instance(
         dtype, q.shape[-1], v.shape[-1], mask.kind, softcap is not None, varlen
     )
-    arguments.check_strides(q=q, k=k, v=v)
+    q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     if backend is runtime.Backend.REFERENCE:
         return reference.attention(
             q, k, v, softmax_scale=scale, mask=mask, softcap=softcap, sink=sink,

@@ -28,11 +28,11 @@ class Backend(enum.Enum):
 
 def backend_for(tensor: Tensor) -> Backend:
     """Raises NotImplementedError for a device without kernels."""
-    if tensor.device.type == "cpu":
-        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         check_gpu(tensor.device)
         return Backend.CUDA
+    if tensor.is_cpu:
+        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
     raise NotImplementedError(
         f"q is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference and "
         "simulator"
@@ -61,13 +61,12 @@ def launch(
     `values` holds the other arguments by name, of which the instance takes those it has; a tensor
     stands for its address, None for address 0.
     """
-    device = tensors[0].device
-    described = [(t.data_ptr(), tuple(t.shape), _strides(t)) for t in tensors]
+    described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     chosen = [values[name] for name in _scalar_names(instance)]
     scalars = [_address(value) for value in chosen]
     if backend is Backend.CUDA:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _cuda.launch(instance, device.index, stream, described, scalars)
+        device = tensors[0].get_device()
+        _cuda.launch(instance, device, current_stream(device), described, scalars)
         return
     reachable = [*tensors, *(value for value in chosen if isinstance(value, Tensor))]
     with _simulating:
@@ -87,12 +86,12 @@ def _address(value: float | int | Tensor | None) -> float | int:
     return 0 if value is None else value
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """In elements; TMA wants multiples of 16 bytes even where an extent of 1 leaves them unused."""
-    row = tensor.shape[-1]
-    return tuple(
-        stride if extent > 1 else row for extent, stride in zip(tensor.shape[:-1], tensor.stride())
-    ) + (1,)
+def current_stream(device: int) -> int:
+    """What `torch.cuda.current_stream(device).cuda_stream` is, without making an object for it.
+
+    Inductor's and Triton's launchers use it too.
+    """
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 class _Simulation:

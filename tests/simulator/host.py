@@ -17,11 +17,14 @@ _STAND_IN = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-typedef struct { unsigned grid[3], block[3]; size_t shared; void *stream, *attributes; unsigned n; } Config;
+typedef struct { unsigned grid[3], block[3]; size_t shared; } Config;  /* its first members */
 static int (*callback)(const char *, const Config *, void **);
 void set_callback(int (*f)(const char *, const Config *, void **)) { callback = f; }
 int _cudaLibraryLoadData(void **library) { *library = (void *)1; return 0; }
-int _cudaLibraryGetKernel(void **kernel, void *library, const char *name) { *kernel = strdup(name); return 0; }
+int _cudaLibraryGetKernel(void **kernel, void *library, const char *name) {
+    *kernel = strdup(name);
+    return 0;
+}
 int _cudaKernelSetAttributeForDevice(void) { return 0; }
 int _cuKernelGetAttribute(int *value) { *value = 0; return 0; }
 int _cudaFuncSetAttribute(void) { return 0; }
@@ -64,7 +67,7 @@ class Exported:
         self._load()
 
     def _load(self) -> None:
-        """What the generated header does: init, then load for device 0, by pointers to arguments."""
+        """What the generated header does: init, then load for device 0."""
         handle, result, device = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int32()
         slots = [ctypes.pointer(ctypes.pointer(handle)), ctypes.pointer(device)]
         self._call(f"_mlir_{self.name}_cuda_init", slots[0], ctypes.pointer(ctypes.pointer(result)))
@@ -100,13 +103,15 @@ class Exported:
         return 0
 
     def __call__(self, *arguments: object) -> simulator.Statistics:
-        """Arrays (two-dimensional: both extents and the row stride are dynamic) and ctypes scalars."""
+        """Arrays (extents and all strides but the contiguous one are dynamic), ctypes scalars."""
         self.memory, self.error, self.statistics = simulator.GlobalMemory(), None, None
         values = []
         for number, argument in enumerate(arguments):
             if isinstance(argument, np.ndarray):
                 self.memory.register(argument.ctypes.data, argument.nbytes, f"argument {number}")
-                strides = [s // argument.itemsize for s in argument.strides[:-1]]
+                strides = [
+                    s // argument.itemsize for s in argument.strides if s != argument.itemsize
+                ]
                 blob = np.zeros(8 + 4 * argument.ndim + 7 & ~7, np.uint8)
                 blob[:8].view(np.uint64)[0] = argument.ctypes.data
                 blob[8 : 8 + 4 * argument.ndim].view(np.int32)[:] = argument.shape

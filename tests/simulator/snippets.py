@@ -1,7 +1,7 @@
 """Hand-written PTX around a few instructions under test.
 
-``run`` gives every thread its row of ``inputs`` in %a0, %a1, ... and stores %d0, %d1, ... as its row
-of the result.  All registers are 32 bits wide except %rd (64), %rs (16) and %p (predicates).
+``run`` gives every thread its row of ``inputs`` in %a0, %a1, ... and stores %d0, %d1, ... as its
+row of the result.  Registers are 32 bits wide except %rd (64), %rs (16) and %p (predicates).
 """
 
 import numpy as np

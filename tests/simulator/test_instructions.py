@@ -65,7 +65,9 @@ INTEGER_CASES = {
     "shf.l.wrap.b32 %d0, %a0, %a1, %a2;": lambda a, b, c: (b << 32 | a) << (c & 31) >> 32,
     "shf.r.clamp.b32 %d0, %a0, %a1, %a2;": lambda a, b, c: (b << 32 | a) >> min(c, 32),
     "prmt.b32 %d0, %a0, %a1, 0x5140;": (
-        lambda a, b, c: sum(((b << 32 | a) >> 8 * n & 255) << 8 * k for k, n in enumerate((0, 4, 1, 5)))
+        lambda a, b, c: sum(
+            ((b << 32 | a) >> 8 * n & 255) << 8 * k for k, n in enumerate((0, 4, 1, 5))
+        )
     ),
     "prmt.b32 %d0, %a0, %a1, 0xBA98;": (
         lambda a, b, c: sum((255 if a >> 8 * k + 7 & 1 else 0) << 8 * k for k in range(4))
@@ -75,7 +77,9 @@ INTEGER_CASES = {
     "popc.b32 %d0, %a0;": lambda a, b, c: a.bit_count(),
     "clz.b32 %d0, %a0;": lambda a, b, c: 32 - a.bit_length(),
     "brev.b32 %d0, %a0;": lambda a, b, c: int(f"{a:032b}"[::-1], 2),
-    "div.s32 %d0, %a0, 7;": lambda a, b, c: int(abs(signed(a)) // 7) * (1 if signed(a) >= 0 else -1),
+    "div.s32 %d0, %a0, 7;": (
+        lambda a, b, c: abs(signed(a)) // 7 * (1 if signed(a) >= 0 else -1)
+    ),
     "rem.u32 %d0, %a0, 1000;": lambda a, b, c: a % 1000,
     "setp.lt.s32 %p1, %a0, %a1; selp.b32 %d0, %a2, 9, %p1;": (
         lambda a, b, c: c if signed(a) < signed(b) else 9
@@ -141,7 +145,7 @@ FLOAT_CASES = {
         lambda a, b, c: f32(np.float64(a) * np.float64(b) + np.float64(c))
     ),
     "max.f32 %d0, %a0, %a1;": lambda a, b, c: b if np.isnan(a) else a if np.isnan(b) else max(a, b),
-    "max.NaN.f32 %d0, %a0, %a1;": lambda a, b, c: f32(np.nan) if np.isnan(a) or np.isnan(b) else max(a, b),
+    "max.NaN.f32 %d0, %a0, %a1;": lambda a, b, c: np.maximum(a, b),
     "neg.f32 %d0, %a0;": lambda a, b, c: -a,
     "abs.f32 %d0, %a0;": lambda a, b, c: abs(a),
     "ex2.approx.ftz.f32 %d0, %a0;": lambda a, b, c: flush(f32(np.exp2(np.float64(flush(a))))),
@@ -246,6 +250,7 @@ def test_fp8_rounds_to_nearest_even_and_saturates(name, largest):
 
 # ------------------------------------------------------------------------- scheduling of operations
 
+SLOTS = 4
 OPERATIONS = {
     "add.f32": ("F", lambda a, b: a + b),
     "mul.f32": ("F", lambda a, b: a * b),
@@ -259,7 +264,8 @@ OPERATIONS = {
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(sorted(OPERATIONS)),
+            st.sampled_from([*sorted(OPERATIONS), "store", "load", "select"]),
+            st.sampled_from([None, True, False]),
             st.integers(0, 11),
             st.integers(0, 11),
             st.integers(0, 11),
@@ -269,19 +275,36 @@ OPERATIONS = {
     )
 )
 def test_straight_runs_equal_one_instruction_after_another(program):
-    """Batching, chain folding and row numbering must not change a bit."""
+    """Batching, chain folding, row numbering and predicates must not change a bit."""
     inputs = RNG.standard_normal((32, 12)).astype(np.float32).view(np.uint32)
     registers = [inputs[:, k].copy() for k in range(12)]
-    lines = []
+    slots = [inputs[:, 0].copy() for _ in range(SLOTS)]
+    odd = np.arange(32) % 2 == 1
+    lines = ["and.b32 %r3, %r500, 1;", "setp.eq.u32 %p1, %r3, 1;", "mov.b32 %r1, memory;"]
+    lines.append(f"mad.lo.s32 %r2, %r500, {4 * SLOTS}, %r1;")
+    lines += [f"st.shared.b32 [%r2+{4 * k}], %a0;" for k in range(SLOTS)]
     with np.errstate(all="ignore"):
-        for name, d, a, b in program:
-            view, function = OPERATIONS[name]
-            dtype = np.float32 if view == "F" else np.uint32
-            result = function(registers[a].view(dtype), registers[b].view(dtype))
-            registers[d] = result.view(np.uint32)
-            lines.append(f"{name} %a{d}, %a{a}, %a{b};")
+        for name, guard, d, a, b in program:
+            mask = np.full(32, True) if guard is None else odd == guard
+            prefix = {None: "", True: "@%p1 ", False: "@!%p1 "}[guard]
+            target = registers
+            if name == "store":
+                target, d, result = slots, d % SLOTS, registers[a]
+                text = f"st.shared.b32 [%r2+{4 * d}], %a{a};"
+            elif name == "load":
+                result, text = slots[a % SLOTS], f"ld.shared.b32 %a{d}, [%r2+{4 * (a % SLOTS)}];"
+            elif name == "select":
+                result = np.where(odd, registers[a], registers[b])
+                text = f"selp.b32 %a{d}, %a{a}, %a{b}, %p1;"
+            else:
+                view, function = OPERATIONS[name]
+                dtype = np.float32 if view == "F" else np.uint32
+                result = function(registers[a].view(dtype), registers[b].view(dtype))
+                text = f"{name} %a{d}, %a{a}, %a{b};"
+            target[d] = np.where(mask, result.view(np.uint32), target[d])
+            lines.append(prefix + text)
     copies = [f"mov.b32 %d{k}, %a{k};" for k in range(12)]
-    got = run("\n".join(lines + copies), inputs, outputs=12)
+    got = run("\n".join(lines + copies), inputs, outputs=12, shared=32 * 4 * SLOTS)
     for k in range(12):
         want = registers[k]
         nan = np.isnan(want.view(np.float32)) & np.isnan(got[:, k].view(np.float32))
@@ -350,6 +373,23 @@ def test_atomics():
     got = run(body, values[:, None], extra=(counter,))
     assert sorted(got[:, 0].tolist()) == list(range(10, 74, 2))
     assert counter.tolist() == [74, 31]
+
+
+def test_vector_reductions_and_compare_and_swap():
+    target, lock = np.zeros(4, np.float32), np.array([3], np.uint32)
+    body = f"""
+    mov.b64 %rd1, {target.ctypes.data};
+    red.relaxed.gpu.global.add.v4.f32 [%rd1], {{%a0, %a1, %a0, 0f3F800000}};
+    mov.b64 %rd2, {lock.ctypes.data};
+    add.u32 %r1, %r500, 3;
+    add.u32 %r2, %r500, 4;
+    atom.global.cas.b32 %d0, [%rd2], %r1, %r2;
+    """
+    values = RNG.integers(-8, 8, (32, 2)).astype(np.float32)
+    got = run(body, values.view(np.uint32), extra=(target, lock))[:, 0]
+    assert target.tolist() == [*values.sum(axis=0), values[:, 0].sum(), 32.0]
+    assert got.tolist() == list(range(3, 35))
+    assert lock[0] == 35
 
 
 @pytest.mark.parametrize(
@@ -430,7 +470,7 @@ def test_votes_and_reductions():
 
 @pytest.mark.parametrize("transpose", ["", ".trans"])
 def test_matrix_store_and_load(transpose):
-    """Thread t holds row t // 4, columns 2 (t % 4) and the next; transposed: the other way round."""
+    """Thread t holds row t // 4, columns 2 (t % 4) and the next; transposed: the other way."""
     body = f"""
     mov.b32 %r1, memory;
     mad.lo.s32 %r2, %r500, 16, %r1;
@@ -517,6 +557,30 @@ def test_predicated_stores_and_atomics_touch_chosen_lanes_only():
     before = values.copy()
     run(body, values, threads=128)
     np.testing.assert_array_equal(values, np.where(before == 1, 1, 9))
+
+
+def test_predicated_loads_of_scattered_lanes():
+    """A branch leaves lanes at uneven distances; a predicate chooses among them."""
+    body = """
+    mov.b32 %d0, 0;
+    mul.lo.s32 %r1, %r500, %r500;
+    and.b32 %r1, %r1, 9;
+    setp.ne.u32 %p1, %r1, 1;
+    @%p1 bra SKIP;
+    and.b32 %r2, %r500, 2;
+    setp.eq.u32 %p2, %r2, 0;
+    add.s32 %d0, %d0, 1000;
+    @%p2 ld.global.b32 %d0, [%rd62];
+    add.s32 %d0, %d0, 1;
+    SKIP:
+    """
+    values = RNG.integers(0, 2**31, 128).astype(np.uint32)
+    got = run(body, values[:, None], threads=128)[:, 0]
+    for thread in range(128):
+        want = 0
+        if thread * thread & 9 == 1:
+            want = 1001 if thread & 2 else int(values[thread]) + 1
+        assert got[thread] == want
 
 
 def test_a_shuffle_from_an_absent_lane_is_a_hazard():

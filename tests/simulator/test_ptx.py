@@ -12,41 +12,42 @@ TEXT = """//
 .address_size 64
 .extern .shared .align 1024 .b8 dynamic[];
 .visible .entry first(
-	.param .align 1 .b8 first_param_0[3],
-	.param .align 64 .b8 first_param_1[128],
-	.param .f32 first_param_2,
-	.param .u64 first_param_3
+ .param .align 1 .b8 first_param_0[3],
+ .param .align 64 .b8 first_param_1[128],
+ .param .f32 first_param_2,
+ .param .u64 first_param_3
 )
 .reqntid 384, 1, 1
 .minnctapersm 2
 {
-	.reg .pred 	%p<3>;
-	.reg .b32 	%r<9>;
-	.reg .b64 	%rd<4>;
-	.shared .align 16 .b8 fixed[48];
-	mov.b32 	%r1, dynamic;   // a comment; with a semicolon
-	/* another
-	   comment */
+ .reg .pred  %p<3>;
+ .reg .b32  %r<9>;
+ .reg .b64  %rd<4>;
+ .shared .align 16 .b8 fixed[48];
+ mov.b32  %r1, dynamic;   // a comment; with a semicolon
+ /* another
+    comment */
 $L__1:
-	.pragma "nounroll";
-	@!%p1 bra 	$L__1;
-	{
-	.reg .pred P1;
-	AGAIN:
-	mbarrier.try_wait.parity.shared.b64 P1, [%r1+-8], %r2, 10000000;
-	@P1 bra.uni DONE;  bra.uni AGAIN;
-	DONE:
-	}
-	{
-	.reg .pred P1;
-	AGAIN: @P1 bra AGAIN;
-	}
-	elect.sync 	%r3|%p2, -1;
-	setp.ne.and.b32 	%p0, %r1, 0x10, !%p2;
-	ld.global.v2.b32 	{%r4, _}, [%rd1-16];
-	cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r5], [%rd2, {%r6, %r7}], [%r8];
-	mov.b32 %r1, 0fBF800000;
-	ret;
+ .pragma "nounroll";
+ @!%p1 bra  $L__1;
+ {
+ .reg .pred P1;
+ AGAIN:
+ mbarrier.try_wait.parity.shared.b64 P1, [%r1+-8], %r2, 10000000;
+ @P1 bra.uni DONE;  bra.uni AGAIN;
+ DONE:
+ }
+ {
+ .reg .pred P1;
+ AGAIN: @P1 bra AGAIN;
+ }
+ elect.sync  %r3|%p2, -1;
+ setp.ne.and.b32  %p0, %r1, 0x10, !%p2;
+ ld.global.v2.b32  {%r4, _}, [%rd1-16];
+ cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes
+  [%r5], [%rd2, {%r6, %r7}], [%r8];
+ mov.b32 %r1, 0fBF800000;
+ ret;
 }
 .visible .entry second() { ret; }
 """

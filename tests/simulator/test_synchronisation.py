@@ -164,6 +164,25 @@ def test_misuse_of_barriers(body, message):
     assert "PTX line" in str(error.value)
 
 
+def test_a_last_warp_that_is_not_whole():
+    assert run("bar.sync 0; bar.sync 1, 64; mov.b32 %d0, %r500;", threads=40).tolist() == [
+        [thread] for thread in range(40)
+    ]
+
+
+def test_polling_memory_that_nobody_writes(monkeypatch):
+    monkeypatch.setattr("hopper_attention.simulator.machine.MAX_IDLE_STEPS", 10_000)
+    body = """
+    LOOP:
+    ld.global.b32 %r1, [%rd62];
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 bra LOOP;
+    """
+    with pytest.raises(simulator.DeadlockError, match="warps poll memory"):
+        run(body, np.zeros((32, 1), np.uint32), 0)
+    assert run(body, np.ones((32, 1), np.uint32), 0).shape == (32, 0)
+
+
 def test_too_many_bytes_for_a_transaction():
     body = """
     mov.b32 %r1, memory;
@@ -295,7 +314,7 @@ def test_the_environment_enables_it(monkeypatch):
     ("changes", "message"),
     [
         ({"grid": (0, 1, 1)}, "grid"),
-        ({"block": (48, 1, 1)}, "whole warps"),
+        ({"block": (1025, 1, 1)}, "1 to 1024 threads"),
         ({"params": [bytes(8)]}, "1 parameters, the kernel has 3"),
         ({"params": [bytes(8), bytes(4), bytes(128)]}, "parameter 1 has 4 bytes, not 8"),
         ({"cluster": (2, 1, 1)}, "clusters"),

@@ -28,7 +28,7 @@ def values(kind: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 def place(matrix: np.ndarray, span: int, mn_major: bool) -> tuple[np.ndarray, int, int]:
     """Shared memory image of (rows, K) in a canonical layout, with its LBO and SBO.
 
-    Core matrices are 8 rows of 16 bytes.  Without swizzle they lie contiguously, those along K first.
+    Core matrices are 8 rows of 16 bytes.  Without swizzle they lie contiguously, along K first.
     With a swizzle of s bytes, a row of s bytes holds s / 16 of them and 8 rows repeat.
     """
     if mn_major:

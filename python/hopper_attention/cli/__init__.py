@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
+from hopper_attention.cli.sass import sass
+from hopper_attention.refusal import Refusal
 
 app = typer.Typer(
     help="Exact attention for NVIDIA Hopper GPUs.", no_args_is_help=True, add_completion=False
 )
 app.command()(info)
 app.command()(demo)
+app.command()(sass)
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except Refusal as refusal:
+        typer.echo(f"error: {refusal}", err=True)
+        sys.exit(2)

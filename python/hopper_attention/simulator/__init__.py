@@ -9,8 +9,8 @@
     simulator.launch(module, "name", grid=(1, 1, 1), block=(128, 1, 1), params=[...], memory=memory)
 
 What it is for: the same kernel, host code and tensor maps as on a device, every asynchronous
-operation completing at an adversarial time, and an error that names the PTX line for a missing wait,
-fence or barrier, an access out of bounds, or a deadlock.  It says nothing about speed.
+operation completing at an adversarial time, and an error that names the PTX line for a missing
+wait, fence or barrier, an access out of bounds, or a deadlock.  It says nothing about speed.
 """
 
 from .errors import (

@@ -12,6 +12,7 @@ the seed, between its issue and the wait that orders it:
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import BarrierError
 
@@ -145,7 +146,7 @@ class Schedule:
             return self._FOREVER
         return self.random.choice((0, 1, 2, 5, 20, 100, self._FOREVER))
 
-    def choose(self, units: list) -> tuple[object, int]:
+    def choose(self, units: list) -> tuple[Any, int]:
         """The unit to run next and for how many steps."""
         self.now += 1
         if self.mode == "friendly":
@@ -210,20 +211,47 @@ class BulkGroups:
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, keep: int) -> None:
-        done = self.groups[: max(0, len(self.groups) - keep)]
-        for group in done:
-            for event in group:
-                event.complete()
-        del self.groups[: len(done)]
+    def wait(self, keep: int) -> list[Event]:
+        """Complete all but the last ``keep`` groups; returns their operations."""
+        count = max(0, len(self.groups) - keep)
+        events = [event for group in self.groups[:count] for event in group]
+        for event in events:
+            event.complete()
+        del self.groups[:count]
+        return events
 
 
 @dataclass(eq=False)
 class SharedAccess:
-    """Bytes [low, high) of shared memory in use by an asynchronous operation until it is waited for."""
+    """Bytes [low, high) of shared memory that an asynchronous operation uses until waited for."""
 
     low: int
     high: int
     writes: bool
     owner: object
     text: str
+
+
+class SharedAccesses:
+    """The asynchronous accesses to a block's shared memory that nobody has waited for yet."""
+
+    def __init__(self) -> None:
+        self.reads: list[SharedAccess] = []
+        self.writes: list[SharedAccess] = []
+
+    def add(self, access: SharedAccess) -> None:
+        (self.writes if access.writes else self.reads).append(access)
+
+    def remove(self, access: SharedAccess) -> None:
+        (self.writes if access.writes else self.reads).remove(access)
+
+    def collision(self, low: int, high: int, writes: bool) -> SharedAccess | None:
+        """An access that one to [low, high) must not overlap."""
+        for access in self.writes:
+            if access.low < high and low < access.high:
+                return access
+        if writes:
+            for access in self.reads:
+                if access.low < high and low < access.high:
+                    return access
+        return None

@@ -1,14 +1,12 @@
-"""Blocks, warpgroups and the scheduler.
+"""A launch: blocks, the scheduler, and what instructions ask of the machine.
 
-A Warpgroup owns the registers of up to 128 threads: rows are registers, columns are lanes.  A Unit is
-a set of its warps that run in lockstep: all four while they are at the same place, fewer after their
-branches went different ways.  Within a unit, lanes that diverge are kept on a stack of (pc, meeting
-point, active lanes) and meet again at the branch's immediate post-dominator.  Lanes (a window on the
-registers) is what instructions compute on: views of a range of columns, or copies of scattered ones.
-
-Blocks run one after another, so a grid whose blocks wait for later blocks deadlocks.
+Blocks run one after another, so a grid whose blocks wait for later blocks makes no progress.
+Within a block, the scheduler lets one unit of warps run for some steps; blocked units are asked
+again when anything has changed.  When nothing can run, asynchronous operations take effect; without
+any, that is a deadlock.
 """
 
+import random
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .asynchronous import BulkGroups, Events, Mbarrier, NamedBarrier, Schedule, SharedAccess
+from .asynchronous import BulkGroups, Events, Mbarrier, NamedBarrier, Schedule, SharedAccesses
 from .errors import (
     BarrierError,
     DeadlockError,
@@ -28,24 +26,20 @@ from .errors import (
 from .instructions.wgmma import Queue
 from .memory import (
     PARAM_WINDOW,
+    SHARED_BASE,
     SHARED_LIMIT,
     SHARED_WINDOW,
     GlobalMemory,
     SharedMemory,
 )
 from .options import Options, current_options
-from .program import EXIT, Program, Region
+from .program import EXIT, Region, program_of
 from .ptx import Instruction, Kernel, Module
+from .warps import Lanes, Unit, Warpgroup
 
 _REGISTERS_PER_BLOCK = 65536
 _MAX_THREADS = 1024
-_VIEWS = {
-    1: {"P": np.bool_},
-    16: {"H": np.uint16, "S": np.int16, "E": np.float16},
-    32: {"U": np.uint32, "I": np.int32, "F": np.float32},
-    64: {"W": np.uint64, "J": np.int64, "D": np.float64},
-}
-_DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+MAX_IDLE_STEPS = 20_000_000  # steps without a barrier, an asynchronous operation or an exit
 
 
 @dataclass(frozen=True)
@@ -57,267 +51,21 @@ class Statistics:
     seconds: float
 
 
-# ------------------------------------------------------------------------------ registers and lanes
-
-
-class Lanes:
-    """A window on a warpgroup's registers: the active lanes, in ascending order."""
-
-    def __init__(self, warpgroup: "Warpgroup", lanes: np.ndarray):
-        self.lanes, self.count = lanes, len(lanes)
-        self.threads = warpgroup.first_thread + lanes
-        self.shuffles: dict = {}
-        step = int(lanes[1] - lanes[0]) if len(lanes) > 1 else 1
-        regular = bool((np.diff(lanes) == step).all())
-        self.gathered = not regular
-        self._files = warpgroup.registers
-        self._copies: dict[int, np.ndarray] = {}
-        columns = slice(int(lanes[0]), int(lanes[-1]) + 1, step)
-        for bits, file in warpgroup.registers.items():
-            if regular:
-                part = file[:, columns]
-            else:
-                part = self._copies[bits] = np.empty((len(file), len(lanes)), file.dtype)
-            for letter, dtype in _VIEWS[bits].items():
-                setattr(self, letter, part.view(dtype))
-        warps = lanes // 32
-        self.warp_columns = [np.flatnonzero(warps == warp) for warp in np.unique(warps)]
-        self.warp_count = len(self.warp_columns)
-        self.whole_warps = self.count == 32 * self.warp_count
-        self.elected = np.zeros(self.count, np.bool_)
-        self.leader = np.zeros(self.count, np.uint32)
-        for column in self.warp_columns:
-            self.elected[column[0]] = True
-            self.leader[column] = lanes[column[0]] & 31
-        self.warp_marks = (self.threads // 32 + 1).astype(np.uint8)
-        self.special = self._special(warpgroup.block)
-
-    def _special(self, block: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        threads = self.threads
-        lane = (self.lanes & 31).astype(np.uint32)
-        bit = np.uint32(1) << lane
-        return {
-            "%tid.x": (threads % block[0]).astype(np.uint32),
-            "%tid.y": (threads // block[0] % block[1]).astype(np.uint32),
-            "%tid.z": (threads // (block[0] * block[1])).astype(np.uint32),
-            "%laneid": lane,
-            "%warpid": (threads // 32).astype(np.uint32),
-            "%lanemask_eq": bit,
-            "%lanemask_lt": bit - np.uint32(1),
-            "%lanemask_le": bit - np.uint32(1) | bit,
-            "%lanemask_gt": ~(bit - np.uint32(1) | bit),
-            "%lanemask_ge": ~(bit - np.uint32(1)),
-        }
-
-    def pull(self) -> None:
-        """Scattered lanes: copy their registers in before a step, and out after it."""
-        for bits, copy in self._copies.items():
-            copy[...] = self._files[bits][:, self.lanes]
-
-    def push(self) -> None:
-        for bits, copy in self._copies.items():
-            self._files[bits][:, self.lanes] = copy
-
-
-class Warpgroup:
-    """Registers of up to four warps, and their asynchronous products."""
-
-    def __init__(self, machine: "Machine", number: int, threads: int):
-        self.number, self.count = number, threads
-        self.first_thread = 128 * number
-        self.block = machine.block
-        self.registers = {
-            bits: np.empty((max(1, rows), threads), _DTYPES[bits])
-            for bits, rows in machine.program.rows.items()
-        }
-        self._windows: dict[bytes, Lanes] = {}
-        self.everyone = np.arange(threads)
-        self.machine = machine
-        self.reset()
-
-    def reset(self) -> None:
-        for file in self.registers.values():
-            file.view(np.uint8)[...] = 0xFF if file.dtype != np.bool_ else 0
-        self.queue = Queue(self.machine, self)
-        self.touched = -1  # every register counts as used before the first wgmma.fence
-
-    def window(self, lanes: np.ndarray) -> Lanes:
-        key = lanes.tobytes()
-        found = self._windows.get(key)
-        if found is None:
-            found = self._windows[key] = Lanes(self, lanes)
-        return found
-
-
-class Unit:
-    """Warps of one warpgroup in lockstep.  stack: [pc, meeting point, active lanes], last is on top."""
-
-    def __init__(self, machine: "Machine", warpgroup: Warpgroup, stack: list):
-        self.machine, self.warpgroup, self.stack = machine, warpgroup, stack
-        self.failed_wait: frozenset | None = None
-        self.waiting_barrier: tuple[NamedBarrier, int] | None = None
-        self.waiting = ""
-        self.blocked_at = -1
-        self.joins: set[int] = set()
-        self.paused = False
-        self.pc = self.meeting = 0
-        self.lanes: Lanes
-        self._load()
-
-    def _load(self) -> None:
-        self.pc, self.meeting, active = self.stack[-1]
-        self.lanes = self.warpgroup.window(active)
-
-    @property
-    def warps(self) -> list[int]:
-        first = self.warpgroup.first_thread // 32
-        return sorted({first + int(lane) // 32 for entry in self.stack for lane in entry[2][::1]})
-
-    def advance(self, pc: int) -> None:
-        self.pc = self.stack[-1][0] = pc
-        while self.stack[-1][0] == self.stack[-1][1]:
-            self.stack.pop()
-            self._load()
-
-    def diverge(self, taken: np.ndarray, target: int, following: int, join: int) -> None:
-        """Lanes part.  Warps that part as a whole become units of their own."""
-        lanes = self.lanes
-        kinds = []
-        for columns in lanes.warp_columns:
-            part = taken[columns]
-            kinds.append(2 if part.all() else 0 if not part.any() else 1)
-        if len(set(kinds)) == 1:
-            top = self.stack[-1]
-            top[0] = join
-            if join == EXIT:
-                self.stack.pop()
-            for pc, active in ((target, lanes.lanes[taken]), (following, lanes.lanes[~taken])):
-                if pc != join:
-                    self.stack.append([pc, join, active])
-            self._load()
-            return
-        warps = [int(lanes.lanes[columns[0]]) // 32 for columns in lanes.warp_columns]
-        start = 0
-        parts = []
-        for k in range(1, len(kinds) + 1):
-            if k == len(kinds) or kinds[k] != kinds[start] or warps[k] != warps[k - 1] + 1:
-                parts.append((set(warps[start:k]), kinds[start]))
-                start = k
-        if join != EXIT:
-            self.joins.add(join)
-        units = [self.restrict(chosen) for chosen, _ in parts]
-        for unit, (_, kind) in zip(units, parts, strict=True):
-            if kind == 1:
-                chosen = np.isin(lanes.lanes, unit.lanes.lanes)
-                unit.diverge(taken[chosen], target, following, join)
-            else:
-                unit.advance(target if kind == 2 else following)
-        first = units[0]
-        self.stack, self.joins = first.stack, first.joins
-        self._load()
-        self.machine.units += units[1:]
-
-    def restrict(self, warps: set[int]) -> "Unit":
-        """A unit of only some of these warps (numbers within the warpgroup)."""
-        stack = []
-        for pc, meeting, active in self.stack:
-            part = active[np.isin(active // 32, list(warps))]
-            if len(part):
-                stack.append([pc, meeting, part])
-        unit = Unit(self.machine, self.warpgroup, stack)
-        unit.joins = set(self.joins)
-        return unit
-
-    def can_merge(self, other: "Unit") -> bool:
-        return (
-            other.warpgroup is self.warpgroup
-            and self.waiting_barrier is None
-            and other.waiting_barrier is None
-            and len(self.stack) == len(other.stack)
-            and all(a[:2] == b[:2] for a, b in zip(self.stack, other.stack, strict=True))
-        )
-
-    def merge(self, other: "Unit") -> None:
-        for mine, theirs in zip(self.stack, other.stack, strict=True):
-            mine[2] = np.union1d(mine[2], theirs[2])
-        self.failed_wait = self.failed_wait if self.failed_wait == other.failed_wait else None
-        self.joins &= other.joins
-        self.joins.discard(self.pc)
-        self.paused = False
-        self.blocked_at = -1
-        self._load()
-
-    def gather_warpgroup(self) -> bool:
-        """wgmma needs all warps of the warpgroup here, with all lanes."""
-        if self.lanes.count == 128:
-            return True
-        if self.warpgroup.count != 128:
-            raise SimulatorError("wgmma in a block whose last warpgroup is not whole")
-        self.waiting = "the other warps of its warpgroup (wgmma)"
-        return False
-
-    def require_whole_warps(self, instruction: Instruction) -> None:
-        """All lanes of the warps that have not exited must be here."""
-        if self.lanes.whole_warps:
-            return
-        live = np.unique(np.concatenate([active for _, _, active in self.stack]))
-        if len(live) != self.lanes.count:
-            raise SimulatorError(f"{instruction.opcode} is executed by a part of a warp")
-
-    def exit_lanes(self) -> None:
-        """The active lanes end; others of the unit go on where they are."""
-        ended = self.lanes.lanes
-        self.machine.exit_threads(self.lanes)
-        self.stack[-1][0] += 1
-        rest = [[pc, meeting, np.setdiff1d(lanes, ended)] for pc, meeting, lanes in self.stack]
-        self.stack = [entry for entry in rest if len(entry[2])]
-        while self.stack and self.stack[-1][0] == self.stack[-1][1]:
-            self.stack.pop()
-        if self.stack:
-            self._load()
-
-    def run(self, steps: int) -> None:
-        program = self.machine.program.steps
-        self.paused = False
-        for _ in range(steps):
-            step = program[self.pc]
-            lanes = self.lanes
-            if lanes.gathered:
-                lanes.pull()
-                done = step.execute(self.machine, self)
-                lanes.push()
-            else:
-                done = step.execute(self.machine, self)
-            if not self.stack:
-                return
-            if not done:
-                self.blocked_at = self.machine.version
-                return
-            if self.joins and self.pc in self.joins:
-                self.paused = True
-                return
-
-
-# ------------------------------------------------------------------------------------------ machine
-
-
 class Machine:
     """One launch: its memories, and the block that is running."""
 
     def __init__(self, kernel: Kernel, grid, block, params: bytes, memory, dynamic: int, options):
-        if kernel.program is None:
-            kernel.program = Program(kernel)
-        self.program: Program = kernel.program
+        self.program = program_of(kernel)
         self.kernel, self.grid, self.block, self.memory = kernel, grid, block, memory
         self.options: Options = options
         self.params = np.frombuffer(params, np.uint8)
         self.dynamic_shared = dynamic
         self.threads = block[0] * block[1] * block[2]
-        self.shared = SharedMemory(self.program.static_end + dynamic - 1024)
+        self.shared = SharedMemory(self.program.static_end + dynamic - SHARED_BASE)
         if self.shared.end > SHARED_LIMIT:
             raise LaunchError(
-                f"{self.shared.end - 1024} bytes of shared memory; a block has at most "
-                f"{SHARED_LIMIT - 1024}"
+                f"{self.shared.end - SHARED_BASE} bytes of shared memory; a block has at most "
+                f"{SHARED_LIMIT - SHARED_BASE}"
             )
         self.warp_instructions = 0
         self.version = 0
@@ -337,10 +85,11 @@ class Machine:
         self.mbarriers: dict[int, Mbarrier] = {}
         self.named_barriers: dict[int, NamedBarrier] = {}
         self.bulk: dict[int, BulkGroups] = {}
-        self.accesses: list[SharedAccess] = []
-        self.live_lanes = np.full(self.threads // 32, 32)
+        self.accesses = SharedAccesses()
+        self.live_lanes = np.bincount(np.arange(self.threads) // 32)
         self.schedule = Schedule(self.options.seed, number)
         self.events = Events(self.schedule)
+        self.idle_steps, self.idle_version = 0, self.version
         self._allot_registers()
         self.units = []
         for warpgroup in self.warpgroups:
@@ -351,7 +100,7 @@ class Machine:
         self._check_end()
 
     def _allot_registers(self) -> None:
-        warps = self.threads // 32
+        warps = -(-self.threads // 32)
         share = _REGISTERS_PER_BLOCK // (32 * warps * self.kernel.min_blocks) // 8 * 8
         count = min(self.kernel.max_registers or 256, share, 256)
         self.warp_registers = [count] * warps
@@ -373,6 +122,7 @@ class Machine:
             self.version += 1
             return
         unit, steps = self.schedule.choose(ready)
+        self._notice_spinning(steps)
         if unit.paused:
             unit.joins.discard(unit.pc)
         try:
@@ -389,6 +139,14 @@ class Machine:
                 self.units.remove(other)
                 self.version += 1
                 break
+
+    def _notice_spinning(self, steps: int) -> None:
+        """Warps that poll memory for something that no other warp of the block will write."""
+        if self.version != self.idle_version:
+            self.idle_steps, self.idle_version = 0, self.version
+        self.idle_steps += steps
+        if self.idle_steps > MAX_IDLE_STEPS:
+            raise DeadlockError(f"{self.deadlock_report()}\n  no progress: warps poll memory")
 
     def annotate(self, error: SimulatorError, unit: Unit) -> SimulatorError:
         if "PTX line" in str(error) and "block (" in str(error):
@@ -414,13 +172,13 @@ class Machine:
         for warpgroup in self.warpgroups:
             if warpgroup.queue.groups or warpgroup.queue.open.items:
                 self.hazard(last, f"warpgroup {warpgroup.number} exits with wgmma not waited for")
-        for access in self.accesses:
+        for access in self.accesses.reads:
             if isinstance(access.owner, BulkGroups):
                 self.hazard(
                     last, f"exit while a bulk store may still read shared memory: {access.text}"
                 )
-            elif access.writes:
-                self.hazard(last, f"exit while a bulk load is under way: {access.text}")
+        for access in self.accesses.writes:
+            self.hazard(last, f"exit while a bulk load is under way: {access.text}")
         while self.events.run_one():
             pass
 
@@ -507,7 +265,7 @@ class Machine:
             if space == "global":
                 return self.memory.load(addresses, width, count)
             index = self.shared.index(addresses, width, width * count)
-            if self.accesses:
+            if self.accesses.writes:
                 low, high = int(addresses.min()), int(addresses.max()) + width * count
                 self.check_shared(instruction, low, high, False)
             view = self.shared.views[width]
@@ -536,31 +294,39 @@ class Machine:
             return error
         return type(error)(f"{error}\n  at {instruction.where()}")
 
-    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values):
-        """Lanes one after another; vectors element by element.  Returns what was there before."""
+    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values, old):
+        """Lanes one after another, vectors element by element; ``old``: return what was there."""
         try:
             space, addresses = self._place(lanes, space, addresses)
-            size = np.dtype(dtype).itemsize
-            before = np.empty(lanes.count, dtype)
             values = [np.broadcast_to(np.asarray(v, dtype), (lanes.count,)) for v in values]
-            elements = values if operation != "cas" else values[:1]
-            for lane in range(lanes.count):
-                for k, value in enumerate(elements):
-                    address = int(addresses[lane]) + k * size
-                    if space == "global":
-                        view, index = self.memory.atomic_view(address, size)
-                    else:
-                        index = int(self.shared.index(np.array([address]), size, size)[0])
-                        view = self.shared.views[size]
-                    view = view.view(dtype)
-                    before[lane] = old = view[index]
-                    other = values[1][lane] if operation == "cas" else None
-                    view[index] = _combine(operation, old, value[lane], other)
+            size = np.dtype(dtype).itemsize
             if space == "shared":
                 self.mark_store(lanes, instruction, addresses, size)
-            return before
+            if old or operation not in _UFUNCS:
+                return self._exchange(space, operation, dtype, addresses, values)
+            for k, value in enumerate(values):
+                for view, index, chosen in self._elements(space, addresses + k * size, size):
+                    _UFUNCS[operation].at(view.view(dtype), index, value[chosen])
+            return None
         except SimulatorError as error:
             raise self._located(error, instruction) from error
+
+    def _exchange(self, space: str, operation: str, dtype, addresses, values) -> np.ndarray:
+        before = np.empty(len(addresses), dtype)
+        for lane in range(len(addresses)):
+            places = self._elements(space, addresses[lane : lane + 1], before.itemsize)
+            view, index, _ = next(iter(places))
+            element, at = view.view(dtype), int(index[0])
+            before[lane] = element[at]
+            other = values[1][lane] if operation == "cas" else None
+            element[at] = _combine(operation, element[at], values[0][lane], other)
+        return before
+
+    def _elements(self, space: str, addresses: np.ndarray, size: int):
+        """Arrays, element numbers in them, and the lanes they belong to."""
+        if space == "global":
+            return self.memory.elements(addresses, size)
+        return [(self.shared.views[size], self.shared.index(addresses, size, size), slice(None))]
 
     def store_matrix(self, lanes, instruction, addresses, values, transpose: bool) -> None:
         """stmatrix: lane 8 i + r holds the address of row r of matrix i."""
@@ -578,7 +344,7 @@ class Machine:
     def load_matrix(self, lanes, instruction, addresses, count: int, transpose: bool):
         result = []
         for where in self._rows(lanes, instruction, addresses, count):
-            if self.accesses:
+            if self.accesses.writes:
                 self.check_shared(instruction, int(where.min()), int(where.max()) + 16, False)
             words, halves = _matrix_places(lanes, where, transpose)
             if words is not None:
@@ -605,7 +371,7 @@ class Machine:
 
     def mark_store(self, lanes: Lanes, instruction: Instruction, addresses, nbytes: int) -> None:
         """An ordinary store: the async proxy sees it only after the writer's fence.proxy.async."""
-        if self.accesses:
+        if self.accesses.writes or self.accesses.reads:
             low, high = int(addresses.min()), int(addresses.max()) + nbytes
             self.check_shared(instruction, low, high, True)
         marks = lanes.warp_marks
@@ -642,12 +408,11 @@ class Machine:
 
     def check_shared(self, instruction: Instruction, low: int, high: int, writes: bool) -> None:
         """Does an access to [low, high) collide with an asynchronous one that is not waited for?"""
-        for access in self.accesses:
-            if (writes or access.writes) and access.low < high and low < access.high:
-                kind = "writes" if writes else "reads"
-                use = "being written" if access.writes else "still being read"
-                self.hazard(instruction, f"{kind} shared memory {use} by {access.text}")
-                return
+        access = self.accesses.collision(low, high, writes)
+        if access is not None:
+            kind = "writes" if writes else "reads"
+            use = "being written" if access.writes else "still being read"
+            self.hazard(instruction, f"{kind} shared memory {use} by {access.text}")
 
 
 def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
@@ -659,6 +424,12 @@ def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
     return None, halves
 
 
+_UFUNCS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
 def _combine(operation: str, old, value, other):
     if operation == "cas":
         return other if old == value else old
@@ -668,11 +439,7 @@ def _combine(operation: str, old, value, other):
         return 0 if old >= value else old + 1
     if operation == "dec":
         return value if old == 0 or old > value else old - 1
-    ufunc = {
-        "add": np.add, "min": np.minimum, "max": np.maximum,
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }[operation]  # fmt: skip
-    return ufunc(old, value)
+    return _UFUNCS[operation](old, value)
 
 
 def launch(
@@ -700,8 +467,8 @@ def launch(
         raise LaunchError(f"clusters are not implemented, got {tuple(cluster)}")
     if kernel.required_block and block != kernel.required_block:
         raise LaunchError(f"block {block}, the kernel requires {kernel.required_block}")
-    if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS or np.prod(block) % 32:
-        raise LaunchError(f"grid {grid}, block {block}: up to {_MAX_THREADS} threads, whole warps")
+    if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS:
+        raise LaunchError(f"grid {grid}, block {block}: 1 to {_MAX_THREADS} threads a block")
     if len(params) != len(kernel.params):
         raise LaunchError(f"{len(params)} parameters, the kernel has {len(kernel.params)}")
     image = bytearray()
@@ -712,11 +479,10 @@ def launch(
     start = time.perf_counter()
     arguments = kernel, grid, block, bytes(image), memory, shared_memory_bytes
     machine = Machine(*arguments, options or current_options())
+    blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    if machine.options.seed:
+        random.Random(machine.options.seed).shuffle(blocks)
     with np.errstate(all="ignore"):
-        number = 0
-        for z in range(grid[2]):
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    machine.run_block((x, y, z), number)
-                    number += 1
-    return Statistics(number, machine.warp_instructions, time.perf_counter() - start)
+        for number, ctaid in enumerate(blocks):
+            machine.run_block(ctaid, number)
+    return Statistics(len(blocks), machine.warp_instructions, time.perf_counter() - start)

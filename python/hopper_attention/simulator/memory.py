@@ -28,7 +28,7 @@ class Allocation:
         self.address, self.nbytes, self.name, self.writable = address, nbytes, name, writable
         self.end = address + nbytes
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        self.bytes = np.frombuffer(buffer, np.uint8)
+        self.bytes = np.frombuffer(memoryview(buffer), np.uint8)
         self.views = {
             size: self.bytes[: nbytes // size * size].view(dtype)
             for size, dtype in _UNSIGNED.items()
@@ -105,12 +105,12 @@ class GlobalMemory:
             for k, value in enumerate(values):
                 view[index + k] = value[lanes]
 
-    def atomic_view(self, address: int, width: int) -> tuple[np.ndarray, int]:
-        """The array and index of one element, for read-modify-write."""
-        allocation, _ = next(self._parts(np.array([address], np.uint64), width))
-        self.require_writable(allocation)
-        view, index = self._view(allocation, np.array([address], np.uint64), width)
-        return view, int(index[0])
+    def elements(self, addresses: np.ndarray, width: int):
+        """For read-modify-write: arrays, element numbers in them, and the lanes they belong to."""
+        for allocation, lanes in self._parts(addresses, width):
+            self.require_writable(allocation)
+            view, index = self._view(allocation, addresses[lanes], width)
+            yield view, index, lanes
 
     @staticmethod
     def require_writable(allocation: Allocation) -> None:
@@ -153,7 +153,8 @@ class SharedMemory:
         """Raise unless the bytes [low, high) lie within the block's shared memory."""
         if low < SHARED_BASE or high > self.end:
             raise OutOfBounds(
-                f"shared memory access [{low:#x}, {high:#x}) outside [{SHARED_BASE:#x}, {self.end:#x})"
+                f"shared memory access [{low:#x}, {high:#x}) outside "
+                f"[{SHARED_BASE:#x}, {self.end:#x})"
             )
 
     def index(self, addresses: np.ndarray, width: int, nbytes: int) -> np.ndarray:

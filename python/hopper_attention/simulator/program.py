@@ -6,6 +6,7 @@ means that the unit is blocked there.  Branches know where their paths meet agai
 post-dominator in the control-flow graph.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -107,6 +108,8 @@ class Guarded:
             unit.advance(self.pc + 1)
             return True
         whole = unit.lanes
+        if whole.gathered:
+            whole.push()
         unit.lanes = part = unit.warpgroup.window(whole.lanes[chosen])
         if part.gathered:
             part.pull()
@@ -115,6 +118,8 @@ class Guarded:
         finally:
             if part.gathered:
                 part.push()
+            if whole.gathered:
+                whole.pull()  # its copies would overwrite what the part wrote
             if unit.lanes is part:  # not after an exit
                 unit.lanes = whole
 
@@ -179,6 +184,17 @@ class Branch:
         return True
 
 
+_building = threading.Lock()
+
+
+def program_of(kernel: Kernel) -> "Program":
+    """The kernel's program, made at its first launch."""
+    with _building:
+        if kernel.program is None:
+            kernel.program = Program(kernel)
+        return kernel.program
+
+
 class Program:
     """The steps of a kernel, its symbols and the number of register rows."""
 
@@ -238,11 +254,11 @@ class Program:
             if instruction.guard is not None and any(op.effect for op in operations):
                 region = None
                 start_of[number] = len(self.steps)
-                step = GuardedRegion(len(self.steps))
+                guarded = GuardedRegion(len(self.steps))
                 for operation in operations:
                     operation.guard = None
-                self._extend(step, instruction, operations)
-                self._append(step, instruction)
+                self._extend(guarded, instruction, operations)
+                self._append(guarded, instruction)
                 continue
             if region is None:
                 region = Region(len(self.steps))
@@ -331,6 +347,8 @@ class Program:
 
     def _number(self) -> None:
         usage, regions, numbering = Usage(), [], Numbering()
+        for register in self.kernel.registers:
+            register.index = -1
         for step in self.steps:
             inner = step.step if isinstance(step, Guarded) else step
             if isinstance(inner, Region):

@@ -5,11 +5,13 @@ predicate and operands.  Inline-asm blocks ``{ ... }`` open a scope: their regis
 renamed so that names repeated in other blocks stay apart.  Line numbers are those of the file.
 """
 
+import bisect
 import re
 import struct
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import PtxSyntaxError, UnknownInstruction
 
@@ -79,7 +81,7 @@ Operand = Register | Immediate | Symbol | Negated | Pair | Vector | Address
 
 @dataclass(eq=False)
 class Instruction:
-    """One instruction.  opcode: the text; parts: it split at single dots; guard: (register, sense)."""
+    """One instruction; parts: the opcode split at single dots; guard: (register, sense)."""
 
     opcode: str
     parts: tuple[str, ...]
@@ -125,7 +127,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[Register] = field(default_factory=list)
     shared: list[SharedVariable] = field(default_factory=list)
-    program: object = None
+    program: Any = None  # program.Program, made at the first launch
 
 
 @dataclass
@@ -194,8 +196,6 @@ class _Parser:
         self.starts = [0] + [m.end() for m in re.finditer("\n", self.text)]
 
     def line(self, position: int) -> int:
-        import bisect
-
         return bisect.bisect_right(self.starts, position)
 
     def error(self, position: int, message: str) -> PtxSyntaxError:
@@ -236,11 +236,12 @@ class _Parser:
         block = re.search(r"\.reqntid\s+([\d, ]+)", directives)
         if block:
             sizes = [int(x) for x in block[1].split(",")]
-            kernel.required_block = tuple(sizes + [1] * (3 - len(sizes)))
-        if found := re.search(r"\.maxnreg\s+(\d+)", directives):
-            kernel.max_registers = int(found[1])
-        if found := re.search(r"\.minnctapersm\s+(\d+)", directives):
-            kernel.min_blocks = int(found[1])
+            x, y, z = (*sizes, 1, 1)[:3]
+            kernel.required_block = x, y, z
+        if limit := re.search(r"\.maxnreg\s+(\d+)", directives):
+            kernel.max_registers = int(limit[1])
+        if count := re.search(r"\.minnctapersm\s+(\d+)", directives):
+            kernel.min_blocks = int(count[1])
         _Body(self, kernel, entry.end()).parse()
         return kernel
 

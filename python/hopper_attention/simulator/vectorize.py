@@ -1,10 +1,12 @@
 """Straight runs of instructions to Python functions over numpy arrays.
 
-Registers are rows of one array per width, lanes are columns, so an instruction is one numpy call on
-rows.  Kernels are full of runs of like instructions (64 multiplications by the same scale): within a
-region, instructions of equal depth, opcode and operand kinds become one call on a block of rows.
+Registers are rows of one array per width, lanes are columns, so an instruction is one numpy call
+on rows.  Kernels are full of runs of like instructions (64 multiplications by the same scale):
+within a region, instructions of equal depth, opcode and operand kinds become one call on a block of
+rows.
 
-    levels     depth of each operation by its register and memory dependencies; equal depth: independent
+    levels     depth of each operation by its register and memory dependencies; operations of equal
+               depth are independent
     chains     d1 = d0 + x1; d2 = d1 + x2; ... whose partial results nobody else reads becomes one
                reduction along rows, which numpy performs in the same order
     numbering  rows are given out so that the operands of a batch are slices where possible
@@ -14,8 +16,10 @@ inputs, or lines of code for loads, stores and shuffles.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -128,12 +132,12 @@ def fold_chains(operations: list[Operation], usage: Usage) -> list[Operation]:
             for position in (0, 1):
                 register = _register(operation.inputs[position][1])
                 j = producer.get(register, -1) if register is not None else -1
-                if j >= 0 and operations[j].chain == operation.chain and j not in following:
-                    if usage.private(register):
-                        if position == 1:
-                            operation.inputs.reverse()
-                        previous[i], following[j] = j, i
-                        break
+                linked = j >= 0 and operations[j].chain == operation.chain and j not in following
+                if linked and usage.private(register):
+                    if position == 1:
+                        operation.inputs.reverse()
+                    previous[i], following[j] = j, i
+                    break
         for _, register in operation.outputs:
             producer[register] = i if operation.chain and operation.guard is None else -1
             writers.setdefault(register, []).append(i)
@@ -168,9 +172,10 @@ def _overwritten(
     for i in path:
         for _, operand in operations[i].inputs:
             register = _register(operand)
-            if register is not None and any(i <= w < path[-1] for w in writers.get(register, ())):
-                if not any(w in path for w in writers[register]):
-                    return True
+            places = writers.get(register, []) if register is not None else []
+            inside = any(i <= w < path[-1] for w in places)
+            if inside and not any(w in path for w in places):
+                return True
     return False
 
 
@@ -217,15 +222,15 @@ class Numbering:
     def assign_batch(self, group: list[Operation]) -> None:
         """Sort a batch by the rows its operands have already, then number what is new."""
         if len(group) > 1:
-            columns = [[op.outputs[k][1] for op in group] for k in range(len(group[0].outputs))]
-            for k in range(len(group[0].inputs)):
-                columns.append([op.inputs[k][1] for op in group])
+            first = group[0]
+            columns: list[list[Operand]] = [
+                [op.outputs[k][1] for op in group] for k in range(len(first.outputs))
+            ]
+            columns += [[op.inputs[k][1] for op in group] for k in range(len(first.inputs))]
             for column in columns:
-                if not isinstance(column[0], Register) or len(set(column)) != len(column):
-                    continue
-                if all(isinstance(r, Register) and r.index >= 0 for r in column):
-                    order = sorted(range(len(group)), key=lambda i, c=column: c[i].index)
-                    group[:] = [group[i] for i in order]
+                rows = [r.index if isinstance(r, Register) else -1 for r in column]
+                if min(rows) >= 0 and len(set(rows)) == len(rows):
+                    group[:] = [group[i] for i in sorted(range(len(group)), key=rows.__getitem__)]
                     break
         if group[0].links:
             for k in range(group[0].links):
@@ -252,7 +257,7 @@ class Numbering:
 
 def _progression(rows: list[int]) -> slice | None:
     step = rows[1] - rows[0]
-    if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
+    if step == 0 or any(b - a != step for a, b in itertools.pairwise(rows)):
         return None
     stop = rows[-1] + (1 if step > 0 else -1)
     return slice(rows[0], stop if stop >= 0 else None, step)
@@ -260,7 +265,7 @@ def _progression(rows: list[int]) -> slice | None:
 
 class _Code:
     def __init__(self, helpers: dict[str, object], symbols: Callable[[str], str]):
-        self.namespace: dict[str, object] = dict(helpers)
+        self.namespace: dict[str, Any] = dict(helpers)
         self.lines: list[str] = []
         self.views: set[str] = set()
         self.symbols = symbols
@@ -317,7 +322,7 @@ class _Code:
         in_place = "[K" not in target and first.guard is None and "{out}" in first.expression
         value = first.expression.format(*inputs, out=f", out={target}" if in_place else "")
         if first.guard is not None:
-            guard = self.rows("P", [op.guard[0] for op in group])
+            guard = self.rows("P", [op.guard[0] for op in group if op.guard is not None])
             guard = guard if first.guard[1] else f"~{guard}"
             self.lines.append(f"{target} = where({guard}, {value}, {target})")
         else:

@@ -8,7 +8,7 @@ least as accurate as hardware; calibration against a device belongs here.
 
 import numpy as np
 
-from ..ptx import Immediate, Instruction, Negated, Operand, Pair, Symbol, Vector
+from ..ptx import SINK, Immediate, Instruction, Negated, Operand, Pair, Vector
 from ..vectorize import BITS, Operation
 from . import helper, pure
 
@@ -17,7 +17,6 @@ VIEW = {
     "b32": "U", "u32": "U", "s32": "I", "f32": "F",
     "b64": "W", "u64": "W", "s64": "J", "f64": "D", "pred": "P",
 }  # fmt: skip
-UNSIGNED = {"I": "U", "J": "W", "S": "H", "F": "U", "D": "W", "E": "H"}
 _TINY = np.float32(2.0**-126)
 
 
@@ -45,7 +44,7 @@ def simple(
 ) -> list[Operation]:
     """One result from operands 1.. read through the views in ``inputs``."""
     destination = instruction.operands[0]
-    if destination == Symbol("_"):
+    if destination == SINK:
         return []
     pairs = list(zip(inputs, instruction.operands[1:], strict=True))
     return [
@@ -306,7 +305,7 @@ def _funnel(instruction: Instruction) -> list[Operation]:
 def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     both = np.asarray(b).astype(np.uint64) << np.uint64(32) | a
     selector = np.asarray(selector, np.uint32)
-    result = np.uint32(0)
+    result = np.zeros(np.shape(both), np.uint32)
     for k in range(4):
         nibble = selector >> np.uint32(4 * k)
         byte = (both >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(
@@ -355,6 +354,12 @@ def _bit_field(instruction: Instruction) -> list[Operation]:
 
 
 @helper
+def count_bits(a: np.ndarray) -> np.ndarray:
+    raw = np.ascontiguousarray(a)[..., None].view(np.uint8)
+    return np.unpackbits(raw, axis=-1).sum(axis=-1, dtype=np.uint32)
+
+
+@helper
 def highest_bit(a: np.ndarray) -> np.ndarray:
     """Position of the highest set bit, -1 for zero."""
     return np.frexp(np.asarray(a).astype(np.float64))[1] - 1
@@ -372,7 +377,7 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
 def _bits(instruction: Instruction) -> list[Operation]:
     name, view = instruction.parts[0], view_of(instruction)
     if name == "popc":
-        return simple(instruction, "np.bitwise_count({0})", view, view, "U")
+        return simple(instruction, "count_bits({0})", view, view, "U")
     if name == "brev" and view == "U":
         return simple(instruction, "reverse_bits({0})", "U", "U")
     if view == "U" and len(instruction.parts) == 2:
@@ -429,7 +434,7 @@ def _setp(instruction: Instruction) -> list[Operation]:
         text = f"np.bitwise_{modifiers[0]}({text.replace('{out}', '')}, {{2}}{{out}})"
     result = []
     for register, expression in ((target, text), (second, f"~{text.replace('{out}', '')}")):
-        if register is not None and register != Symbol("_"):
+        if register is not None and register != SINK:
             result.append(
                 Operation(
                     instruction, expression, [("P", register)], inputs, guard=instruction.guard
@@ -482,7 +487,7 @@ def _unpack(
         raise instruction.unknown("mov to a vector of bytes")
     result = []
     for k, register in enumerate(destination.items):
-        if register == Symbol("_"):
+        if register == SINK:
             continue
         text = (
             f"({{0}} >> {k * bits}).astype(np.uint{bits})" if k else f"{{0}}.astype(np.uint{bits})"

@@ -152,7 +152,7 @@ def _into_shared(machine, instruction, start: int, nbytes: int, where: int, effe
         machine.hazard(instruction, f"no fence.mbarrier_init since mbarrier.init of {where:#x}")
     machine.check_shared(instruction, start, start + nbytes, True)
     access = SharedAccess(start, start + nbytes, True, barrier, instruction.where())
-    machine.accesses.append(access)
+    machine.accesses.add(access)
     machine.shared.bytes[start : start + nbytes] = POISON
 
     def complete() -> None:
@@ -167,12 +167,10 @@ def _out_of_shared(machine, unit, lane: int, instruction, start: int, nbytes: in
     """Common part of stores: the proxy fence, then reading at some time before the wait."""
     machine.shared.check(start, start + nbytes)
     machine.check_fenced(instruction, slice(start >> 4, -(-(start + nbytes) // 16)))
-    for access in machine.accesses:
-        if access.writes and access.low < start + nbytes and start < access.high:
-            machine.hazard(instruction, f"reads shared memory being written by {access.text}")
+    machine.check_shared(instruction, start, start + nbytes, False)
     groups = machine.bulk_groups(int(unit.lanes.threads[lane]))
     access = SharedAccess(start, start + nbytes, False, groups, instruction.where())
-    machine.accesses.append(access)
+    machine.accesses.add(access)
     event = machine.events.issue(effect, instruction.where())
     event.access = access
     groups.open.append(event)
@@ -272,10 +270,8 @@ def _wait(instruction: Instruction):
         for thread in unit.lanes.threads:
             groups = machine.bulk.get(int(thread))
             if groups is not None:
-                waited = groups.groups[: max(0, len(groups.groups) - keep)]
-                groups.wait(keep)
-                done = {id(event.access) for group in waited for event in group}
-                machine.accesses = [a for a in machine.accesses if id(a) not in done]
+                for event in groups.wait(keep):
+                    machine.accesses.remove(event.access)
         return True
 
     return run

@@ -95,7 +95,7 @@ def to_integer(x: np.ndarray, mode: str, dtype: type) -> np.ndarray:
     limits = np.iinfo(dtype)
     value = np.nan_to_num(rounding(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     result = np.clip(value, limits.min, limits.max)
-    clipped = np.where(result >= limits.max, 0, result).astype(dtype)
+    clipped: np.ndarray = np.where(result >= limits.max, 0, result).astype(dtype)
     return np.where(result >= limits.max, dtype(limits.max), clipped)
 
 

@@ -4,12 +4,10 @@ Generated code calls the block's ``load`` and ``store`` with the state space's n
 bounds, alignment and hazards and return one array a vector element.
 """
 
-import numpy as np
-
 from ..memory import PARAM_WINDOW, SHARED_WINDOW
-from ..ptx import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
+from ..ptx import SINK, Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 from ..vectorize import BITS, Operation
-from . import helper, pure
+from . import pure
 from .arithmetic import VIEW, simple
 
 _SPACES = ("global", "shared", "param", "local", "const")
@@ -71,9 +69,9 @@ def _load(instruction: Instruction) -> list[Operation]:
     width, count, kind = access(instruction)
     text, base = address(instruction, instruction.operands[1])
     lines = [f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count})"]
-    outputs = []
+    outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
-        if register == Symbol("_"):
+        if register == SINK:
             continue
         signed = f".view(np.int{8 * width})" if kind[0] == "s" else ""
         view = {16: "H", 32: "U", 64: "W"}[register.bits]
@@ -90,7 +88,7 @@ def _load(instruction: Instruction) -> list[Operation]:
 
 
 def _load_param(instruction: Instruction) -> list[Operation]:
-    width, count, kind = access(instruction)
+    width, _, kind = access(instruction)
     place = instruction.operands[1]
     if not isinstance(place.base, Symbol):
         raise instruction.unknown("parameter address in a register")
@@ -155,10 +153,12 @@ def _atomic(instruction: Instruction) -> list[Operation]:
         values = values[:1]  # a cache policy may follow
     inputs = [base] + [(view, value) for value in values]
     arguments = ", ".join(f"{{{k + 1}}}" for k in range(len(values)))
-    call = f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{{kind}}, {text}, ({arguments},))"
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
-    call = call.replace("{kind}", dtype)
-    outputs = [] if target is None or target == Symbol("_") else [(view, target)]
+    outputs = [] if target is None or target == SINK else [(view, target)]
+    call = (
+        f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
+        f"{bool(outputs)})"
+    )
     line = f"{{d0}} = {call}" if outputs else call
     return [
         Operation(
@@ -166,11 +166,6 @@ def _atomic(instruction: Instruction) -> list[Operation]:
             constants=(instruction,),
         )
     ]  # fmt: skip
-
-
-@helper
-def to_window(x: np.ndarray, window: int) -> np.ndarray:
-    return np.asarray(x).astype(np.uint64) + np.uint64(window)
 
 
 @pure("cvta")

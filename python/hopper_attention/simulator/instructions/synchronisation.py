@@ -4,10 +4,9 @@ import numpy as np
 
 from ..asynchronous import Mbarrier, NamedBarrier
 from ..errors import BarrierError
-from ..ptx import Address, Immediate, Instruction, Symbol
+from ..ptx import SINK, Address, Immediate, Instruction, Symbol
 from ..vectorize import Operation
 from . import control, pure
-from .memory import address
 
 
 def operand_values(unit, operand, view: str = "U") -> np.ndarray:
@@ -74,7 +73,7 @@ def _arrive(instruction: Instruction):
         amount = operand_values(unit, operands[1]) if len(operands) > 1 else np.ones_like(where)
         for k in range(lanes.count):
             barrier = machine.mbarrier(int(where[k]))
-            if state is not None and state != Symbol("_"):
+            if state is not None and state != SINK:
                 lanes.W[state.index][k] = barrier.phase
             if expects:
                 barrier.expect(int(amount[k]))
@@ -87,7 +86,7 @@ def _arrive(instruction: Instruction):
 
 @control("mbarrier.try_wait", "mbarrier.test_wait")
 def _try_wait(instruction: Instruction):
-    """Fails once, then sleeps until the phase flips; otherwise a peek would deadlock artificially."""
+    """Fails once, then sleeps until the phase flips: a peek alone must not deadlock."""
     _require_shared(instruction)
     target, place, phase = instruction.operands[:3]
     by_parity = "parity" in instruction.parts
@@ -192,6 +191,3 @@ def _fence(instruction: Instruction) -> list[Operation]:
 @pure("nanosleep", "pmevent")
 def _nothing(instruction: Instruction) -> list[Operation]:
     return []
-
-
-__all__ = ["address", "operand_values", "shared_addresses"]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..errors import HazardError
-from ..ptx import Immediate, Instruction, Pair, Symbol, Vector
+from ..ptx import SINK, Immediate, Instruction, Pair, Vector
 from ..vectorize import Operation
 from . import helper, pure
 from .memory import address
@@ -62,7 +62,7 @@ def _shuffle(instruction: Instruction) -> list[Operation]:
         target, predicate = target.first, target.second
     result = []
     inputs = [("U", value), ("U", b), ("U", c)]
-    if predicate is not None and predicate != Symbol("_"):
+    if predicate is not None and predicate != SINK:
         text = f"shuffle_valid(L, {mode!r}, {{1}}, {{2}})"
         result.append(Operation(instruction, text, [("P", predicate)], inputs))
     text = f"shuffle(L, {mode!r}, {{0}}, {{1}}, {{2}})"
@@ -81,7 +81,7 @@ def _elect(instruction: Instruction) -> list[Operation]:
     if isinstance(target, Pair):
         target, predicate = target.first, target.second
     result = []
-    if target != Symbol("_"):
+    if target != SINK:
         result.append(Operation(instruction, "L.leader", [("U", target)], []))
     if predicate is not None:
         result.append(Operation(instruction, "L.elected", [("P", predicate)], []))
@@ -174,7 +174,7 @@ def _store_matrix(instruction: Instruction) -> list[Operation]:
 def _load_matrix(instruction: Instruction) -> list[Operation]:
     count, transpose = _matrix_form(instruction)
     target = instruction.operands[0]
-    items = target.items if isinstance(target, Vector) else (target,)
+    items: tuple = target.items if isinstance(target, Vector) else (target,)
     text, base = address(instruction, instruction.operands[1])
     lines = [f"t = C.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
     lines += [f"{{d{k}}} = t[{k}]" for k in range(count)]

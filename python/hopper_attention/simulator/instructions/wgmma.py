@@ -1,13 +1,14 @@
 """wgmma.fence, mma_async, commit_group, wait_group.
 
-An mma_async records its operands and poisons its accumulators; the products of one commit group into
-the same accumulators are one matrix product when the group takes effect.  Layouts, from the PTX
-documentation's figures (T elements to 16 bytes, addresses before the swizzle):
+An mma_async records its operands and poisons its accumulators; the products of one commit group
+into the same accumulators are one matrix product when the group takes effect.  Layouts, from the
+PTX documentation's figures (T elements to 16 bytes, addresses before the swizzle):
 
     K-major   row r, 16-byte unit c of the instruction's 32 bytes of K:
               start + r % 8 * span + r // 8 * SBO + c * (16, or LBO without swizzle)
     MN-major  unit j of T columns, k:  start + j % (span / 16) * 16 + j // (span / 16) * LBO
-              + k % 8 * span + k // 8 * SBO      (without swizzle: j * SBO + k % 8 * 16 + k // 8 * LBO)
+              + k % 8 * span + k // 8 * SBO
+              (without swizzle: start + j * SBO + k % 8 * 16 + k // 8 * LBO)
     D         register i of lane l, warp w: row 16 w + l // 4 + 8 (i // 2 % 2),
               column 8 (i // 4) + 2 (l % 4) + i % 2
     A in registers (16-bit; 8-bit with four elements a register and twice the columns): register j:
@@ -19,6 +20,7 @@ The tensor core's reduced accumulator precision for fp8 is not modelled: product
 import functools
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -136,14 +138,14 @@ class Shape:
     kinds: tuple[str, str]
     half: bool  # f16 accumulators
     accumulator: tuple[Register, ...]
-    a: object
+    a: Any
     b: Register
-    scale_d: object
+    scale_d: Any
     sign: float
     a_mn_major: bool
     b_mn_major: bool
-    rows: object = None
-    a_rows: object = None
+    rows: Any = None
+    a_rows: Any = None
     mask: int = 0
     a_mask: int = 0
 
@@ -164,7 +166,7 @@ def _rows(registers: tuple[Register, ...]):
 
 
 def _mask(registers: tuple[Register, ...]) -> int:
-    return functools.reduce(lambda mask, r: mask | 1 << r.index, registers, 0)
+    return sum(1 << index for index in {register.index for register in registers})
 
 
 def parse_mma(instruction: Instruction) -> Shape:
@@ -172,7 +174,8 @@ def parse_mma(instruction: Instruction) -> Shape:
     found = re.fullmatch(r"m64n(\d+)k(\d+)", parts[4])
     d_kind, a_kind, b_kind = parts[5:8]
     if (
-        "sp" in parts
+        found is None
+        or "sp" in parts
         or d_kind not in ("f32", "f16")
         or a_kind not in _BYTES
         or b_kind not in _BYTES
@@ -201,7 +204,7 @@ class Issued:
     """One mma_async under way."""
 
     shape: Shape
-    a: object  # descriptor bits, or the (4, 128) registers
+    a: Any  # descriptor bits, or the (4, 128) registers
     b: int
     accumulate: bool
 
@@ -374,7 +377,8 @@ def _mma(instruction: Instruction):
         queue.issue(shape, lanes, a, b, _accumulates(unit, shape.scale_d))
         return True
 
-    run.registers = [*shape.accumulator, *(shape.a.items if isinstance(shape.a, Vector) else ())]
+    fragment = shape.a.items if isinstance(shape.a, Vector) else ()
+    run.registers = [*shape.accumulator, *fragment]  # type: ignore[attr-defined]
     return run
 
 
@@ -393,9 +397,10 @@ def _use(machine, instruction: Instruction, queue: Queue, index: np.ndarray) -> 
     low, high = int(index.min()) << 4, (int(index.max()) + 1) << 4
     machine.shared.check(low, high)
     machine.check_fenced(instruction, index)
+    machine.check_shared(instruction, low, high, False)
     access = SharedAccess(low, high, False, queue, instruction.where())
     queue.open.accesses.append(access)
-    machine.accesses.append(access)
+    machine.accesses.add(access)
 
 
 @control("wgmma.fence")

@@ -1,0 +1,254 @@
+"""One row a kernel: resources, main loops, predictions; comparison of builds; the budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hopper_attention.refusal import Refusal
+from hopper_attention.sass import model
+from hopper_attention.sass.control_flow import ControlFlow
+from hopper_attention.sass.cubin import Kernel, find_cubins
+from hopper_attention.sass.disassembler import Instruction, disassemble
+from hopper_attention.sass.pipes import count_pipes
+
+TOLERANCE = 1.02
+"""How much longer than its budget a main loop may be."""
+
+SUFFIXES = (".cubin", ".o", ".so")
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """One main loop, as a consumer warp executes one pass of it."""
+
+    instructions: int
+    """Issue slots; a wait that does not spin counts once."""
+    pipes: dict[str, int]
+    waits: int
+    """WARPGROUP.DEPBAR: more than the source's means that ptxas serialised WGMMA."""
+    ex2: list[int]
+    """Exponentials before the first wait, between waits, and after the last."""
+    ex2_before_arrive: int | None
+    """Exponentials above the hand-over to the next warpgroup; None without one."""
+    schedule: list[str]
+    """The instructions that order the loop, in order, runs of one kind merged."""
+    clocks: dict[str, int]
+    bound: str
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    registers: int
+    threads: int
+    warpgroups: int
+    """Consumers."""
+    spills: int
+    """Instructions that access local memory."""
+    main_loop: MainLoop | None
+    """The shortest loop with warpgroup matrix instructions: the one without masks."""
+    masked_loops: list[MainLoop]
+    """The others."""
+
+    @property
+    def loops(self) -> dict[str, MainLoop]:
+        """Name -> loop: main, masked, masked 2, ..."""
+        named = {"main": self.main_loop} if self.main_loop else {}
+        for index, loop in enumerate(self.masked_loops):
+            named[f"masked {index + 1}" if index else "masked"] = loop
+        return named
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Row:
+        main, masked = data["main_loop"], data["masked_loops"]
+        loops = {
+            "main_loop": MainLoop(**main) if main else None,
+            "masked_loops": [MainLoop(**loop) for loop in masked],
+        }
+        return Row(**{**data, **loops})
+
+
+def rows_of(path: Path, clock_ghz: float = model.CLOCK_GHZ) -> list[Row]:
+    """Every kernel in a file, or in a folder's cubins (objects, extensions if it has none).
+
+    A `.json` file is one that `hopper-attention sass --json` wrote.
+    """
+    if path.suffix == ".json":
+        return _saved(path)
+    files = [path]
+    if path.is_dir():
+        kinds = [sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES]
+        files = next(filter(None, kinds), [])
+        if not files:
+            raise Refusal(f"{path} holds no {', '.join(SUFFIXES)} files")
+    cubins = [cubin for file in files for cubin in find_cubins(file)]
+    with ThreadPoolExecutor() as threads:  # they wait for nvdisasm
+        disassemblies = list(threads.map(disassemble, (cubin.image for cubin in cubins)))
+    return [
+        row_of(kernel, disassembly[kernel.symbol], clock_ghz)
+        for cubin, disassembly in zip(cubins, disassemblies)
+        for kernel in cubin.kernels
+    ]
+
+
+def _saved(path: Path) -> list[Row]:
+    try:
+        return [Row.from_json(data) for data in json.loads(path.read_text())]
+    except OSError as fault:
+        raise Refusal(f"{path}: {fault.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise Refusal(f"{path} was not written by `hopper-attention sass --json`") from None
+
+
+def row_of(kernel: Kernel, code: Sequence[Instruction], clock_ghz: float) -> Row:
+    warpgroups = _consumers(kernel, code)
+    flow = ControlFlow(code)
+    with_gemms = [
+        loop
+        for loop in flow.loops
+        if count_pipes(code[i] for i in flow.instructions(loop))["tensor"]
+    ]
+    loops = [
+        _main_loop([code[i] for i in flow.pass_of(loop)], warpgroups, clock_ghz)
+        for loop in with_gemms
+        if not any(inner.header in loop.blocks for inner in with_gemms if inner is not loop)
+    ]
+    shortest = min(loops, key=lambda loop: loop.instructions, default=None)
+    return Row(
+        # The compiler numbers the kernels of an instance; all have one.
+        name=kernel.symbol.removesuffix("_0"),
+        registers=kernel.registers,
+        threads=kernel.threads,
+        warpgroups=warpgroups,
+        spills=sum(instruction.name in ("LDL", "STL") for instruction in code),
+        main_loop=shortest,
+        masked_loops=[loop for loop in loops if loop is not shortest],
+    )
+
+
+def _consumers(kernel: Kernel, code: Iterable[Instruction]) -> int:
+    """Warpgroups of a block; one of them is the producer where registers are redistributed."""
+    specialised = any(instruction.name == "USETMAXREG" for instruction in code)
+    return max(kernel.threads // 128 - specialised, 1)
+
+
+def _main_loop(code: Sequence[Instruction], warpgroups: int, clock_ghz: float) -> MainLoop:
+    marks = [mark for mark in map(_mark, code) if mark]
+    segments, arrived = [0], None
+    for mark in marks:
+        if mark == "EX2":
+            segments[-1] += 1
+        elif mark.startswith("wait<="):
+            segments.append(0)
+        elif mark == "arrive" and arrived is None:
+            arrived = sum(segments)
+    runs = [(mark, len(list(group))) for mark, group in itertools.groupby(marks)]
+    return MainLoop(
+        instructions=len(code),
+        pipes=count_pipes(code),
+        waits=len(segments) - 1,
+        ex2=segments,
+        ex2_before_arrive=arrived,
+        schedule=[mark if count == 1 else f"{count} {mark}" for mark, count in runs],
+        **asdict(model.predict(code, warpgroups, clock_ghz)),
+    )
+
+
+def _mark(instruction: Instruction) -> str | None:
+    """What an instruction is in the schedule of a loop; None for arithmetic."""
+    opcode = instruction.opcode
+    if instruction.name in ("HGMMA", "QGMMA"):
+        return instruction.name
+    if opcode.startswith("MUFU.EX2"):
+        return "EX2"
+    if opcode.startswith("WARPGROUP.DEPBAR"):
+        return f"wait<={int(instruction.operands[-1], 16)}"
+    if opcode.startswith("BAR.SYNC"):
+        return "sync"
+    if opcode.startswith("BAR.ARV"):
+        return "arrive"
+    return None
+
+
+# ---------------------------------------------------------------- comparison and budget
+
+
+def growth(
+    before: Iterable[Row], after: Iterable[Row]
+) -> list[tuple[str, str, MainLoop, MainLoop]]:
+    """(kernel, loop, before, after) of the loops that both builds have.
+
+    Raises Refusal if the builds share no kernel.
+    """
+    earlier = {row.name: row.loops for row in before}
+    pairs = [
+        (row.name, name, earlier[row.name][name], loop)
+        for row in after
+        for name, loop in row.loops.items()
+        if name in earlier.get(row.name, {})
+    ]
+    if not pairs:
+        raise Refusal("the two builds have no main loop of the same kernel in common")
+    return pairs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Committed issue slots of one instance's loops, and why they are what they are."""
+
+    loops: dict[str, int]
+    reason: str
+
+
+def read_budget(path: Path) -> dict[str, Budget]:
+    """Raises Refusal for a file that is not a budget, and for an entry without a reason."""
+    try:
+        budgets = {name: Budget(**entry) for name, entry in json.loads(path.read_text()).items()}
+    except OSError as fault:
+        raise Refusal(f"{path}: {fault.strerror}") from None
+    except (ValueError, TypeError, AttributeError):
+        raise Refusal(f"{path} is not a budget: {{instance: {{loops, reason}}}}") from None
+    for name, budget in budgets.items():
+        if not budget.reason.strip():
+            raise Refusal(f"{path}: the budget of {name} has no reason")
+    return budgets
+
+
+def over_budget(rows: Iterable[Row], budgets: dict[str, Budget]) -> list[str]:
+    """One sentence for every loop that is over its budget, or has none."""
+    faults = []
+    for row in rows:
+        allowed = budgets[row.name].loops if row.name in budgets else {}
+        for name, loop in row.loops.items():
+            if name not in allowed:
+                faults.append(f"{row.name}: the {name} loop has no budget")
+            elif loop.instructions > TOLERANCE * allowed[name]:
+                faults.append(
+                    f"{row.name}: the {name} loop has {loop.instructions} instructions, "
+                    f"{loop.instructions / allowed[name] - 1:+.1%} of its budget {allowed[name]}"
+                )
+    return faults
+
+
+def updated_budget(
+    rows: Iterable[Row], budgets: dict[str, Budget], reason: str
+) -> dict[str, Budget]:
+    """`budgets` with the rows' present figures; `reason` for those that changed."""
+    updated = dict(budgets)
+    for row in rows:
+        loops = {name: loop.instructions for name, loop in row.loops.items()}
+        if loops and (row.name not in budgets or budgets[row.name].loops != loops):
+            updated[row.name] = Budget(loops, reason)
+    return dict(sorted(updated.items()))
+
+
+def write_budget(path: Path, budgets: dict[str, Budget]) -> None:
+    entries = {name: asdict(budget) for name, budget in budgets.items()}
+    path.write_text(json.dumps(entries, indent=1) + "\n")

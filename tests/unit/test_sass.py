@@ -1,0 +1,356 @@
+"""`hopper-attention sass`: control flow, the model, the installed kernels and their budget."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hopper_attention import _cuda, manifest
+from hopper_attention.cli import app
+from hopper_attention.refusal import Refusal
+
+pytest.importorskip("elftools", reason="needs hopper-attention[tools]")
+
+from hopper_attention.sass import disassembler, model, report
+from hopper_attention.sass.control_flow import ControlFlow
+from hopper_attention.sass.cubin import find_cubins
+from hopper_attention.sass.disassembler import Instruction
+from hopper_attention.sass.pipes import PIPES, count_pipes
+
+needs_disassembler = pytest.mark.skipif(
+    disassembler.find_nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel"
+)
+EXTENSION = Path(_cuda.__file__)
+
+
+def assemble(text):
+    """ "@P0 OPCODE a,b" a line; `L:` before an instruction and `-> L` for a branch target."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if ":" in line}
+    code = []
+    for line in lines:
+        words = line.split(":")[-1].replace("->", "").split()
+        predicate = words.pop(0) if words[0].startswith("@") else ""
+        opcode, *operands = words
+        operands = [o for operand in operands for o in operand.split(",")]
+        operands = tuple(hex(16 * labels[o]) if o in labels else o for o in operands)
+        code.append(Instruction(opcode, operands, predicate))
+    return code
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return report.rows_of(EXTENSION)
+
+
+# ---------------------------------------------------------------- control flow
+
+
+def test_loop_with_an_inner_wait():
+    code = assemble(
+        """
+        MOV
+        top: FADD
+        wait: SYNCS
+        @!P0 BRA -> wait
+        HGMMA.64x128x16.F32.BF16 R0,gdesc[UR4],RZ
+        @P1 BRA -> top
+        EXIT
+        """
+    )
+    flow = ControlFlow(code)
+    assert [loop.header for loop in flow.loops] == [1, 2]
+    assert flow.pass_of(flow.loops[0]) == [1, 2, 3, 4, 5]
+    assert flow.pass_of(flow.loops[1]) == [2, 3]
+
+
+def test_repetitions_of_a_wait_behind_the_kernel_are_no_part_of_a_pass():
+    code = assemble(
+        """
+        top: SYNCS
+        @!P0 BRA -> again
+        back: HGMMA.64x128x16.F32.BF16 R0,gdesc[UR4],RZ
+        @P1 BRA -> top
+        EXIT
+        again: SYNCS
+        @!P0 BRA -> again
+        BRA -> back
+        """
+    )
+    flow = ControlFlow(code)
+    outer = flow.loops[0]
+    assert flow.instructions(outer) == [0, 1, 2, 3, 5, 6, 7]
+    assert flow.pass_of(outer) == [0, 1, 2, 3]
+
+
+def test_a_skipped_block_stays_part_of_a_pass():
+    code = assemble(
+        """
+        top: FADD
+        @P0 BRA -> skip
+        FMUL
+        skip: HGMMA.64x128x16.F32.BF16 R0,gdesc[UR4],RZ
+        @P1 BRA -> top
+        EXIT
+        """
+    )
+    flow = ControlFlow(code)
+    assert flow.pass_of(flow.loops[0]) == [0, 1, 2, 3, 4]
+
+
+def test_rotated_loop_has_one_header():
+    code = assemble(
+        """
+        BRA -> middle
+        top: FADD
+        middle: HGMMA.64x128x16.F32.BF16 R0,gdesc[UR4],RZ
+        @P1 BRA -> top
+        EXIT
+        """
+    )
+    (loop,) = ControlFlow(code).loops
+    assert (loop.header, sorted(loop.blocks)) == (2, [1, 2])
+
+
+def test_uniform_branch_is_conditional():
+    code = assemble("top: FADD\nBRA.U UP0,top\nEXIT\nBRA -> top")
+    flow = ControlFlow(code)
+    assert set(flow.graph.successors(0)) == {0, 2}
+    assert not list(flow.graph.successors(2))
+    assert [loop.header for loop in flow.loops] == [0]  # unreachable code makes none
+
+
+def test_main_loops_of_a_persistent_kernel_are_the_inner_ones():
+    code = assemble(
+        """
+        tile: MOV
+        a: HGMMA.64x64x16.F32.BF16 R0,gdesc[UR4],RZ
+        FSEL
+        @P0 BRA -> a
+        b: HGMMA.64x64x16.F32.BF16 R0,gdesc[UR4],RZ
+        @P0 BRA -> b
+        @P1 BRA -> tile
+        EXIT
+        """
+    )
+    row = report.row_of(report.Kernel("k_0", 168, 256), code, 1.0)
+    assert row.name == "k"
+    assert row.warpgroups == 2
+    assert row.main_loop.instructions == 2
+    assert [loop.instructions for loop in row.masked_loops] == [3]
+
+
+# ---------------------------------------------------------------- instructions and model
+
+
+def test_no_opcode_is_in_two_pipes():
+    opcodes = [opcode for pipe in PIPES.values() for opcode in pipe]
+    assert len(opcodes) == len(set(opcodes))
+
+
+def test_unknown_opcodes_show():
+    counts = count_pipes([Instruction("FROB.X", (), ""), Instruction("MUFU.EX2", (), "")])
+    assert counts["unknown"] == 1
+    assert counts["mufu"] == 1
+
+
+def test_wgmma_operands():
+    shared = Instruction("HGMMA.64x176x16.F32.BF16", ("R8", "gdesc[UR4]", "RZ", "!UPT"), "")
+    registers = Instruction("QGMMA.64x64x32.F32.E4M3.E4M3", ("R8", "R2", "gdesc[UR4]", "R8"), "")
+    a, b = model.Wgmma.of(shared), model.Wgmma.of(registers)
+    assert (a.clocks, a.a_bytes, a.b_bytes, a.flop) == (88, 2048, 5632, 2 * 64 * 176 * 16)
+    assert (b.clocks, b.a_bytes, b.b_bytes, b.flop) == (32, 0, 2048, 2 * 64 * 64 * 32)
+    assert model.Wgmma.of(Instruction("HMMA.16816.F32", ("R0", "R1", "R2", "R3"), "")) is None
+
+
+@pytest.mark.parametrize(
+    ("tile_m", "tile_n", "head_dim", "tensor", "mufu", "shared"),
+    [(192, 128, 64, 1536, 1536, 1216), (128, 176, 128, 2816, 1408, 2368)],
+)
+def test_model_by_hand(tile_m, tile_n, head_dim, tensor, mufu, shared):
+    """S = Q K^T from shared memory, O += P V with P from registers, one exponential an element."""
+    qk = Instruction(f"HGMMA.64x{tile_n}x16.F32.BF16", ("R0", "gdesc[UR4]", "R0"), "")
+    pv = Instruction(f"HGMMA.64x{head_dim}x16.F32.BF16", ("R0", "R8", "gdesc[UR4]", "R0"), "")
+    ex2 = Instruction("MUFU.EX2", ("R0", "R0"), "")
+    code = [qk] * (head_dim // 16) + [pv] * (tile_n // 16) + [ex2] * (64 * tile_n // 128)
+    prediction = model.predict(code, tile_m // 64, clock_ghz=1.755)
+    assert prediction.clocks["tensor"] == tensor
+    assert prediction.clocks["mufu"] == mufu
+    assert prediction.clocks["shared"] == shared
+    assert prediction.bound == "tensor"
+    assert prediction.tflops == pytest.approx(4096 * 132 * 1.755e-3, rel=1e-3)
+
+
+def test_schedule_of_a_loop():
+    code = assemble(
+        """
+        top: BAR.SYNC.DEFER_BLOCKING R1,0x100
+        HGMMA.64x64x16.F32.BF16 R0,gdesc[UR4],RZ
+        HGMMA.64x64x16.F32.BF16 R0,gdesc[UR4],RZ
+        BAR.ARV R1,0x100
+        MUFU.EX2 R0,R0
+        WARPGROUP.DEPBAR.LE gsb0,0x1
+        MUFU.EX2 R0,R0
+        FMUL R0,R0
+        MUFU.EX2 R0,R0
+        WARPGROUP.DEPBAR.LE gsb0,0x0
+        @P0 BRA -> top
+        """
+    )
+    loop = report.row_of(report.Kernel("k", 168, 128), code, 1.0).main_loop
+    assert loop.schedule == ["sync", "2 HGMMA", "arrive", "EX2", "wait<=1", "2 EX2", "wait<=0"]
+    assert (loop.ex2, loop.waits, loop.ex2_before_arrive) == ([1, 2, 0], 2, 0)
+
+
+# ---------------------------------------------------------------- the installed kernels
+
+
+def test_cubins_are_found_anywhere_in_a_file(tmp_path):
+    cubins = find_cubins(EXTENSION)
+    assert [c.kernels[0].symbol for c in cubins] == [f"{name}_0" for name in _cuda.instances()]
+    file = tmp_path / "embedded.bin"
+    file.write_bytes(b"\x7fELF\0" + b"x" * 99 + cubins[0].image + b"\x7fELFxx")
+    assert find_cubins(file) == cubins[:1]
+
+
+def test_kernel_facts_agree_with_the_compiler():
+    facts = {c.kernels[0].symbol.removesuffix("_0"): c.kernels[0] for c in find_cubins(EXTENSION)}
+    for name, instance in manifest.instances().items():
+        assert facts[name].registers == instance.registers
+        assert facts[name].threads == instance.threads
+
+
+@needs_disassembler
+def test_every_instance_has_main_loops_within_the_model(rows):
+    configs = {name: i.config for name, i in manifest.instances().items()}
+    assert {row.name for row in rows} == set(configs)
+    for row in rows:
+        config = configs[row.name]
+        tile = config["tile_m"] * config["tile_n"]
+        assert row.warpgroups == config["tile_m"] // 64
+        assert row.spills == 0
+        assert len(row.masked_loops) == config["causal"]
+        for loop in row.loops.values():
+            assert "unknown" not in loop.pipes
+            assert loop.waits == 2, "one for S, one for O: WGMMA is asynchronous"
+            assert sum(loop.pipes.values()) == loop.instructions
+            assert loop.clocks["tensor"] == 4 * tile * config["head_dim"] // 4096
+            assert loop.clocks["mufu"] >= tile // 16
+            assert loop.ex2[1] == sum(loop.ex2), "softmax runs under O += P V"
+            assert 0 < loop.tflops < 1000
+
+
+@needs_disassembler
+def test_main_loops_stay_within_the_budget(root, rows):
+    """If this fails for a good reason: sass --update-budget benchmarks/sass_budget.json --reason"""
+    budgets = report.read_budget(root / "benchmarks" / "sass_budget.json")
+    assert report.over_budget(rows, budgets) == []
+
+
+# ---------------------------------------------------------------- budget, comparison, bad input
+
+
+def loop_of(instructions):
+    code = [Instruction("FADD", (), "")] * (instructions - 2)
+    code.insert(0, Instruction("HGMMA.64x64x16.F32.BF16", ("R0", "gdesc[UR4]", "R0"), ""))
+    return report.row_of(
+        report.Kernel("k", 168, 128), [*code, Instruction("BRA", ("0x0",), "@P0")], 1.0
+    )
+
+
+def test_budget_allows_two_percent():
+    budgets = {"k": report.Budget({"main": 100}, "measured")}
+    assert report.over_budget([loop_of(102)], budgets) == []
+    (fault,) = report.over_budget([loop_of(103)], budgets)
+    assert "103 instructions, +3.0% of its budget 100" in fault
+    assert report.over_budget([loop_of(9)], {}) == ["k: the main loop has no budget"]
+
+
+def test_budget_keeps_reasons_of_what_did_not_change(tmp_path):
+    old = {"k": report.Budget({"main": 100}, "first"), "other": report.Budget({"main": 1}, "kept")}
+    assert report.updated_budget([loop_of(100)], old, "second") == old
+    new = report.updated_budget([loop_of(90)], old, "second")
+    assert new["k"] == report.Budget({"main": 90}, "second")
+    file = tmp_path / "budget.json"
+    report.write_budget(file, new)
+    assert report.read_budget(file) == new
+
+
+@pytest.mark.parametrize("text", ["[]", "{}}", '{"k": 1}', '{"k": {"loops": {}}}'])
+def test_not_a_budget(tmp_path, text):
+    file = tmp_path / "budget.json"
+    file.write_text(text)
+    with pytest.raises(Refusal, match="is not a budget"):
+        report.read_budget(file)
+
+
+def test_budget_needs_reasons(tmp_path):
+    file = tmp_path / "budget.json"
+    file.write_text('{"k": {"loops": {"main": 1}, "reason": " "}}')
+    with pytest.raises(Refusal, match="k has no reason"):
+        report.read_budget(file)
+
+
+def test_growth_pairs_loops_by_name():
+    ((name, loop, before, after),) = report.growth([loop_of(100)], [loop_of(110)])
+    assert (name, loop, before.instructions, after.instructions) == ("k", "main", 100, 110)
+    with pytest.raises(Refusal, match="in common"):
+        report.growth([], [loop_of(3)])
+
+
+def test_files_without_device_code(tmp_path):
+    file = tmp_path / "a.o"
+    file.write_bytes(b"no ELF in here")
+    with pytest.raises(Refusal, match="no uncompressed cubin"):
+        report.rows_of(file)
+    with pytest.raises(Refusal, match="No such file"):
+        report.rows_of(tmp_path / "missing.o")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refusal, match="holds no"):
+        report.rows_of(tmp_path / "empty")
+    (tmp_path / "a.json").write_text('{"name": 1}')
+    with pytest.raises(Refusal, match="not written by"):
+        report.rows_of(tmp_path / "a.json")
+
+
+def test_without_the_disassembler(monkeypatch):
+    monkeypatch.setattr(disassembler, "find_nvdisasm", lambda: None)
+    with pytest.raises(Refusal, match="pip install 'hopper-attention"):
+        disassembler.disassemble(b"")
+
+
+@needs_disassembler
+def test_not_a_cubin_inside():
+    with pytest.raises(Refusal, match="nvdisasm cannot read"):
+        disassembler.disassemble(b"\x7fELF nonsense")
+
+
+@needs_disassembler
+def test_command_line(root, tmp_path):
+    run = CliRunner().invoke
+    done = run(app, ["sass", "fwd_bf16_d64*", "--json", "--clock-ghz", "1.98"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert {row["name"] for row in rows} == {
+        name for name in manifest.instances() if name.startswith("fwd_bf16_d64")
+    }
+    assert {"name", "registers", "spills", "main_loop"} <= set(rows[0])
+    saved = tmp_path / "before.json"
+    saved.write_text(done.stdout)
+
+    done = run(app, ["sass", "--diff", str(saved), str(EXTENSION)])
+    assert done.exit_code == 0
+    assert "fwd_bf16_d64" in done.stdout
+    done = run(app, ["sass", "--diff", str(saved), str(saved), "--json"])
+    assert all(change["before"] == change["after"] for change in json.loads(done.stdout))
+
+    tight = tmp_path / "budget.json"
+    entries = {row["name"]: {"loops": {"main": 1, "masked": 1}, "reason": "tight"} for row in rows}
+    tight.write_text(json.dumps(entries))
+    done = run(app, ["sass", "fwd_bf16_d64", "--budget", str(tight)])
+    assert done.exit_code == 1
+    assert "over budget: fwd_bf16_d64" in done.stderr
+
+    assert isinstance(run(app, ["sass", "nothing*"]).exception, Refusal)
+    assert isinstance(run(app, ["sass", "--update-budget", str(tight)]).exception, Refusal)
