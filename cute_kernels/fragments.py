@@ -54,6 +54,12 @@ class PackedFragment:
         iterator = cute.recast_tensor(words, dtype).iterator
         return PackedFragment(words, cute.make_tensor(iterator, cute.make_layout(acc.shape)))
 
+    @property
+    def rows_and_pairs(self) -> cute.Tensor:
+        """(rows of this thread, pairs of columns): one word each."""
+        layout = cute.make_layout((2, cute.size(self.words) // 2))
+        return cute.make_tensor(self.words.iterator, layout)
+
     def convert(self, acc: cute.Tensor) -> None:
         """Round a float32 accumulator into this fragment, two elements an instruction."""
         for i in range(cute.size(self.words)):

@@ -95,7 +95,7 @@ class VarlenScheduler:
             total = cute.arch.shuffle_sync(until, 31)
         passed = cute.arch.popc(cute.arch.vote_ballot_sync(until <= wanted))
         source = minimum(passed, 31)
-        row_block = cute.arch.shuffle_sync(until, source) - 1 - wanted
+        row_block = maximum(cute.arch.shuffle_sync(until, source) - 1 - wanted, 0)
         batch = first + passed if passed < 32 else self.batch
         return Tile(row_block, block % self.heads, minimum(batch, self.batch))
 

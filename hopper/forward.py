@@ -654,15 +654,14 @@ class Forward:
         thread = cute.arch.thread_idx()[0] - 128
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.head_dim_v))
         coordinates = rows_and_columns(mma_pv.get_slice(thread).partition_C(identity))
-        pairs = rows_and_columns(out.view)
+        pairs = out.rows_and_pairs
         columns = mO.shape[1]
         for i in cutlass.range_constexpr(cute.size(pairs, mode=[0])):
             row = tile.m_block * cfg.tile_m + coordinates[i, 0][0]
             if row < queries.length:
                 gO = mO[queries.offset + row, None, tile.head, queries.batch]
-                for j in cutlass.range_constexpr(0, cute.size(pairs, mode=[1]), 2):
-                    column = coordinates[i, j][1]
+                for j in cutlass.range_constexpr(cute.size(pairs, mode=[1])):
+                    column = coordinates[i, 2 * j][1]
                     if column < columns:
-                        place = (gO.iterator + column).align(4)
-                        pair = cute.make_tensor(pairs[i, None].iterator + j, cute.make_layout(2))
-                        cute.autovec_copy(pair, cute.make_tensor(place, cute.make_layout(2)))
+                        place = cute.recast_ptr((gO.iterator + column).align(4), dtype=Int32)
+                        cute.make_tensor(place, cute.make_layout(1))[0] = pairs[i, j]

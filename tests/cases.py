@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hopper_attention import manifest, reference
+from hopper_attention.arguments import UNBOUNDED, Mask
 from hopper_attention.numerics import Error, pytorch_attention
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,45 +31,115 @@ class Shape:
 
 
 SHAPES = (
+    Shape(2, 97, 131, 4, 1),  # MQA
+    Shape(1, 203, 113, 2, 2),  # causal: rows without keys
+    Shape(1, 1, 509, 3, 1),  # one query, a prime number of keys
+    Shape(1, 113, 203, 2, 1),
+    Shape(1, 256, 384, 4, 2),  # GQA, every block full
     Shape(1, 1, 1, 1, 1),
     Shape(2, 64, 64, 1, 1),
-    Shape(1, 113, 203, 2, 1),
-    Shape(1, 203, 113, 2, 2),  # causal: rows without keys
-    Shape(1, 256, 384, 4, 2),  # GQA, every block full
-    Shape(2, 97, 131, 4, 1),  # MQA
     Shape(1, 0, 128, 2, 1),
     Shape(1, 128, 0, 2, 1),
-    Shape(1, 1, 509, 3, 1),  # one query, a prime number of keys
     Shape(1, 389, 1, 2, 1),  # more than one row block, one key
+)
+FEW_SHAPES = SHAPES[:3]
+
+PACKED = (
+    # (seqlen_q, seqlen_k) of every sequence: empty ones in front, between, behind; on either side.
+    ((0, 0), (64, 64), (113, 203), (0, 5), (1, 1), (7, 0), (203, 113), (0, 0)),
+    tuple((1 + i % 3, 40 - i) for i in range(37)),  # more sequences than lanes
+)
+
+WINDOWS = (
+    {"window_size": (37, 0)},
+    {"window_size": (50, 20)},
+    {"window_size": (-1, 7)},
+    {"window_size": (13, None)},
+    {"causal": True, "attention_chunk": 48},
+    {"window_size": (0, 0)},
+    {"attention_chunk": 100},
+    {"causal": True, "window_size": (100, -1)},
+    {"window_size": (3, 1)},
+    {"window_size": (200, 150)},
 )
 
 
-def forward_instances() -> list[str]:
-    return [name for name, i in manifest.instances().items() if i.family == "forward"]
+def forward_instances(*, varlen: bool) -> list[str]:
+    return [
+        name
+        for name, i in manifest.instances().items()
+        if i.family == "forward" and i.config["varlen"] == varlen
+    ]
+
+
+def arguments_for(instance: str, number: int) -> dict[str, Any]:
+    """Arguments of the public function that lead to the instance; windows by number."""
+    config = manifest.instances()[instance].config
+    arguments: dict[str, Any] = {"softcap": 15.0} if config["softcap"] else {}
+    if config["mask"] == "causal":
+        arguments["causal"] = True
+    if config["mask"] == "local":
+        arguments |= WINDOWS[number % len(WINDOWS)]
+    return arguments
 
 
 def random_inputs(
-    shape: Shape, head_dim: int, dtype: torch.dtype, device: str = "cpu", scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape: Shape,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    scale: float = 1.0,
+    head_dim_v: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(hash((shape, head_dim)) % 2**31)
 
-    def normal(seqlen: int, heads: int) -> torch.Tensor:
-        x = torch.randn(shape.batch, seqlen, heads, head_dim, generator=generator)
+    def normal(seqlen: int, heads: int, dim: int) -> Tensor:
+        x = torch.randn(shape.batch, seqlen, heads, dim, generator=generator)
         return (scale * x).to(device, dtype)
 
     return (
-        normal(shape.seqlen_q, shape.heads),
-        normal(shape.seqlen_k, shape.heads_kv),
-        normal(shape.seqlen_k, shape.heads_kv),
+        normal(shape.seqlen_q, shape.heads, head_dim),
+        normal(shape.seqlen_k, shape.heads_kv, head_dim),
+        normal(shape.seqlen_k, shape.heads_kv, head_dim_v or head_dim),
     )
 
 
-def check_forward(q, k, v, out, lse, *, causal: bool, softmax_scale: float | None = None) -> None:
+def inputs_for(instance: str, shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    config = manifest.instances()[instance].config
+    dtype = TORCH_DTYPES[config["dtype"]]
+    return random_inputs(
+        shape, config["head_dim"], dtype, device, head_dim_v=config["head_dim_v"]
+    )
+
+
+def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def check_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = False,
+    window_size: Sequence[int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+) -> None:
     """At most twice PyTorch's error in the same dtype, for out and for lse."""
-    scale = softmax_scale or 1.0 / math.sqrt(q.shape[-1])
-    problem = {"softmax_scale": scale, "causal": causal}
+    left, right = (UNBOUNDED if w in (-1, None) else w for w in window_size)
+    problem: dict[str, Any] = {
+        "softmax_scale": softmax_scale or 1.0 / math.sqrt(q.shape[-1]),
+        "mask": Mask(left, 0 if causal else right, attention_chunk or UNBOUNDED),
+        "softcap": softcap or None,
+        "sink": learnable_sink,
+    }
     exact, exact_lse = reference.attention(q, k, v, **problem, compute_dtype=torch.float64)
-    assert out.shape == q.shape and out.dtype == q.dtype
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.dtype == q.dtype
     ours, torchs = Error.of(out, exact), Error.of(pytorch_attention(q, k, v, **problem), exact)
     assert ours.within_twice(torchs), f"error {ours}, PyTorch's {torchs}"
 
@@ -77,3 +152,14 @@ def check_forward(q, k, v, out, lse, *, causal: bool, softmax_scale: float | Non
     allowed = 2 * Error.of(torch_lse[~empty], exact_lse[~empty]).maximum + 2e-6 * max(1.0, largest)
     worst = Error.of(lse[~empty], exact_lse[~empty]).maximum
     assert worst <= allowed, f"lse error {worst}, allowed {allowed}"
+
+
+def check_packed(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths, **arguments: Any
+) -> None:
+    """Each sequence of (total, heads, dim) tensors by itself; lse is (heads, total_q)."""
+    ends_q, ends_k = (list(accumulate(side)) for side in zip(*lengths))
+    for (seqlen_q, seqlen_k), end_q, end_k in zip(lengths, ends_q, ends_k):
+        rows, keys = slice(end_q - seqlen_q, end_q), slice(end_k - seqlen_k, end_k)
+        one = (x[None] for x in (q[rows], k[keys], v[keys], out[rows], lse[:, rows]))
+        check_forward(*one, **arguments)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SHAPES, TORCH_DTYPES, Shape, check_forward, forward_instances, random_inputs
+from cases import (
+    FEW_SHAPES,
+    PACKED,
+    SHAPES,
+    Shape,
+    arguments_for,
+    check_forward,
+    check_packed,
+    forward_instances,
+    inputs_for,
+    offsets,
+    random_inputs,
+)
 
-from hopper_attention import flash_attn_func, manifest, simulator
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
 
 pytestmark = pytest.mark.simulator
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
-
-
-def configuration(instance: str) -> tuple[int, torch.dtype, bool]:
-    config = manifest.instances()[instance].config
-    return config["head_dim"], TORCH_DTYPES[config["dtype"]], config["causal"]
+HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 def simulate(q, k, v, seed=0, **arguments):
@@ -24,23 +32,90 @@ def simulate(q, k, v, seed=0, **arguments):
         return flash_attn_func(q, k, v, return_lse=True, **arguments)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("instance", forward_instances())
+def simulate_packed(q, k, v, lengths, seed=0, **arguments):
+    lengths_q, lengths_k = zip(*lengths)
+    with simulator.enabled(seed=seed):
+        return flash_attn_varlen_func(
+            q, k, v, offsets(lengths_q), offsets(lengths_k), max(lengths_q), max(lengths_k),
+            return_lse=True, **arguments,
+        )  # fmt: skip
+
+
+def packed_inputs(instance, lengths, heads=2, heads_kv=1):
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    tensors = inputs_for(instance, Shape(1, total_q, total_k, heads, heads_kv))
+    return [x[0] for x in tensors]
+
+
+def dense_cases():
+    """fp16 shares all code but the conversions with bf16: fewer shapes."""
+    for instance in forward_instances(varlen=False):
+        for shape in FEW_SHAPES if "fp16" in instance else SHAPES:
+            yield pytest.param(instance, shape, id=f"{instance}-{shape}")
+
+
+@pytest.mark.parametrize(("instance", "shape"), list(dense_cases()))
 def test_matches_fp64_for_every_schedule(instance, shape):
-    head_dim, dtype, causal = configuration(instance)
-    q, k, v = random_inputs(shape, head_dim, dtype)
-    results = [simulate(q, k, v, seed, causal=causal) for seed in SEEDS]
-    check_forward(q, k, v, *results[0], causal=causal)
-    for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+    q, k, v = inputs_for(instance, shape)
+    arguments = arguments_for(instance, SHAPES.index(shape))
+    first, *others = [simulate(q, k, v, seed, **arguments) for seed in SEEDS[:2]]
+    check_forward(q, k, v, *first, **arguments)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("instance", forward_instances(varlen=True))
+def test_packed_sequences_match_fp64_for_every_schedule(instance):
+    for number, lengths in enumerate(PACKED):
+        q, k, v = packed_inputs(instance, lengths)
+        arguments = arguments_for(instance, number)
+        first, second = (
+            simulate_packed(q, k, v, lengths, seed, **arguments) for seed in SEEDS[:2]
+        )
+        check_packed(q, k, v, *first, lengths, **arguments)
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 136, 160, 200, 224])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_head_dims_between_the_tiles(head_dim, causal):
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
+    check_forward(q, k, v, *simulate(q, k, v, causal=causal), causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(192, 128), (64, 256), (64, 512 // 4), (72, 16), (8, 248)]
+)
+def test_v_of_another_head_dim(head_dim, head_dim_v):
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, head_dim_v=head_dim_v)
+    check_forward(q, k, v, *simulate(q, k, v, causal=True), causal=True)
+    lengths = ((100, 130), (50, 80))
+    out, lse = simulate_packed(q[0], k[0], v[0], lengths, causal=True)
+    check_packed(q[0], k[0], v[0], out, lse, lengths, causal=True)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
+def test_sinks(arguments):
+    """Each head its own; rows without keys have the sink alone: out 0, lse the sink."""
+    q, k, v = random_inputs(Shape(1, 203, 113, 4, 2), 64, torch.bfloat16)
+    sink = torch.tensor([-3.0, 0.0, 2.5, -torch.inf])
+    out, lse = simulate(q, k, v, learnable_sink=sink, **arguments)
+    check_forward(q, k, v, out, lse, learnable_sink=sink, **arguments)
+    if arguments:
+        assert torch.equal(lse[0, :3, 0], sink[:3]) and (out[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+def test_softcap_of_large_scores(softcap):
+    q, k, v = random_inputs(EDGE_SHAPE, 128, torch.bfloat16, scale=4.0)
+    arguments = {"causal": True, "softcap": softcap}
+    check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_any_strides(head_dim, causal):
     """Head-major storage, a slice of packed QKV, and one key head expanded to many."""
-    shape = EDGE_SHAPE
-    q, k, v = random_inputs(shape, head_dim, torch.bfloat16)
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
     out, lse = simulate(q, k, v, causal=causal)
     head_major = q.transpose(1, 2).contiguous().transpose(1, 2)
     packed = torch.stack((k, v, torch.full_like(v, torch.nan)), dim=2)
@@ -49,7 +124,7 @@ def test_any_strides(head_dim, causal):
     assert torch.equal(strided[0], out) and torch.equal(strided[1], lse)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_memory_around_the_tensors_is_not_read(head_dim, causal):
     """NaN behind the last row must not leak through 0 * NaN, and nothing may be written there."""
@@ -65,20 +140,65 @@ def test_memory_around_the_tensors_is_not_read(head_dim, causal):
     assert torch.equal(embedded[0], out) and torch.equal(embedded[1], lse)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_packed_neighbours_do_not_leak(head_dim, causal):
+    """A sequence of NaN between others, whose last tiles reach into it."""
+    lengths = ((70, 90), (30, 50), (60, 70))
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    tensors = random_inputs(Shape(1, total_q, total_k, 2, 1), head_dim, torch.bfloat16)
+    q, k, v = (x[0] for x in tensors)
+    q[70:100], k[90:140], v[90:140] = torch.nan, torch.nan, torch.nan
+    out, lse = simulate_packed(q, k, v, lengths, causal=causal)
+    assert out[70:100].isnan().all()
+    for rows, keys in ((slice(0, 70), slice(0, 90)), (slice(100, 160), slice(140, 210))):
+        one = (x[None] for x in (q[rows], k[keys], v[keys], out[rows], lse[:, rows]))
+        check_forward(*one, causal=causal)
+
+
+def test_used_lengths():
+    """Padded tensors of which parts are used: the rest is neither read nor written."""
+    shape = Shape(3, 140, 180, 2, 1)
+    q, k, v = random_inputs(shape, 64, torch.bfloat16)
+    used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ((140, 33, 0), (77, 180, 9)))
+    for b in range(3):
+        q[b, used_q[b] :], k[b, used_k[b] :], v[b, used_k[b] :] = torch.nan, torch.nan, torch.nan
+    with simulator.enabled():
+        out, lse = flash_attn_varlen_func(
+            q, k, v, None, None, 140, 180, used_q, used_k, causal=True, return_lse=True
+        )
+    for b, (n, m) in enumerate(zip(used_q, used_k)):
+        one = (x[b : b + 1] for x in (q[:, :n], k[:, :m], v[:, :m], out[:, :n], lse[..., :n]))
+        check_forward(*one, causal=True)
+        assert (out[b, n:] == 0).all() and (lse[b, :, n:] == -torch.inf).all()
+
+
+def test_dense_queries_with_packed_keys():
+    q, _, _ = random_inputs(Shape(2, 33, 33, 2, 1), 128, torch.bfloat16)
+    _, k, v = (x[0] for x in random_inputs(Shape(1, 1, 190, 2, 1), 128, torch.bfloat16))
+    with simulator.enabled():
+        out, lse = flash_attn_varlen_func(
+            q, k, v, None, offsets((150, 40)), None, None, causal=True, return_lse=True
+        )
+    for b, keys in enumerate((slice(0, 150), slice(150, 190))):
+        one = (q[b : b + 1], k[None, keys], v[None, keys], out[b : b + 1], lse[b : b + 1])
+        check_forward(*one, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_large_logits(head_dim):
     """All scores far above or far below 0: exponentials would overflow or vanish unshifted."""
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, scale=8.0)
     for sign in (1, -1):
         out, lse = simulate(q.abs() * sign, k.abs(), v)
-        check_forward(q.abs() * sign, k.abs(), v, out, lse, causal=False)
+        check_forward(q.abs() * sign, k.abs(), v, out, lse)
         assert lse.abs().min() > 100
 
 
 def test_softmax_scale():
     q, k, v = random_inputs(EDGE_SHAPE, 64, torch.bfloat16)
-    out, lse = simulate(q, k, v, softmax_scale=0.5, causal=True)
-    check_forward(q, k, v, out, lse, causal=True, softmax_scale=0.5)
+    arguments = {"softmax_scale": 0.5, "causal": True}
+    check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
 
 
 def test_nan_in_a_key_reaches_just_the_queries_that_see_it():
@@ -101,5 +221,4 @@ def test_offsets_beyond_32_bits():
         view = storage.as_strided(x.shape, (stride, 64, 64, 1), offset)
         view.copy_(x)
         far.append(view)
-    out, lse = simulate(*far)
-    check_forward(q, k, v, out, lse, causal=False)
+    check_forward(q, k, v, *simulate(*far))
