@@ -49,4 +49,3 @@ class Lengths:
         if self.seqused != 0:
             length = read(Int32, self.seqused, batch)
         return Sequence(owner, offset, length)
-

@@ -6,7 +6,6 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-
 from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum
 from hopper_attention.cute_kernels.sequence import Lengths
 

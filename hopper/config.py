@@ -74,7 +74,7 @@ class ForwardConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K and V stages, O."""
+        """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K, V stages, O."""
         row, row_v = 2 * self.head_dim, 2 * self.head_dim_v
         output = 0 if self.output_over_q else self.tile_m * row_v
         keys = self.stages * self.tile_n * (row + row_v)

@@ -47,7 +47,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
-from hopper_attention.cute_kernels.arithmetic import maximum, minimum
+from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     as_a_operand,
@@ -118,7 +118,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shared memory: Q (tile_m, d); K (tile_n, d, stages); V (dv, tile_n, stages); O (tile_m, dv)."""
+    """Shared memory: Q (tile_m, d), K (tile_n, d, stages), V (dv, tile_n, stages), O as Q, dv."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -206,7 +206,12 @@ class Forward:
             make(load, mQ, layout_q, (cfg.tile_m, cfg.head_dim)),
             make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
             make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
-            make(store, mO, cute.tile_to_shape(self.swizzle_v(), self.store_tile, (0, 1)), self.store_tile),
+            make(
+                store,
+                mO,
+                cute.tile_to_shape(self.swizzle_v(), self.store_tile, (0, 1)),
+                self.store_tile,
+            ),
         )
         if const_expr(cfg.varlen):
             queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
@@ -291,7 +296,9 @@ class Forward:
                 self.load(tma, tiles, pipelines, problem, work)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
-            self.consume(mmas, tma.o, mO, mLSE, tiles, pipelines, problem, work, storage.v.data_ptr())
+            self.consume(
+                mmas, tma.o, mO, mLSE, tiles, pipelines, problem, work, storage.v.data_ptr()
+            )
 
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any) -> Work:
@@ -577,9 +584,7 @@ class Forward:
             cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=threads)
 
     @cute.jit
-    def store_lse(
-        self, lse: cute.Tensor, mLSE: cute.Tensor, coordinates: cute.Tensor, work: Work
-    ):
+    def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, coordinates: cute.Tensor, work: Work):
         gLSE = mLSE[work.queries.batch, work.tile.head, None]
         for i in cutlass.range_constexpr(cute.size(lse)):
             row, column = coordinates[i, 0]

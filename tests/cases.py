@@ -107,9 +107,7 @@ def random_inputs(
 def inputs_for(instance: str, shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     config = manifest.instances()[instance].config
     dtype = TORCH_DTYPES[config["dtype"]]
-    return random_inputs(
-        shape, config["head_dim"], dtype, device, head_dim_v=config["head_dim_v"]
-    )
+    return random_inputs(shape, config["head_dim"], dtype, device, head_dim_v=config["head_dim_v"])
 
 
 def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:

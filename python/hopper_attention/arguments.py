@@ -232,7 +232,9 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise TypeError(f"learnable_sink: expected a torch.Tensor, got {kind}")
     if tuple(learnable_sink.shape) != (heads,):
         shape = tuple(learnable_sink.shape)
-        raise ValueError(f"learnable_sink has shape {shape}; expected ({heads},), one for each head")
+        raise ValueError(
+            f"learnable_sink has shape {shape}; expected ({heads},), one for each head"
+        )
     if learnable_sink.device != q.device:
         raise ValueError(f"learnable_sink is on {learnable_sink.device}, q is on {q.device}")
     if not learnable_sink.dtype.is_floating_point:

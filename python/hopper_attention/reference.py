@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def attention(
 
     With `queries` and `keys`, either may be packed, (total, heads, d).  Everything is computed in
     `compute_dtype`; out has q's dtype, or float64 if that is computed in; lse (batch, heads,
-    seqlen_q) or (heads, total_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf or sink.
+    seqlen_q) or (heads, total_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf or the
+    sink.
     """
     out_dtype = torch.float64 if compute_dtype == torch.float64 else q.dtype
     *rows, heads, _ = q.shape
@@ -61,7 +64,7 @@ def _sequences(q: Tensor, queries: Lengths | None) -> int:
     return len(queries.cu_seqlens) - 1
 
 
-def _rows(tensor: Tensor, lengths: Lengths | None, b: int):
+def _rows(tensor: Tensor, lengths: Lengths | None, b: int) -> Any:
     """Index of sequence b's rows: a slice of a packed tensor, or (b, slice)."""
     start, stop = 0, tensor.shape[-3]
     packed = lengths is not None and lengths.cu_seqlens is not None
@@ -100,9 +103,7 @@ def _one_head(
     return out, lse
 
 
-def visible(
-    mask: Mask, seqlen_q: int, seqlen_k: int, rows: slice, device: torch.device
-) -> Tensor:
+def visible(mask: Mask, seqlen_q: int, seqlen_k: int, rows: slice, device: torch.device) -> Tensor:
     """(rows, seqlen_k): True where a query sees a key."""
     aligned = torch.arange(rows.start, rows.stop, device=device)[:, None] + (seqlen_k - seqlen_q)
     key = torch.arange(seqlen_k, device=device)

@@ -68,9 +68,7 @@ def test_packed_sequences_match_fp64_for_every_schedule(instance):
     for number, lengths in enumerate(PACKED):
         q, k, v = packed_inputs(instance, lengths)
         arguments = arguments_for(instance, number)
-        first, second = (
-            simulate_packed(q, k, v, lengths, seed, **arguments) for seed in SEEDS[:2]
-        )
+        first, second = (simulate_packed(q, k, v, lengths, seed, **arguments) for seed in SEEDS[:2])
         check_packed(q, k, v, *first, lengths, **arguments)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 

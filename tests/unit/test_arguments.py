@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hopper_attention import flash_attn_func, reference, runtime, simulator
+from hopper_attention import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    reference,
+    runtime,
+    simulator,
+)
 
 
 def tensors(batch=1, seqlen=16, heads=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16):
@@ -49,7 +56,7 @@ WRONG_TENSORS = {
     "device of k": (ValueError, "^k is on meta", (Q, K.to("meta"), V)),
     "rank of q": (ValueError, "^q has shape", (Q[0], K, V)),
     "batch of k": (ValueError, "^k has batch 2", (Q, K.repeat(2, 1, 1, 1), V)),
-    "head_dim of v": (ValueError, "^v has head_dim 32", (Q, K, V[..., :32])),
+    "head_dim of k": (ValueError, "^k has head_dim 32", (Q, K[..., :32], V)),
     "seqlen of v": (ValueError, "^v has seqlen 15", (Q, K, V[:, :15])),
     "heads of v": (ValueError, "^v has heads 1", (Q, K, V[:, :, :1])),
     "heads do not divide": (ValueError, "^q has 3 heads", (Q[:, :, :3], K, V)),
@@ -58,8 +65,10 @@ WRONG_TENSORS = {
     "misaligned pointer": (ValueError, "^q: the data pointer", (misaligned(Q), K, V)),
     "odd row stride": (ValueError, "^k: stride", (Q, odd_stride(K), V)),
     "float32": (NotImplementedError, "^q has dtype", (Q.float(), K.float(), V.float())),
-    "head_dim 72": (NotImplementedError, "^head_dim 72.*nearest: 64", tensors(head_dim=72)),
+    "head_dim 76": (NotImplementedError, "^head_dim 76 of q.*nearest: 80", tensors(head_dim=76)),
     "head_dim 512": (NotImplementedError, "^head_dim 512.*nearest: 256", tensors(head_dim=512)),
+    "head_dim 0": (NotImplementedError, "^head_dim 0 ", tensors(head_dim=0)),
+    "head_dim_v 60": (NotImplementedError, "^head_dim 60 of v", (Q, K, V[..., :60])),
     "requires grad": (NotImplementedError, "^k requires grad", (Q, K.clone().requires_grad_(), V)),
     "meta device": (NotImplementedError, "^q is on meta", [x.to("meta") for x in (Q, K, V)]),
 }
@@ -72,34 +81,109 @@ def test_wrong_tensors(case):
         flash_attn_func(*arguments)
 
 
+OPTIONS = [
+    (ValueError, {"softmax_scale": 0.0}),
+    (ValueError, {"softmax_scale": -1.0}),
+    (ValueError, {"softmax_scale": float("nan")}),
+    (TypeError, {"softmax_scale": "1"}),
+    (ValueError, {"window_size": 3}),
+    (ValueError, {"window_size": (1, 2, 3)}),
+    (ValueError, {"window_size": ("a", 2)}),
+    (ValueError, {"attention_chunk": -1}),
+    (ValueError, {"attention_chunk": 2.5}),
+    (ValueError, {"softcap": -1.0}),
+    (ValueError, {"softcap": float("inf")}),
+    (TypeError, {"softcap": "30"}),
+    (TypeError, {"learnable_sink": [0.0] * 4}),
+    (ValueError, {"learnable_sink": torch.ones(3)}),
+    (ValueError, {"learnable_sink": torch.ones(4, dtype=torch.int32)}),
+    (ValueError, {"learnable_sink": torch.ones(4, device="meta")}),
+    (NotImplementedError, {"learnable_sink": torch.ones(4, requires_grad=True)}),
+    (NotImplementedError, {"qv": Q}),
+    (NotImplementedError, {"q_descale": torch.ones(1)}),
+    (NotImplementedError, {"k_descale": torch.ones(1)}),
+    (NotImplementedError, {"v_descale": torch.ones(1)}),
+    (NotImplementedError, {"num_splits": 2}),
+    (NotImplementedError, {"pack_gqa": True}),
+    (NotImplementedError, {"sm_margin": 8}),
+]
+
+
 @pytest.mark.parametrize(
-    ("error", "arguments"),
-    [
-        (ValueError, {"softmax_scale": 0.0}),
-        (ValueError, {"softmax_scale": -1.0}),
-        (ValueError, {"softmax_scale": float("nan")}),
-        (TypeError, {"softmax_scale": "1"}),
-        (ValueError, {"window_size": 3}),
-        (ValueError, {"window_size": (1, 2, 3)}),
-        (NotImplementedError, {"window_size": (4, 0)}),
-        (NotImplementedError, {"window_size": (-1, 3)}),
-        (NotImplementedError, {"window_size": (4, -1), "causal": True}),
-        (NotImplementedError, {"qv": Q}),
-        (NotImplementedError, {"q_descale": torch.ones(1)}),
-        (NotImplementedError, {"k_descale": torch.ones(1)}),
-        (NotImplementedError, {"v_descale": torch.ones(1)}),
-        (NotImplementedError, {"attention_chunk": 64}),
-        (NotImplementedError, {"softcap": 30.0}),
-        (NotImplementedError, {"learnable_sink": torch.ones(4)}),
-        (NotImplementedError, {"num_splits": 2}),
-        (NotImplementedError, {"pack_gqa": True}),
-        (NotImplementedError, {"sm_margin": 8}),
-    ],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else value.__name__,
+    ("error", "arguments"), OPTIONS, ids=lambda x: getattr(x, "__name__", None)
 )
 def test_wrong_or_unsupported_options(error, arguments):
-    with pytest.raises(error, match=next(iter(arguments))):
-        flash_attn_func(Q, K, V, **arguments)
+    cu_seqlens = torch.tensor([0, 16], dtype=torch.int32)
+    packed = (Q[0], K[0], V[0], cu_seqlens, cu_seqlens, 16, 16)
+    for function, inputs in ((flash_attn_func, (Q, K, V)), (flash_attn_varlen_func, packed)):
+        with pytest.raises(error, match=next(iter(arguments))):
+            function(*inputs, **arguments)
+
+
+def int32(*values, **options):
+    return torch.tensor(values, dtype=torch.int32, **options)
+
+
+def packed(**changes):
+    """A valid call of flash_attn_varlen_func, with some arguments changed."""
+    two = int32(0, 7, 16)
+    call = {
+        "q": Q[0],
+        "k": K[0],
+        "v": V[0],
+        "cu_seqlens_q": two,
+        "cu_seqlens_k": two,
+        "max_seqlen_q": 16,
+        "max_seqlen_k": 16,
+    }
+    return call | changes
+
+
+WRONG_SEQUENCES = {
+    "q with a batch": (ValueError, "^q has shape", packed(q=Q)),
+    "q without cu_seqlens": (ValueError, "^q has shape", packed(cu_seqlens_q=None)),
+    "k without cu_seqlens": (ValueError, "^k has shape", packed(cu_seqlens_k=None)),
+    "total of v": (ValueError, "^v has total 15", packed(v=V[0, :15])),
+    "no list": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=[0, 16])),
+    "int64": (ValueError, "^cu_seqlens_k has dtype", packed(cu_seqlens_k=int32(0, 7, 16).long())),
+    "rank": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=int32(0, 7, 16)[None])),
+    "empty": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=int32())),
+    "batches differ": (ValueError, "^cu_seqlens_k has 1 seq", packed(cu_seqlens_k=int32(0, 16))),
+    "strided": (ValueError, "contiguous", packed(cu_seqlens_q=int32(0, 1, 7, 9, 16, 9)[::2])),
+    "device": (ValueError, "^cu_seqlens_k is on", packed(cu_seqlens_k=int32(0, 7, 16).to("meta"))),
+    "descending": (ValueError, "^cu_seqlens_q must", packed(cu_seqlens_q=int32(0, 9, 7))),
+    "negative": (ValueError, "^cu_seqlens_q must", packed(cu_seqlens_q=int32(-1, 7, 16))),
+    "beyond the end": (ValueError, "^cu_seqlens_k must", packed(cu_seqlens_k=int32(0, 7, 17))),
+    "seqused type": (TypeError, "^seqused_q", packed(seqused_q=[1, 2])),
+    "seqused size": (ValueError, "^seqused_k has shape", packed(seqused_k=int32(1, 2, 3))),
+    "seqused too long": (ValueError, "^seqused_k must", packed(seqused_k=int32(8, 2))),
+    "seqused negative": (ValueError, "^seqused_q must", packed(seqused_q=int32(-1, 2))),
+    "max_seqlen": (TypeError, "^max_seqlen_q", packed(max_seqlen_q="16")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SEQUENCES)
+def test_wrong_sequences(case):
+    error, message, call = WRONG_SEQUENCES[case]
+    with pytest.raises(error, match=message):
+        flash_attn_varlen_func(**call)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "num_heads_q"),
+    [
+        ([1.0], None),
+        (torch.zeros(1, 16, 4, 2, 64, dtype=torch.bfloat16), None),
+        (torch.zeros(1, 16, 6, 64, dtype=torch.bfloat16), None),
+        (torch.zeros(1, 16, 7, 64, dtype=torch.bfloat16), 4),
+        (torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), 4),
+        (torch.zeros(1, 16, 6, 64, dtype=torch.bfloat16), 0),
+    ],
+    ids=["list", "four", "rank", "odd", "no keys", "no queries"],
+)
+def test_wrong_packed_qkv(qkv, num_heads_q):
+    with pytest.raises((TypeError, ValueError), match=r"^qkv"):
+        flash_attn_qkvpacked_func(qkv, num_heads_q=num_heads_q)
 
 
 def test_gpu_without_kernels(monkeypatch):

@@ -1,33 +1,66 @@
-"""Block ranges and the tile scheduler, on Python integers, against enumeration."""
+"""Visibility, block ranges and the dense scheduler, on Python integers, against enumeration."""
 
 from __future__ import annotations
 
 import pytest
-from hopper_attention.cute_kernels.block_range import BlockRange
-from hopper_attention.cute_kernels.tile_scheduler import L2_BYTES, TileScheduler
+from hopper_attention.cute_kernels.tile_scheduler import L2_BYTES, DenseScheduler
+from hopper_attention.cute_kernels.visibility import UNBOUNDED, BlockRange, Visibility
 from hypothesis import given
 from hypothesis import strategies as st
 
 TILE_M, TILE_N = 12, 5
 
+sides = st.one_of(st.integers(0, 40), st.just(UNBOUNDED))
+visibilities = st.builds(
+    Visibility,
+    kind=st.sampled_from(("full", "causal", "local")),
+    seqlen_q=st.integers(1, 60),
+    seqlen_k=st.integers(0, 60),
+    window_left=sides,
+    window_right=sides,
+    chunk=st.one_of(st.integers(1, 40), st.just(UNBOUNDED)),
+)
 
-def visible(row: int, key: int, seqlen_q: int, seqlen_k: int, causal: bool) -> bool:
-    return key < seqlen_k and (not causal or key <= row + seqlen_k - seqlen_q)
+
+def visible(mask: Visibility, row: int, key: int) -> bool:
+    """From the definition, not from `begin` and `end`."""
+    aligned = row + mask.seqlen_k - mask.seqlen_q
+    if not 0 <= key < mask.seqlen_k:
+        return False
+    if mask.kind == "full":
+        return True
+    if mask.kind == "causal":
+        return key <= aligned
+    in_window = aligned - mask.window_left <= key <= aligned + mask.window_right
+    return in_window and key // mask.chunk == max(aligned, 0) // mask.chunk
 
 
-@given(st.integers(0, 60), st.integers(0, 60), st.booleans())
-def test_block_range_is_tight(seqlen_q, seqlen_k, causal):
-    for m_block in range((seqlen_q + TILE_M - 1) // TILE_M):
-        found = BlockRange.of(m_block, seqlen_q, seqlen_k, TILE_M, TILE_N, causal)
-        rows = range(m_block * TILE_M, (m_block + 1) * TILE_M)
-        blocks = range((seqlen_k + TILE_N - 1) // TILE_N)
+@given(visibilities)
+def test_begin_and_end_bound_what_is_visible(mask):
+    for row in range(mask.seqlen_q):
+        keys = [key for key in range(mask.seqlen_k) if visible(mask, row, key)]
+        assert keys == list(range(max(mask.begin(row), 0), mask.end(row)))
+
+
+@given(visibilities)
+def test_blocks_cover_what_is_visible(mask):
+    for m_block in range((mask.seqlen_q + TILE_M - 1) // TILE_M):
+        found = BlockRange.of(mask, m_block, TILE_M, TILE_N)
+        rows = range(m_block * TILE_M, min((m_block + 1) * TILE_M, mask.seqlen_q))
+        blocks = range((mask.seqlen_k + TILE_N - 1) // TILE_N)
 
         def seen(block, rows=rows):
             keys = range(block * TILE_N, (block + 1) * TILE_N)
-            return [visible(r, j, seqlen_q, seqlen_k, causal) for r in rows for j in keys]
+            return [visible(mask, r, j) for r in rows for j in keys]
 
-        assert found.count == sum(any(seen(b)) for b in blocks)
-        assert found.unmasked == sum(all(seen(b)) for b in blocks)
+        needed = [b for b in blocks if any(seen(b))]
+        visited = range(found.first, found.end)
+        assert set(needed) <= set(visited)
+        if needed:
+            assert visited == range(needed[0], needed[-1] + 1)
+        unmasked = range(found.unmasked_first, found.unmasked_end)
+        assert set(unmasked) <= set(visited)
+        assert set(unmasked) == {b for b in visited if all(seen(b))}
 
 
 @given(
@@ -39,7 +72,7 @@ def test_block_range_is_tight(seqlen_q, seqlen_k, causal):
 )
 def test_every_tile_once(seqlen_q, seqlen_k, group, heads_kv, batch):
     heads = group * heads_kv
-    scheduler = TileScheduler.create(
+    scheduler = DenseScheduler.create(
         seqlen_q, seqlen_k, heads, heads_kv, batch, TILE_M, key_bytes=512
     )
     tiles = [scheduler.tile(i) for i in range(scheduler.blocks)]
@@ -51,18 +84,17 @@ def test_every_tile_once(seqlen_q, seqlen_k, group, heads_kv, batch):
 
 def test_sections_share_l2_and_run_longest_first():
     seqlen_k, key_bytes = 16384, 512
-    scheduler = TileScheduler.create(4 * TILE_M, seqlen_k, 16, 4, 2, TILE_M, key_bytes)
+    scheduler = DenseScheduler.create(4 * TILE_M, seqlen_k, 16, 4, 2, TILE_M, key_bytes)
     resident = L2_BYTES // (seqlen_k * key_bytes)
     tiles = [scheduler.tile(i) for i in range(scheduler.blocks)]
     section = resident * 4  # query heads of `resident` key heads
     for start in range(0, len(tiles), section * 4):
         of_section = tiles[start : start + section * 4]
-        assert [t.m_block for t in of_section] == sorted(
-            (t.m_block for t in of_section), reverse=True
-        )
+        m_blocks = [t.m_block for t in of_section]
+        assert m_blocks == sorted(m_blocks, reverse=True)
         assert len({(t.batch, t.head // 4) for t in of_section}) <= resident
 
 
 @pytest.mark.parametrize("seqlen_k", [0, 1, 2**31 - 1])
 def test_extreme_lengths_keep_a_section(seqlen_k):
-    assert TileScheduler.create(1, seqlen_k, 8, 1, 1, TILE_M, 1024).section >= 1
+    assert DenseScheduler.create(1, seqlen_k, 8, 1, 1, TILE_M, 1024).section >= 1

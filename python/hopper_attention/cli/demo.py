@@ -74,7 +74,9 @@ def demo(
         torch_out = pytorch_attention(q, k, v, softmax_scale=scale, mask=CAUSAL)
         progress.update(task, description="done", total=1, completed=1)
     ours, pytorch = Error.of(out, exact), Error.of(torch_out, exact)
-    instance = manifest.instances()[dispatch.forward_instance("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)]
+    instance = manifest.instances()[
+        dispatch.forward_instance("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)
+    ]
     report = {
         "text": str(text) if text else "CPython's pydoc_data.topics",
         "shape": list(q.shape),
