@@ -96,16 +96,18 @@ def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
 
     ptxas lets a wait for WGMMA float up above arithmetic that should run under the WGMMA, because
     nothing ties the two together.  A store that depends on the values, and is never taken, does:
-    the wait is not moved above it.  Costs two instructions a value.
+    the wait is not moved above it.  Costs two instructions and an addition a value.
     """
-    for i in range(cute.size(values)):
-        llvm.inline_asm(
-            None,
-            [values[i].ir_value(loc=loc, ip=ip)],
-            "{ .reg .pred p; .reg .b32 a; mov.b32 a, $0; setp.lt.f32 p, $0, 0fBF800000;"
-            " @p st.shared.f32 [a], $0; }",
-            "f",
-            has_side_effects=True,
-            loc=loc,
-            ip=ip,
-        )
+    total = values[0]
+    for i in range(1, cute.size(values)):
+        total = total + values[i]
+    llvm.inline_asm(
+        None,
+        [total.ir_value(loc=loc, ip=ip)],
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, $0; setp.lt.f32 p, $0, 0fBF800000;"
+        " @p st.shared.f32 [a], $0; }",
+        "f",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from hopper_attention.cute_kernels.arithmetic import clamp, maximum, minimum
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+from hopper_attention.cute_kernels.arithmetic import maximum, minimum
 from hopper_attention.cute_kernels.visibility import Visibility
 
-WORD = 28
-"""Columns whose visibility one word holds: a multiple of the seven that R2P takes."""
+WORD = 32
+"""Columns whose visibility one word holds."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Mask:
             if const_expr(self.visibility.kind == "local"):
                 begin = columns_below(self.visibility.begin(row) - base)
             for start in cutlass.range_constexpr(0, columns, WORD):
-                seen = low_ones(end - start)
+                seen = low_ones(columns_after(end, start))
                 if const_expr(self.visibility.kind == "local"):
-                    seen = seen & ~low_ones(begin - start)
+                    seen = seen & ~low_ones(columns_after(begin, start))
                 for j in cutlass.range_constexpr(start, min(start + WORD, columns)):
                     visible = (seen & (1 << (j - start))) != 0
                     scores[i, j] = scores[i, j] if visible else -Float32.inf
@@ -52,6 +54,21 @@ def columns_below(limit: Int32) -> Int32:
     return (limit >> 3) * 2 + minimum(limit & 7, 2)
 
 
-def low_ones(count: Int32) -> Int32:
-    """A word with the lowest min(max(count, 0), WORD) bits set."""
-    return (Int32(1) << clamp(count, 0, WORD)) - 1
+def columns_after(count: Int32, start: int) -> Int32:
+    """Of the first `count` >= 0 columns, those from `start`."""
+    return count if start == 0 else maximum(count - start, 0)
+
+
+@dsl_user_op
+def low_ones(count: Int32, *, loc=None, ip=None) -> Int32:
+    """A word with the lowest min(count, 32) bits set, count >= 0."""
+    word = llvm.inline_asm(
+        T.i32(),
+        [count.ir_value(loc=loc, ip=ip)],
+        "bmsk.clamp.b32 $0, 0, $1;",
+        "=r,r",
+        has_side_effects=False,
+        loc=loc,
+        ip=ip,
+    )
+    return Int32(word)

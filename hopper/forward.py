@@ -464,8 +464,7 @@ class Forward:
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
-        turns = Turns(consumer_warpgroup(), cfg.warpgroups)
-        turns.start()
+        turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
 
         last = blocks.end - 1
         pipelines.q.consumer_wait(q_state)

@@ -6,6 +6,8 @@ from enum import IntEnum
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 
 class Barrier(IntEnum):
@@ -30,19 +32,37 @@ class Turns:
     """
 
     own: Int32
-    """Index of this consumer warpgroup."""
-    warpgroups: cutlass.Constexpr
+    """Barrier of this consumer warpgroup."""
+    following: Int32
+    """Barrier of the one whose turn comes next."""
 
+    @staticmethod
     @cute.jit
-    def start(self):
-        if self.own == self.warpgroups - 1:
-            self.give()
+    def start(warpgroup: Int32, warpgroups: cutlass.Constexpr):
+        """The last one gives the first one its first turn."""
+        following = warpgroup + 1 if warpgroup < warpgroups - 1 else 0
+        turns = Turns(opaque(warpgroup + Barrier.TURN), opaque(following + Barrier.TURN))
+        if warpgroup == warpgroups - 1:
+            turns.give()
+        return turns
 
-    @cute.jit
     def wait(self):
-        cute.arch.barrier(barrier_id=Barrier.TURN + self.own, number_of_threads=256)
+        cute.arch.barrier(barrier_id=self.own, number_of_threads=256)
 
-    @cute.jit
     def give(self):
-        following = self.own + 1 if self.own < self.warpgroups - 1 else 0
-        cute.arch.barrier_arrive(barrier_id=Barrier.TURN + following, number_of_threads=256)
+        cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=256)
+
+
+@dsl_user_op
+def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
+    """The same value, which ptxas keeps in a register instead of computing it again in a loop."""
+    copy = llvm.inline_asm(
+        T.i32(),
+        [value.ir_value(loc=loc, ip=ip)],
+        "mov.b32 $0, $1;",
+        "=r,r",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    return Int32(copy)
