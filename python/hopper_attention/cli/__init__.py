@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from hopper_attention.cli.bench import bench
 from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
 from hopper_attention.cli.sass import sass
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(demo)
 app.command()(sass)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
