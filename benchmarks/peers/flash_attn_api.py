@@ -19,8 +19,11 @@ from torch import Tensor
 from hopper_attention import dispatch
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.results import OURS
-from hopper_attention.bench.runner import Prepared, Unsupported
+from hopper_attention.bench.runner import Prepared
 from hopper_attention.bench.workloads import Problem
+
+REFUSALS = (ValueError, TypeError, AssertionError)
+"""What these packages raise for shapes and arguments that they do not have."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,9 @@ class FlashAttnApi:
         problem = inputs.problem
         refuse_if(problem.dtype not in self.dtypes, f"no {problem.dtype} on sm_90")
         forward = _forward(require(self.module), inputs)
-        call: Callable[[], tuple[Tensor, ...]]
-        if problem.direction == "backward":
-            try:
-                call = with_backward(inputs, forward)
-            except NotImplementedError as reason:
-                raise Unsupported(str(reason)) from None
-        else:
-            without_support(forward)
-            call = with_backward(inputs, forward)
-        return Prepared(call, _instance(problem) if self.name == OURS else "")
+        without_support(forward, *REFUSALS)
+        instance = _instance(problem) if self.name == OURS else ""
+        return Prepared(with_backward(inputs, forward), instance)
 
 
 def _forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:

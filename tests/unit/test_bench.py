@@ -241,11 +241,16 @@ def test_ours_runs_what_it_supports():
     prepared = ours.prepare(Inputs.make(problem(causal=True), CPU))
     assert prepared.instance == "fwd_bf16_d64_causal"
     assert prepared.call()[0].shape == (2, 48, 4, 64)
-    for case in ("window", "packed", "paged", "softcap", "sink", "FP8"):
-        with pytest.raises(Unsupported):
-            ours.prepare(Inputs.make(problem(**ATTENTION[case]), CPU))
-    with pytest.raises(Unsupported, match="backward"):
-        ours.prepare(Inputs.make(problem(direction="backward"), CPU))
+
+
+def test_ours_refuses_or_is_right():
+    for case in ATTENTION.values():
+        inputs = Inputs.make(problem(**case), CPU)
+        try:
+            prepared = peer(OURS).prepare(inputs)
+        except Unsupported:
+            continue
+        assert judge(inputs, prepared.call()).passed
 
 
 @dataclasses.dataclass

@@ -38,8 +38,8 @@ def require_gpu() -> torch.device:
     """The current Hopper GPU.  Raises Refusal without one."""
     if not torch.cuda.is_available():
         raise Refusal(
-            "bench measures on a Hopper GPU, and there is no GPU here; `bench overhead`, "
-            "`bench --list`, `bench compare` and `bench report` work without"
+            "this measures on a Hopper GPU, and there is no GPU here; `bench overhead`, "
+            "`bench compare`, `bench report`, `sass` and `profile timeline` work without"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     try:

@@ -9,6 +9,7 @@ import typer
 from hopper_attention.cli.bench import bench
 from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
+from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
 from hopper_attention.refusal import Refusal
 
@@ -19,6 +20,7 @@ app.command()(info)
 app.command()(demo)
 app.command()(sass)
 app.add_typer(bench, name="bench")
+app.add_typer(profile, name="profile")
 
 
 def main() -> None:
