@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention import dispatch, reference, runtime
+from hopper_attention.ranges import annotated
 
 SUPPORTED_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -87,6 +88,7 @@ def flash_attn_func(
     return (out, lse) if return_attn_probs or return_lse else out
 
 
+@annotated("forward")
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     backend = runtime.backend_for(q)
     batch, seqlen_q, heads, head_dim = q.shape
