@@ -354,6 +354,20 @@ def _bit_field(instruction: Instruction) -> list[Operation]:
 
 
 @helper
+def bit_mask(position: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Ones from `position` up, `width` of them as far as there is room."""
+    position, width = (np.minimum(x, 32).astype(np.uint64) for x in (position, width))
+    ones = (np.uint64(1) << width) - np.uint64(1)
+    return (ones << position).astype(np.uint32)
+
+
+@pure("bmsk.clamp")
+def _bit_mask(instruction: Instruction) -> list[Operation]:
+    require(instruction, "clamp")
+    return simple(instruction, "bit_mask({0}, {1})", view_of(instruction), "UU")
+
+
+@helper
 def count_bits(a: np.ndarray) -> np.ndarray:
     raw = np.ascontiguousarray(a)[..., None].view(np.uint8)
     return np.unpackbits(raw, axis=-1).sum(axis=-1, dtype=np.uint32)
