@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from hopper_attention.benchmarks.peers import PEERS
 from typer.testing import CliRunner
 
 from hopper_attention import cli, manifest, runtime
-from hopper_attention.bench import ledger, overhead, report, results, workloads
+from hopper_attention.bench import (
+    baselines,
+    environment,
+    ledger,
+    overhead,
+    protocol,
+    report,
+    results,
+    workloads,
+)
 from hopper_attention.bench.compare import compare
 from hopper_attention.bench.correctness import judge
 from hopper_attention.bench.inputs import Inputs
@@ -475,6 +485,41 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, capsys, argument
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("elftools", ["sass"]), ("matplotlib", ["bench", "plot", str(SAMPLES / "before.json")])],
+)
+def test_without_the_tools(tmp_path, package, arguments):
+    program = f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = {arguments!r};"
+    program += "from hopper_attention.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: no {package}: pip install 'hopper-attention[tools]'\n"
+
+
+def test_a_whole_run(monkeypatch, tmp_path):
+    """The command itself; the clock, the baselines and the device are fakes."""
+    monkeypatch.setattr(environment, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(environment, "device_facts", lambda _: {"name": "no GPU"})
+    monkeypatch.setattr(baselines, "baseline_rows", lambda *_: [])
+    monkeypatch.setattr(protocol, "CudaTimer", lambda _: FakeTimer())
+    small = [problem(), problem(direction="backward"), problem(workload="decode", seqlen_q=1)]
+    monkeypatch.setattr(workloads, "load_problems", lambda _: small)
+    out, plots = tmp_path / "run.json", tmp_path / "plots"
+    arguments = ["-p", OURS, "-p", "flash*", "--repeats", 2, "--out", out, "--plot", plots]
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    result = results.load(out)
+    assert {row.problem for row in result.rows} == {p.name for p in small}
+    ours = [row for row in result.rows if row.peer == OURS]
+    assert [row.status for row in ours] == ["ok", "ok", "skipped", "skipped", "ok", "ok"]
+    assert result.protocol["repeats"] == 2
+    assert result.commit
+    assert list(plots.glob("*.png"))
 
 
 def test_compare_committed_samples():

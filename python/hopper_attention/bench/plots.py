@@ -19,12 +19,10 @@ PANEL_INCHES = (5.0, 3.2)
 def write_plots(run: Run, folder: Path) -> list[Path]:
     """One PNG for each workload, direction and mode that has figures; returns their paths.
 
-    Raises Refusal without matplotlib, or if the run holds no figures.
+    Raises Refusal if the run holds no figures.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Refusal("plots need matplotlib: pip install 'hopper-attention[tools]'") from None
+    from matplotlib.figure import Figure
+
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in run.rows:
         if row.status == "ok" and row.workload != "baseline":

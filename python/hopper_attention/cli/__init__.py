@@ -13,6 +13,9 @@ from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
 from hopper_attention.refusal import Refusal
 
+TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
+"""What only the extra `tools` installs."""
+
 app = typer.Typer(
     help="Exact attention for NVIDIA Hopper GPUs.", no_args_is_help=True, add_completion=False
 )
@@ -28,4 +31,10 @@ def main() -> None:
         app()
     except Refusal as refusal:
         typer.echo(f"error: {refusal}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in TOOLS:
+            raise
+        typer.echo(f"error: no {package}: pip install 'hopper-attention[tools]'", err=True)
         sys.exit(2)

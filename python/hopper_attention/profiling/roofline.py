@@ -10,11 +10,9 @@ from hopper_attention.refusal import Refusal
 
 
 def write_roofline(summary: Summary, problem: Problem, path: Path) -> None:
-    """A PNG.  Raises Refusal without matplotlib, or if the report lacks what it needs."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Refusal("plots need matplotlib: pip install 'hopper-attention[tools]'") from None
+    """A PNG.  Raises Refusal if the report lacks what it needs."""
+    from matplotlib.figure import Figure
+
     used = summary.utilisation["HBM"]
     if not (summary.peak_fraction and summary.dram_bytes and used):
         raise Refusal("the report lacks clock, SM count or DRAM metrics; profile with `--set full`")
