@@ -68,17 +68,19 @@ def flash_attn_func(
 
     FlashAttention-3, arXiv 2407.08608.
     """
-    _check_unsupported(
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        softcap=softcap or None,
-        learnable_sink=learnable_sink,
-        pack_gqa=pack_gqa or None,
-        sm_margin=sm_margin or None,
-    )
+    no_tensors = qv is q_descale is k_descale is v_descale is learnable_sink is None
+    if not no_tensors or attention_chunk or softcap or pack_gqa or sm_margin:
+        _refuse_unsupported(
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk or None,
+            softcap=softcap or None,
+            learnable_sink=learnable_sink,
+            pack_gqa=pack_gqa or None,
+            sm_margin=sm_margin or None,
+        )
     if num_splits not in (0, 1):
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
     _check_tensors(q, k, v)
@@ -103,7 +105,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tup
     return out, lse
 
 
-def _check_unsupported(**arguments: object) -> None:
+def _refuse_unsupported(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise NotImplementedError(f"{name}: not supported yet; leave it at its default")

@@ -67,13 +67,13 @@ def _size(row: Row) -> str:
     assert size is not None, row.problem
     batch, seqlen = size.groups()
     length = f"{int(seqlen) // 1024}k" if int(seqlen) >= 1024 else seqlen
-    return f"b{batch} {length}" if "decode" in row.problem else length
+    return f"b{batch} {length}" if row.is_decode else length
 
 
 def _draw(axis: Axes, title: str, rows: Sequence[Row], run: Run) -> None:
     sizes = list(dict.fromkeys(_size(row) for row in rows))
     peers = sorted({row.peer for row in rows}, key=lambda peer: (peer != OURS, peer))
-    memory_bound = "decode" in rows[0].problem
+    memory_bound = rows[0].is_decode
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
         figures = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hopper_attention.bench.ledger import Ledger
-from hopper_attention.bench.results import BASELINES, CUBLAS_BF16, DEVICE_COPY, MODES, Row, Run
+from hopper_attention.bench.results import BASELINES, MODES, Row, Run, is_decode
 
 HEADER = """\
 # Results
@@ -77,13 +77,10 @@ def _cell(run: Run, row: Row | None) -> str:
         return ""
     if row.status == "wrong":
         return "**wrong**"
-    memory_bound = row.problem.partition("/")[2].startswith("decode")
-    baseline = run.baseline(DEVICE_COPY if memory_bound else CUBLAS_BF16, row.mode)
-    rate = row.terabytes_per_second if memory_bound else row.tflops
-    text = f"{rate:.2f} TB/s" if memory_bound else f"{rate:.0f}"
-    if baseline is not None:
-        ceiling = baseline.terabytes_per_second if memory_bound else baseline.tflops
-        text += f" ({rate / ceiling:.2f})"
+    text = f"{row.terabytes_per_second:.2f} TB/s" if row.is_decode else f"{row.tflops:.0f}"
+    fraction = run.fraction(row)
+    if fraction is not None:
+        text += f" ({fraction:.2f})"
     return f"{text} ±{row.milliseconds.spread:.1%}"
 
 
@@ -94,7 +91,7 @@ def _ledger(ledger: Ledger) -> str:
             rows.append([f"`{name}`", entry["seen"], "", "", ""])
             continue
         rate = f"{entry['tflops']} TFLOP/s"
-        if "decode" in entry["problem"]:
+        if is_decode(entry["problem"]):
             rate = f"{entry['terabytes_per_second']} TB/s"
         error = f"{entry['error'].get('rms', float('nan')):.1e}"
         where = f"{entry['device']}, {entry['date'][:10]}"

@@ -38,6 +38,10 @@ BASELINES = (CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY)
 OURS = "hopper-attention"
 
 
+def is_decode(problem: str) -> bool:
+    return problem.partition("/")[2].startswith("decode")
+
+
 @dataclass(frozen=True)
 class Row:
     problem: str
@@ -63,6 +67,11 @@ class Row:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.problem, self.peer, self.mode
+
+    @property
+    def is_decode(self) -> bool:
+        """Judged by bytes, not by FLOP."""
+        return is_decode(self.problem)
 
     @property
     def milliseconds(self) -> Summary:
@@ -91,6 +100,14 @@ class Run:
             if (row.peer, row.mode, row.status) == (peer, mode, "ok"):
                 return row
         return None
+
+    def fraction(self, row: Row) -> float | None:
+        """Of cuBLAS's rate in bf16, or for decode of the copy's; None without that baseline."""
+        if row.is_decode:
+            copy = self.baseline(DEVICE_COPY, row.mode)
+            return row.terabytes_per_second / copy.terabytes_per_second if copy else None
+        cublas = self.baseline(CUBLAS_BF16, row.mode)
+        return row.tflops / cublas.tflops if cublas else None
 
 
 def load(path: Path) -> Run:

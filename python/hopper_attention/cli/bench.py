@@ -137,23 +137,24 @@ def _measure(
 
 def _summary(result: Run) -> Table:
     table = Table(title=f"{result.device.get('name', '')}, sustained", box=None)
-    for column in ("problem", "peer", "ms", "±", "TFLOP/s", "TB/s"):
+    for column in ("problem", "peer", "ms", "±", "TFLOP/s", "TB/s", "of cuBLAS, copy"):
         table.add_column(column, justify="left" if column in ("problem", "peer") else "right")
     for row in result.rows:
         if row.mode == "sustained" and row.status in ("ok", "wrong"):
-            table.add_row(row.problem, row.peer, *_figures(row))
+            table.add_row(row.problem, row.peer, *_figures(result, row))
     return table
 
 
-def _figures(row: Row) -> list[str]:
+def _figures(result: Run, row: Row) -> list[str]:
     if row.status == "wrong":
-        return ["[red]wrong[/]", "", "", ""]
-    time = row.milliseconds
+        return ["[red]wrong[/]", "", "", "", ""]
+    time, fraction = row.milliseconds, result.fraction(row)
     return [
         f"{time.median:.3f}",
         f"{time.spread:.1%}",
         f"{row.tflops:.0f}" if row.flop else "",
         f"{row.terabytes_per_second:.2f}" if row.bytes else "",
+        "" if fraction is None else f"{fraction:.2f}",
     ]
 
 
