@@ -15,13 +15,18 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake hopper cute_kernels 
 # A build for the tests serves the demo as well, and is not shrunk to the demo's instances.
 DEMO_BUILD := $(if $(wildcard .venv/built-for-test),.venv/built-for-test,.venv/built-for-demo)
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(DEMO_BUILD)
 	$(BIN)/hopper-attention demo
 
 test: .venv/built-for-test
 	$(BIN)/python -m pytest -n 2
+
+# What can be measured without a GPU; with one: hopper-attention bench.
+bench: .venv/built-for-test
+	$(BIN)/hopper-attention sass --budget benchmarks/sass_budget.json
+	$(BIN)/hopper-attention bench overhead
 
 lint: .venv/dependencies
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hopper_attention import arguments, dispatch, reference, runtime
 from hopper_attention.arguments import Lengths, Mask
+from hopper_attention.ranges import annotated
 
 WindowSize = Sequence[int | None]
 Result = Tensor | tuple[Tensor, Tensor]
@@ -267,6 +268,7 @@ def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
     return batch
 
 
+@annotated("forward")
 def _forward(
     q: Tensor,
     k: Tensor,

@@ -6,10 +6,15 @@ import sys
 
 import typer
 
+from hopper_attention.cli.bench import bench
 from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
+from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
 from hopper_attention.refusal import Refusal
+
+TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
+"""What only the extra `tools` installs."""
 
 app = typer.Typer(
     help="Exact attention for NVIDIA Hopper GPUs.", no_args_is_help=True, add_completion=False
@@ -17,6 +22,8 @@ app = typer.Typer(
 app.command()(info)
 app.command()(demo)
 app.command()(sass)
+app.add_typer(bench, name="bench")
+app.add_typer(profile, name="profile")
 
 
 def main() -> None:
@@ -24,4 +31,10 @@ def main() -> None:
         app()
     except Refusal as refusal:
         typer.echo(f"error: {refusal}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in TOOLS:
+            raise
+        typer.echo(f"error: no {package}: pip install 'hopper-attention[tools]'", err=True)
         sys.exit(2)

@@ -13,6 +13,7 @@ operation completing at an adversarial time, and an error that names the PTX lin
 wait, fence or barrier, an access out of bounds, or a deadlock.  It says nothing about speed.
 """
 
+from .aot import AotFunction, load_aot
 from .errors import (
     BarrierError,
     DeadlockError,
@@ -32,6 +33,7 @@ from .ptx import Kernel, Module, Param
 from .tensor_map import TensorMap, decode
 
 __all__ = [
+    "AotFunction",
     "BarrierError",
     "DeadlockError",
     "GlobalMemory",
@@ -54,4 +56,5 @@ __all__ = [
     "enabled",
     "is_enabled",
     "launch",
+    "load_aot",
 ]

@@ -457,7 +457,8 @@ def launch(
     """Run a kernel.
 
     params: one bytes object a kernel parameter, as the host passes them.  memory: all global memory
-    that the kernel may touch.  Raises SimulatorError and its subclasses.
+    that the kernel may touch; it is as before after an error.  Raises SimulatorError and its
+    subclasses.
     """
     if name not in module.kernels:
         raise LaunchError(f"no kernel {name}; {module.path} has {sorted(module.kernels)}")
@@ -482,7 +483,7 @@ def launch(
     blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     if machine.options.seed:
         random.Random(machine.options.seed).shuffle(blocks)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), memory.transaction():
         for number, ctaid in enumerate(blocks):
             machine.run_block(ctaid, number)
     return Statistics(len(blocks), machine.warp_instructions, time.perf_counter() - start)

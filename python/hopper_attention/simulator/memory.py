@@ -6,7 +6,9 @@ first KiB is reserved.
 """
 
 import bisect
+import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,6 +19,7 @@ PARAM_WINDOW = 1 << 61  # generic address of the first parameter
 SHARED_BASE = 1024
 SHARED_LIMIT = 232448 + SHARED_BASE
 POISON = 0xFF
+_PAGE_BITS = 14
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -34,6 +37,41 @@ class Allocation:
             for size, dtype in _UNSIGNED.items()
             if address % size == 0
         }
+        self.kept: np.ndarray | None = None  # pages whose former content is in ``pages``
+        self.pages: dict[int, np.ndarray] = {}
+
+    def start_keeping(self) -> None:
+        """From here on, keep what stores overwrite."""
+        self.kept, self.pages = np.zeros((self.nbytes >> _PAGE_BITS) + 1, np.bool_), {}
+
+    def stop_keeping(self, restore: bool) -> None:
+        if restore:
+            for page, content in self.pages.items():
+                start = page << _PAGE_BITS
+                self.bytes[start : start + len(content)] = content
+        self.kept, self.pages = None, {}
+
+    def keep(self, first: np.ndarray, nbytes: int) -> None:
+        """Keep the pages of ``nbytes`` bytes from each of these offsets."""
+        if self.kept is None:
+            return
+        for offset in (first, first + (nbytes - 1)):
+            pages = offset >> _PAGE_BITS
+            if not self.kept[pages].all():
+                for page in np.unique(pages).tolist():
+                    self._keep_page(page)
+
+    def keep_range(self, low: int, high: int) -> None:
+        if self.kept is not None:
+            for page in range(low >> _PAGE_BITS, (high - 1 >> _PAGE_BITS) + 1):
+                self._keep_page(page)
+
+    def _keep_page(self, page: int) -> None:
+        assert self.kept is not None
+        if not self.kept[page]:
+            self.kept[page] = True
+            start = page << _PAGE_BITS
+            self.pages[page] = self.bytes[start : start + (1 << _PAGE_BITS)].copy()
 
     def __repr__(self) -> str:
         return f"{self.name} [{self.address:#x}, {self.end:#x})"
@@ -45,6 +83,27 @@ class GlobalMemory:
     def __init__(self) -> None:
         self._allocations: list[Allocation] = []
         self._starts: list[int] = []
+        self._in_transaction = False
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All registered memory is as before if the ``with`` block raises.
+
+        Only pages that are written are copied.  Inside of another transaction it does nothing.
+        """
+        if self._in_transaction:
+            yield
+            return
+        for allocation in self._allocations:
+            allocation.start_keeping()
+        self._in_transaction = failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self._in_transaction = False
+            for allocation in self._allocations:
+                allocation.stop_keeping(restore=failed)
 
     def register(self, address: int, nbytes: int, name: str, writable: bool = True) -> None:
         """Make ``nbytes`` bytes at a host address accessible.
@@ -102,6 +161,7 @@ class GlobalMemory:
         for allocation, lanes in self._parts(addresses, width * len(values)):
             self.require_writable(allocation)
             view, index = self._view(allocation, addresses[lanes], width)
+            allocation.keep(index * width, width * len(values))
             for k, value in enumerate(values):
                 view[index + k] = value[lanes]
 
@@ -110,6 +170,7 @@ class GlobalMemory:
         for allocation, lanes in self._parts(addresses, width):
             self.require_writable(allocation)
             view, index = self._view(allocation, addresses[lanes], width)
+            allocation.keep(index * width, width)
             yield view, index, lanes
 
     @staticmethod
@@ -132,9 +193,24 @@ class GlobalMemory:
         allocation = self.find(base, extent)
         if write:
             self.require_writable(allocation)
+            self._keep_box(allocation, base - allocation.address, sizes, strides, width)
         return np.ndarray(
             sizes, _UNSIGNED[width], allocation.bytes, base - allocation.address, strides
         )
+
+    @staticmethod
+    def _keep_box(allocation: Allocation, offset: int, sizes, strides, width: int) -> None:
+        if allocation.kept is None:
+            return
+        rows = np.full(1, offset)
+        for size, stride in zip(sizes[:-1], strides[:-1], strict=True):
+            rows = (rows[:, None] + np.arange(size) * stride).reshape(-1)
+        row_bytes = (sizes[-1] - 1) * strides[-1] + width
+        if row_bytes <= 1 << _PAGE_BITS:
+            allocation.keep(rows, row_bytes)
+        else:
+            for row in rows.tolist():
+                allocation.keep_range(row, row + row_bytes)
 
 
 class SharedMemory:

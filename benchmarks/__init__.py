@@ -1,0 +1,1 @@
+"""Workloads, peers and committed results of `hopper-attention bench`."""

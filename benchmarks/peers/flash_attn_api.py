@@ -1,0 +1,78 @@
+"""Packages with flash-attn's functions: hopper-attention itself, and flash-attn-4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from hopper_attention.benchmarks.peers.common import (
+    refuse_if,
+    require,
+    with_backward,
+    without_support,
+)
+from torch import Tensor
+
+from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.results import OURS
+from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.workloads import Problem
+
+REFUSALS = (ValueError, TypeError, AssertionError)
+"""What these packages raise for shapes and arguments that they do not have."""
+
+
+@dataclass(frozen=True)
+class FlashAttnApi:
+    name: str
+    module: str
+    dtypes: tuple[str, ...]
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        problem = inputs.problem
+        refuse_if(problem.dtype not in self.dtypes, f"no {problem.dtype} on sm_90")
+        forward = _forward(require(self.module), inputs)
+        without_support(forward, *REFUSALS)
+        instance = _instance(problem) if self.name == OURS else ""
+        return Prepared(with_backward(inputs, forward), instance)
+
+
+def _forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:
+    problem = inputs.problem
+    keywords: dict[str, Any] = {"causal": problem.causal}
+    if problem.window >= 0:
+        keywords["window_size"] = (problem.window, 0 if problem.causal else None)
+    if problem.softcap:
+        keywords["softcap"] = problem.softcap
+    if inputs.sink is not None:
+        keywords["learnable_sink"] = inputs.sink
+    name = "flash_attn_func"
+    if inputs.cu_seqlens is not None:
+        name = "flash_attn_varlen_func"
+        keywords |= {"cu_seqlens_q": inputs.cu_seqlens, "cu_seqlens_k": inputs.cu_seqlens}
+        keywords |= {"max_seqlen_q": problem.seqlen, "max_seqlen_k": problem.seqlen}
+    elif inputs.page_table is not None:
+        name = "flash_attn_with_kvcache"
+        lengths = torch.full((problem.batch,), problem.seqlen, dtype=torch.int32)
+        keywords |= {"cache_seqlens": lengths.to(inputs.q.device)}
+        keywords |= {"page_table": inputs.page_table}
+    function = getattr(api, name, None)
+    refuse_if(function is None, f"{api.__name__} has no {name}")
+    assert function is not None
+
+    def forward() -> Tensor:
+        result = function(inputs.q, inputs.k, inputs.v, **keywords)
+        return result[0] if isinstance(result, tuple) else result
+
+    return forward
+
+
+def _instance(problem: Problem) -> str:
+    """The one that dispatch takes; empty where no instance of ours would be timed."""
+    try:
+        return problem.instance
+    except NotImplementedError:
+        return ""

@@ -1,0 +1,56 @@
+"""What the device can do: rows of every run, and what results are fractions of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
+from hopper_attention.bench.results import (
+    CUBLAS_BF16,
+    CUBLAS_FP8,
+    DEVICE_COPY,
+    MODES,
+    Row,
+)
+
+N = 8192
+COPY_BYTES = 4 << 30
+
+
+def baseline_rows(protocol: Protocol, timer: Timer) -> Iterator[Row]:
+    """cuBLAS 8192^3 on random normal data, and a copy far larger than L2."""
+    work = {CUBLAS_BF16: (2 * N**3, 0), CUBLAS_FP8: (2 * N**3, 0), DEVICE_COPY: (0, 2 * COPY_BYTES)}
+    makers: dict[str, Callable[[], Call]] = {
+        CUBLAS_BF16: _matmul_bf16,
+        CUBLAS_FP8: _matmul_fp8,
+        DEVICE_COPY: _copy,
+    }
+    calls = {name: make() for name, make in makers.items()}
+    for mode in MODES:
+        for name, samples in measure(calls, mode, protocol, timer).items():
+            flop, moved = work[name]
+            problem = f"baseline/{name}"
+            yield Row(
+                problem, "baseline", name, mode, "ok", flop=flop, bytes=moved, samples_ms=samples
+            )
+
+
+def _matmul_bf16() -> Call:
+    a, b = (torch.randn(N, N, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return lambda: a @ b
+
+
+def _matmul_fp8() -> Call:
+    a, b = (
+        torch.randn(N, N, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+        for _ in range(2)
+    )
+    one = torch.ones((), device="cuda")
+    return lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+
+
+def _copy() -> Call:
+    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return lambda: target.copy_(source)

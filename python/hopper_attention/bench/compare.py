@@ -1,0 +1,39 @@
+"""Two runs beside each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hopper_attention.bench.results import Run, timed
+from hopper_attention.bench.statistics import Ratio
+from hopper_attention.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Change:
+    problem: str
+    peer: str
+    mode: str
+    before_ms: float
+    after_ms: float
+    speedup: float
+    """before / after: above 1 is faster."""
+    noise: float
+    verdict: str
+    """"faster", "slower", or "same" within the noise."""
+
+
+def compare(before: Run, after: Run) -> list[Change]:
+    """What both runs timed.  Raises Refusal if that is nothing."""
+    earlier, later = timed(before.rows), timed(after.rows)
+    changes = []
+    for key in (key for key in earlier if key in later):
+        a, b = earlier[key].milliseconds, later[key].milliseconds
+        ratio = Ratio.of(b, a)
+        verdict = "same"
+        if ratio.is_significant:
+            verdict = "faster" if ratio.value > 1 else "slower"
+        changes.append(Change(*key, a.median, b.median, ratio.value, ratio.noise, verdict))
+    if not changes:
+        raise Refusal("the two results have no measurement in common")
+    return changes

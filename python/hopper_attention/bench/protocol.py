@@ -1,0 +1,89 @@
+"""How times are taken: peers in turn, cold caches, cold and warm clocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol as Interface
+
+import torch
+
+from hopper_attention.bench.results import MODES
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One process; in every round each implementation once, in turn; events around the call."""
+
+    repeats: int = 20
+    """Rounds that count."""
+    warmup: int = 3
+    """Rounds that do not."""
+    flush_mib: int = 256
+    """Written before every call, several times the L2 cache."""
+    load_seconds: float = 5.0
+    """Of matrix products before "sustained": until power, not the top clock, sets the pace."""
+    idle_seconds: float = 0.5
+    """Before every round of "burst"."""
+
+
+class Timer(Interface):
+    def idle(self, seconds: float) -> None: ...
+
+    def load(self, seconds: float) -> None: ...
+
+    def milliseconds(self, call: Call) -> float:
+        """Of one call with cold caches, and its launch hidden behind the work before it."""
+        ...
+
+
+class CudaTimer:
+    """On the current device and stream."""
+
+    def __init__(self, flush_mib: int):
+        self.flush = torch.empty(flush_mib << 20, dtype=torch.uint8, device="cuda")
+        self.matrices = [
+            torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+        ]
+
+    def idle(self, seconds: float) -> None:
+        torch.cuda.synchronize()
+        time.sleep(seconds)
+
+    def load(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for _ in range(20):
+                self.matrices[0] @ self.matrices[1]
+            torch.cuda.synchronize()
+
+    def milliseconds(self, call: Call) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+
+def measure(
+    calls: Mapping[str, Call], mode: str, protocol: Protocol, timer: Timer
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, `protocol.repeats` each, taken in turn."""
+    assert mode in MODES, mode
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    if mode == "sustained":
+        timer.load(protocol.load_seconds)
+    for round_ in range(-protocol.warmup, protocol.repeats):
+        if mode == "burst" and round_ >= 0:
+            timer.idle(protocol.idle_seconds)
+        for name, call in calls.items():
+            duration = timer.milliseconds(call)
+            if round_ >= 0:
+                samples[name].append(duration)
+    return samples

@@ -1,0 +1,110 @@
+"""One run: prepare, check, time, write; a peer that fails costs its own rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol as Interface
+
+import torch
+from torch import Tensor
+
+from hopper_attention.bench.correctness import Verdict, judge
+from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
+from hopper_attention.bench.results import MODES, Row
+from hopper_attention.bench.workloads import Problem
+
+
+class Unsupported(Exception):
+    """Why a peer does not run a problem: its package is missing, or the shape is not for it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
+    """Returns (out,) or (dq, dk, dv), in the layouts of the inputs; what is timed."""
+    instance: str = ""
+
+
+class Peer(Interface):
+    name: str
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """Raises Unsupported with a reason; whatever is not the attention itself is done here."""
+        ...
+
+
+def run_problem(
+    problem: Problem,
+    peers: Sequence[Peer],
+    protocol: Protocol,
+    timer: Timer,
+    device: torch.device,
+) -> Iterator[Row]:
+    """The rows of every peer in both modes."""
+    inputs = Inputs.make(problem, device)
+    calls: dict[str, Call] = {}
+    checked: dict[str, Row] = {}
+    for peer in peers:
+        row, call = _prepare(peer, inputs)
+        if call is None:
+            yield from (replace(row, mode=mode) for mode in MODES)
+        else:
+            calls[peer.name], checked[peer.name] = call, row
+    for mode in MODES:
+        yield from _time(calls, checked, mode, protocol, timer)
+
+
+def _prepare(peer: Peer, inputs: Inputs) -> tuple[Row, Call | None]:
+    """A row without samples, and the call if it may be timed."""
+    problem = inputs.problem
+
+    def row(status: str, reason: str = "", verdict: Verdict | None = None) -> Row:
+        error = verdict.as_dict() if verdict else {}
+        name, workload = problem.name, problem.workload
+        return Row(name, workload, peer.name, MODES[0], status, reason, error=error)
+
+    try:
+        prepared = peer.prepare(inputs)
+        results = prepared.call()
+        verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
+    except Unsupported as refusal:
+        return row("skipped", str(refusal)), None
+    except Exception as fault:
+        return row("failed", _one_line(fault)), None
+    if not verdict.passed:
+        reason = (
+            f"rms error {verdict.ours.rms:.2e} against FP64, PyTorch's {verdict.pytorch.rms:.2e}"
+        )
+        return row("wrong", reason, verdict), None
+    complete = replace(
+        row("failed", "not timed", verdict),
+        instance=prepared.instance,
+        flop=problem.flop,
+        bytes=problem.bytes,
+    )
+    return complete, prepared.call
+
+
+def _time(
+    calls: Mapping[str, Call],
+    checked: Mapping[str, Row],
+    mode: str,
+    protocol: Protocol,
+    timer: Timer,
+) -> Iterator[Row]:
+    if not calls:
+        return
+    try:
+        samples = measure(calls, mode, protocol, timer)
+    except Exception as fault:
+        yield from (replace(r, mode=mode, reason=_one_line(fault)) for r in checked.values())
+        return
+    for name, row in checked.items():
+        yield replace(row, mode=mode, status="ok", reason="", samples_ms=samples[name])
+
+
+def _one_line(fault: Exception) -> str:
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[0] if lines else ''}"

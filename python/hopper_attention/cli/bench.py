@@ -1,0 +1,249 @@
+"""`hopper-attention bench`: run, list, compare, report; call overhead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hopper_attention import manifest
+from hopper_attention.refusal import Refusal
+
+if TYPE_CHECKING:
+    from hopper_attention.bench.protocol import Protocol
+    from hopper_attention.bench.results import Row, Run
+    from hopper_attention.bench.runner import Peer
+    from hopper_attention.bench.workloads import Problem
+
+bench = typer.Typer(
+    help="Measure attention against its peers, and compare and report results.",
+    invoke_without_command=True,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@bench.callback()
+def run(
+    context: typer.Context,
+    listing: Annotated[bool, typer.Option("--list", help="List workloads and peers.")] = False,
+    workload: Annotated[
+        list[str] | None, typer.Option("--workload", "-w", help="Names, with wildcards.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", "-p", help="Names, with wildcards.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Result to write, as it grows.")] = Path("bench.json"),
+    plot: Annotated[Path | None, typer.Option(help="Folder for PNGs.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds that count.")] = 20,
+    load_seconds: Annotated[float, typer.Option(min=0, help="Of load before `sustained`.")] = 5.0,
+) -> None:
+    """Time workloads on a Hopper GPU, each peer in turn, every result checked against FP64."""
+    if context.invoked_subcommand is not None:
+        return
+    from hopper_attention.bench.environment import require_gpu
+    from hopper_attention.bench.protocol import Protocol
+    from hopper_attention.bench.workloads import load_problems
+    from hopper_attention.benchmarks.peers import PEERS
+
+    problems = load_problems(workload or ())
+    peers = _select_peers(PEERS, peer)
+    if listing:
+        _print_list(problems, peers)
+        return
+    device = require_gpu()
+    protocol = Protocol(repeats=repeats, load_seconds=load_seconds)
+    console = Console()
+    result = _measure(console, problems, peers, protocol, device, out)
+    console.print(_summary(result))
+    console.print(f"{len(result.rows)} rows in {out}")
+    if plot is not None:
+        _plot(console, result, plot)
+
+
+def _select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list[Peer]:
+    for pattern in patterns or ():
+        if not any(fnmatchcase(peer.name, pattern) for peer in peers):
+            known = ", ".join(peer.name for peer in peers)
+            raise Refusal(f"unknown peer {pattern!r}; there are: {known}")
+    return [p for p in peers if not patterns or any(fnmatchcase(p.name, x) for x in patterns)]
+
+
+def _print_list(problems: Sequence[Problem], peers: Sequence[Peer]) -> None:
+    from hopper_attention.bench.workloads import descriptions
+
+    about = descriptions()
+    table = Table("workload", "problems", "", box=None)
+    for name in dict.fromkeys(problem.workload for problem in problems):
+        count = sum(problem.workload == name for problem in problems)
+        table.add_row(name, str(count), about[name])
+    console = Console()
+    console.print(table)
+    console.print(f"\npeers: {', '.join(peer.name for peer in peers)}")
+
+
+def _measure(
+    console: Console,
+    problems: Sequence[Problem],
+    peers: Sequence[Peer],
+    protocol: Protocol,
+    device: Any,
+    out: Path,
+) -> Run:
+    """The result, which is also written to `out` after every problem."""
+    from hopper_attention.bench import environment, results
+    from hopper_attention.bench.baselines import baseline_rows
+    from hopper_attention.bench.protocol import CudaTimer
+    from hopper_attention.bench.runner import run_problem
+
+    result = results.Run(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=environment.commit(),
+        device=environment.device_facts(device),
+        versions=environment.versions(),
+        protocol=asdict(protocol),
+        rows=[],
+    )
+    timer = CudaTimer(protocol.flush_mib)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("cuBLAS and copy", total=len(problems))
+        result.rows.extend(baseline_rows(protocol, timer))
+        results.save(out, result)
+        for problem in problems:
+            progress.update(task, description=problem.name)
+            for row in run_problem(problem, peers, protocol, timer, device):
+                result.rows.append(row)
+                if row.status in ("wrong", "failed"):
+                    progress.print(f"[red]{row.peer}: {row.status}: {row.reason}[/]")
+            results.save(out, result)
+            progress.advance(task)
+    return result
+
+
+def _summary(result: Run) -> Table:
+    table = Table(title=f"{result.device.get('name', '')}, sustained", box=None)
+    for column in ("problem", "peer", "ms", "±", "TFLOP/s", "TB/s", "of cuBLAS, copy"):
+        table.add_column(column, justify="left" if column in ("problem", "peer") else "right")
+    for row in result.rows:
+        if row.mode == "sustained" and row.status in ("ok", "wrong"):
+            table.add_row(row.problem, row.peer, *_figures(result, row))
+    return table
+
+
+def _figures(result: Run, row: Row) -> list[str]:
+    if row.status == "wrong":
+        return ["[red]wrong[/]", "", "", "", ""]
+    time, fraction = row.milliseconds, result.fraction(row)
+    return [
+        f"{time.median:.3f}",
+        f"{time.spread:.1%}",
+        f"{row.tflops:.0f}" if row.flop else "",
+        f"{row.terabytes_per_second:.2f}" if row.bytes else "",
+        "" if fraction is None else f"{fraction:.2f}",
+    ]
+
+
+def _plot(console: Console, result: Run, folder: Path) -> None:
+    from hopper_attention.bench.plots import write_plots
+
+    for path in write_plots(result, folder):
+        console.print(str(path))
+
+
+@bench.command("plot")
+def plot(
+    result: Annotated[Path, typer.Argument(help="Result of a run.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for PNGs.")] = Path("plots"),
+) -> None:
+    """Draw a result: bars by sequence length, a panel for each head dim and mask."""
+    from hopper_attention.bench.results import load
+
+    _plot(Console(), load(result), folder)
+
+
+@bench.command()
+def compare(before: Path, after: Path, as_json: AsJson = False) -> None:
+    """Show what became faster or slower between two results, beside the noise."""
+    from hopper_attention.bench.compare import compare as compare_runs
+    from hopper_attention.bench.results import load
+
+    changes = compare_runs(load(before), load(after))
+    if as_json:
+        typer.echo(json.dumps([asdict(change) for change in changes], indent=1))
+        return
+    table = Table("problem", "peer", "mode", box=None)
+    for column in ("before ms", "after ms", "speedup", "noise"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    colours = {"faster": "green", "slower": "red", "same": "dim"}
+    for c in changes:
+        figures = (f"{c.before_ms:.3f}", f"{c.after_ms:.3f}", f"{c.speedup:.3f}", f"±{c.noise:.1%}")
+        verdict = f"[{colours[c.verdict]}]{c.verdict}[/]"
+        table.add_row(c.problem, c.peer, c.mode, *figures, verdict)
+    Console().print(table)
+
+
+@bench.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with results of runs.")] = Path(
+        "benchmarks/results"
+    ),
+    ledger: Annotated[Path, typer.Option(help="Ledger of instances; brought up to date.")] = Path(
+        "benchmarks/ledger.json"
+    ),
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/results.md"),
+) -> None:
+    """Write the results page from the committed results, and the ledger of instances."""
+    from hopper_attention.bench import ledger as ledgers
+    from hopper_attention.bench.report import markdown
+    from hopper_attention.bench.results import load_folder
+
+    for path in (results, out.parent, ledger.parent):
+        if not path.is_dir():
+            raise Refusal(f"{path} is not a folder; run this in the repository, or say where")
+    runs = load_folder(results)
+    entries = ledgers.update(ledgers.read(ledger), runs, list(manifest.instances()))
+    ledgers.write(ledger, entries)
+    out.write_text(markdown(runs, entries))
+    typer.echo(f"{out}: {len(runs)} results, {len(entries)} instances")
+
+
+@bench.command()
+def overhead(
+    as_json: AsJson = False,
+    repeats: Annotated[int, typer.Option(min=3, help="Samples of 1000 calls.")] = 30,
+) -> None:
+    """Time flash_attn_func from the Python call to a launch that does nothing; needs no GPU."""
+    from hopper_attention.bench import overhead as measurement
+
+    figures = measurement.measure(repeats)
+    if as_json:
+        typer.echo(json.dumps(figures, indent=1))
+        return
+    table = Table("", box=None)
+    for column in ("median", "±", "minimum"):
+        table.add_column(column, justify="right")
+    for name, summary in {**figures["call_us"], **figures["start_ms"]}.items():
+        unit = "us" if name in figures["call_us"] else "ms"
+        label = name.replace("_", " ")
+        median, minimum = (f"{summary[key]:.2f} {unit}" for key in ("median", "minimum"))
+        table.add_row(label, median, f"{summary['spread']:.1%}", minimum)
+    console = Console()
+    console.print(table)
+    console.print(f"included: {'; '.join(figures['included'])}")
+    console.print(f"not included: {'; '.join(figures['not_included'])}")
