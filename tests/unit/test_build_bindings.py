@@ -48,7 +48,7 @@ def launches():
     _simulator.set_launch_handler(None)
 
 
-def launch(arguments, scalars=(0.125,), name=NAME, device=0, module=_simulator):
+def launch(arguments, scalars=(0.125, 0), name=NAME, device=0, module=_simulator):
     module.launch(name, device, 0, arguments, list(scalars))
 
 
@@ -114,7 +114,7 @@ def test_without_a_handler(arguments):
     ("changes", "error", "message"),
     [
         ({"shape": (2, 203, 128)}, ValueError, "mQ: expected 4 dimensions, got 3 extents"),
-        ({"shape": (2, 203, 4, 64)}, ValueError, r"mQ, shape\[3\]: 64, .* compiled for 128"),
+        ({"shape": (2, 203, 4, 60)}, ValueError, r"mQ, shape\[3\]: 60 .* multiple of 8"),
         ({"shape": (2, 2**31, 4, 128)}, ValueError, r"mQ, shape\[1\]: 2147483648 .* 32 bits"),
         ({"shape": (2, 2**70, 4, 128)}, ValueError, r"mQ, shape\[1\]: does not fit 64 bits"),
         ({"shape": (2, -1, 4, 128)}, ValueError, r"mQ, shape\[1\]: negative"),
@@ -136,9 +136,10 @@ def test_refuses_tensors_before_launching(tensors, arguments, launches, changes,
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"scalars": ("x",)}, TypeError, "softmax_scale: expected a number, not str"),
-        ({"scalars": ()}, TypeError, "expected 1 scalars, got 0"),
-        ({"scalars": (1.0, 2.0)}, TypeError, "expected 1 scalars, got 2"),
+        ({"scalars": ("x", 0)}, TypeError, "softmax_scale: expected a number, not str"),
+        ({"scalars": (1.0, 0.5)}, TypeError, "learnable_sink: expected an integer, not float"),
+        ({"scalars": ()}, TypeError, "expected 2 scalars, got 0"),
+        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 2 scalars, got 3"),
         ({"name": "nothing"}, KeyError, "no instance 'nothing'"),
         ({"device": -1}, RuntimeError, "invalid device"),
         ({"device": 64}, RuntimeError, "invalid device"),

@@ -327,7 +327,7 @@ def test_import_a_csv(tmp_path):
         ([], "there is no GPU here"),
         (["-w", "nope"], "unknown workload"),
         (["-w", "h200"], "is 20 problems; name one of"),
-        (["-w", "gpt_oss_120b/*w127*"], "no compiled kernel runs"),
+        (["-w", "decode_paged/*b1_s1024"], "no compiled kernel runs"),
         (["-w", "fa3/backward_bf16_d64_b1_s16384"], "no compiled kernel runs"),
         (["--import", "none.ncu-rep"], "none.ncu-rep: No such file"),
     ],
