@@ -40,9 +40,7 @@ def record(inputs: Inputs, instance: str, blocks: int) -> tuple[list[Span], str]
     The simulator runs those blocks alone.
     """
     problem = inputs.problem
-    out = torch.empty(*inputs.q.shape[:-1], problem.head_dim_v, dtype=inputs.q.dtype).to(
-        inputs.q.device
-    )
+    out = inputs.q.new_empty((*inputs.q.shape[:-1], problem.head_dim_v))
     lse = inputs.q.new_empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32)
     tensors = (inputs.q, inputs.k, inputs.v, out, lse)
     ptx = manifest.ptx_path(instance).read_text()
