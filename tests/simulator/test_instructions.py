@@ -426,7 +426,10 @@ def test_read_only_memory():
 
 def test_registers_and_shared_memory_start_as_nan():
     body = "mov.b32 %r1, memory; ld.shared.b32 %d0, [%r1]; add.f32 %d1, %r7, 0f3F800000;"
-    assert np.isnan(run(body, outputs=2, shared=64).view(np.float32)).all()
+    got = run(body, outputs=2, shared=64, hazards="off")
+    assert np.isnan(got.view(np.float32)).all()
+    with pytest.raises(simulator.HazardError, match="reads shared memory that nothing has written"):
+        run(body, outputs=2, shared=64)
 
 
 # ------------------------------------------------------------------------------- lanes of a warp

@@ -159,6 +159,21 @@ def test_sustained_loads_first_and_does_not_idle():
     assert timer.events == ["load 5.0", "a", "b", "a", "b", "a", "b"]
 
 
+def test_baselines_that_fail_leave_rows(monkeypatch):
+    def broken():
+        raise RuntimeError("no FP8")
+
+    monkeypatch.setattr(baselines, "_matmul_bf16", lambda: lambda: None)
+    monkeypatch.setattr(baselines, "_matmul_fp8", broken)
+    monkeypatch.setattr(baselines, "_copy", lambda: lambda: None)
+    rows = list(baselines.baseline_rows(PROTOCOL, FakeTimer()))
+    status = {(r.peer, r.mode): r.status for r in rows}
+    assert len(rows) == len(status) == 6
+    assert status[results.CUBLAS_FP8, "burst"] == "failed"
+    assert status[CUBLAS_BF16, "burst"] == status[DEVICE_COPY, "sustained"] == "ok"
+    assert {r.flop for r in rows if r.peer == CUBLAS_BF16} == {2 * 8192**3}
+
+
 # ---------------------------------------------------------------- correctness
 
 ATTENTION = {
@@ -306,6 +321,18 @@ def test_a_peer_that_breaks_while_timed_leaves_rows():
     rows = list(run_problem(problem(), [FakePeer("good")], PROTOCOL, Breaking(), CPU))
     assert [row.status for row in rows] == ["failed", "failed"]
     assert rows[0].reason == "RuntimeError: illegal address"
+
+
+def test_a_problem_that_does_not_fit_leaves_rows(monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(Inputs, "make", out_of_memory)
+    rows = list(run_problem(problem(), [FakePeer("a"), FakePeer("b")], PROTOCOL, FakeTimer(), CPU))
+    assert {(row.peer, row.mode) for row in rows} == {
+        (peer, mode) for peer in "ab" for mode in results.MODES
+    }
+    assert {row.reason for row in rows} == {"RuntimeError: CUDA out of memory."}
 
 
 # ---------------------------------------------------------------- results, comparison, report

@@ -100,7 +100,7 @@ def test_command(tmp_path):
     out = tmp_path / "a.ncu-rep"
     command = ncu.command("ncu", INSTANCE, PROBLEM, out)
     text = " ".join(command)
-    assert f"--kernel-name regex:^{INSTANCE}_ " in text
+    assert f"--kernel-name regex:^{INSTANCE}_[0-9]+ " in text
     assert "--launch-skip 5 --launch-count 1 --set full --import-source yes" in text
     assert "--clock-control none" in text
     assert command[-5:] == [

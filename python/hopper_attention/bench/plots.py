@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hopper_attention.bench.results import CUBLAS_BF16, OURS, Row, Run
+from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, OURS, Row, Run
 from hopper_attention.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def write_plots(run: Run, folder: Path) -> list[Path]:
 
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in run.rows:
-        if row.status == "ok" and row.workload != "baseline":
+        if row.status == "ok" and row.workload != BASELINE:
             groups.setdefault((row.workload, _direction(row), row.mode), []).append(row)
     if not groups:
         raise Refusal("the result holds no timed attention to plot")

@@ -23,8 +23,9 @@ class Protocol:
     """Rounds that count."""
     warmup: int = 3
     """Rounds that do not."""
-    flush_mib: int = 256
-    """Written before every call, several times the L2 cache."""
+    flush_mib: int = 1024
+    """Written before every call: empties L2, and takes longer than any peer's Python, so that the
+    GPU never waits for the call."""
     load_seconds: float = 5.0
     """Of matrix products before "sustained": until power, not the top clock, sets the pace."""
     idle_seconds: float = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hopper_attention.bench.ledger import Ledger
-from hopper_attention.bench.results import BASELINES, MODES, Row, Run, is_decode
+from hopper_attention.bench.results import BASELINE, BASELINES, MODES, Row, Run, is_decode
 
 HEADER = """\
 # Results
@@ -35,7 +35,7 @@ def _run(name: str, run: Run) -> str:
         [peer, *(_baseline(run.baseline(peer, mode)) for mode in MODES)] for peer in BASELINES
     ]
     lines += [*_table(["", *MODES], baselines), ""]
-    for workload in dict.fromkeys(row.workload for row in run.rows if row.workload != "baseline"):
+    for workload in dict.fromkeys(row.workload for row in run.rows if row.workload != BASELINE):
         lines += [f"### {workload}", "", *_workload(run, workload), ""]
     return "\n".join(lines)
 

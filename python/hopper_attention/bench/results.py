@@ -29,11 +29,13 @@ SCHEMA = 1
 MODES = ("burst", "sustained")
 STATUSES = ("ok", "wrong", "skipped", "failed")
 
+BASELINE = "baseline"
+"""The workload of these peers: what the device can do, measured in every run."""
+
 CUBLAS_BF16 = "cuBLAS bf16 8192^3"
 CUBLAS_FP8 = "cuBLAS FP8 8192^3"
 DEVICE_COPY = "device copy"
 BASELINES = (CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY)
-"""Peers of the workload "baseline": what the device can do, measured in every run."""
 
 OURS = "hopper-attention"
 

@@ -9,7 +9,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.correctness import Verdict, judge
+from hopper_attention.bench.correctness import judge
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
 from hopper_attention.bench.results import MODES, Row
@@ -43,7 +43,12 @@ def run_problem(
     device: torch.device,
 ) -> Iterator[Row]:
     """The rows of every peer in both modes."""
-    inputs = Inputs.make(problem, device)
+    try:
+        inputs = Inputs.make(problem, device)
+    except Exception as fault:  # out of memory, for one
+        reason = one_line(fault)
+        yield from (_row(p, problem, "failed", reason, mode) for p in peers for mode in MODES)
+        return
     calls: dict[str, Call] = {}
     checked: dict[str, Row] = {}
     for peer in peers:
@@ -59,32 +64,32 @@ def run_problem(
 def _prepare(peer: Peer, inputs: Inputs) -> tuple[Row, Call | None]:
     """A row without samples, and the call if it may be timed."""
     problem = inputs.problem
-
-    def row(status: str, reason: str = "", verdict: Verdict | None = None) -> Row:
-        error = verdict.as_dict() if verdict else {}
-        name, workload = problem.name, problem.workload
-        return Row(name, workload, peer.name, MODES[0], status, reason, error=error)
-
     try:
         prepared = peer.prepare(inputs)
         results = prepared.call()
         verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
     except Unsupported as refusal:
-        return row("skipped", str(refusal)), None
+        return _row(peer, problem, "skipped", str(refusal)), None
     except Exception as fault:
-        return row("failed", _one_line(fault)), None
+        return _row(peer, problem, "failed", one_line(fault)), None
+    error = verdict.as_dict()
     if not verdict.passed:
         reason = (
             f"rms error {verdict.ours.rms:.2e} against FP64, PyTorch's {verdict.pytorch.rms:.2e}"
         )
-        return row("wrong", reason, verdict), None
+        return replace(_row(peer, problem, "wrong", reason), error=error), None
     complete = replace(
-        row("failed", "not timed", verdict),
+        _row(peer, problem, "failed", "not timed"),
+        error=error,
         instance=prepared.instance,
         flop=problem.flop,
         bytes=problem.bytes,
     )
     return complete, prepared.call
+
+
+def _row(peer: Peer, problem: Problem, status: str, reason: str, mode: str = MODES[0]) -> Row:
+    return Row(problem.name, problem.workload, peer.name, mode, status, reason)
 
 
 def _time(
@@ -99,12 +104,12 @@ def _time(
     try:
         samples = measure(calls, mode, protocol, timer)
     except Exception as fault:
-        yield from (replace(r, mode=mode, reason=_one_line(fault)) for r in checked.values())
+        yield from (replace(r, mode=mode, reason=one_line(fault)) for r in checked.values())
         return
     for name, row in checked.items():
         yield replace(row, mode=mode, status="ok", reason="", samples_ms=samples[name])
 
 
-def _one_line(fault: Exception) -> str:
+def one_line(fault: Exception) -> str:
     lines = str(fault).strip().splitlines()
     return f"{type(fault).__name__}: {lines[0] if lines else ''}"

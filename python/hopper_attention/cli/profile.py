@@ -23,11 +23,6 @@ profile = typer.Typer(help="See where a kernel's time goes.", no_args_is_help=Tr
 DEFAULT = "fa3/forward_bf16_d128_causal_b4_s4096"
 
 
-@profile.callback()
-def _group() -> None:
-    """Keeps `ncu` a subcommand also while it is the only one."""
-
-
 @profile.command()
 def ncu(
     workload: Annotated[str, typer.Option("--workload", "-w", help="One problem.")] = DEFAULT,
@@ -59,6 +54,33 @@ def ncu(
         typer.echo(json.dumps({"problem": problem.name, **asdict(summary)}, indent=1))
     else:
         _print(problem, summary)
+
+
+@profile.command()
+def timeline(
+    workload: Annotated[str, typer.Option("--workload", "-w", help="One problem.")] = DEFAULT,
+    blocks: Annotated[int, typer.Option(min=1, max=132, help="To record, from the first.")] = 1,
+    out: Annotated[Path, typer.Option(help="Trace for ui.perfetto.dev.")] = Path("timeline.json"),
+    png: Annotated[Path, typer.Option(help="Picture of the first block.")] = Path("timeline.png"),
+) -> None:
+    """Record when the warps of a block wait, issue GEMMs and compute.
+
+    On a Hopper GPU by clock stamps in the kernel; without one the simulator runs the same.
+    """
+    import torch
+
+    from hopper_attention.bench.environment import require_gpu
+    from hopper_attention.bench.inputs import Inputs
+    from hopper_attention.profiling import spans
+    from hopper_attention.profiling import timeline as recorder
+
+    problem = _one_problem(workload)
+    instance = _instance(problem)
+    device = require_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    recorded, unit = recorder.record(Inputs.make(problem, device), instance, blocks)
+    spans.write_picture(recorded, png, unit, f"{instance}, {problem.name}, block 0")
+    spans.write_perfetto(recorded, out, unit)
+    Console().print(f"{len(recorded)} ranges in {out} (ui.perfetto.dev); picture: {png}")
 
 
 def _one_problem(pattern: str) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def command(ncu: str, instance: str, problem: Problem, out: Path) -> list[str]:
     options = [
         *("--force-overwrite", "--export", str(out)),
         *("--target-processes", "all"),
-        *("--kernel-name-base", "demangled", "--kernel-name", f"regex:^{re.escape(instance)}_"),
+        *("--kernel-name-base", "demangled", "--kernel-name", f"regex:^{instance}_[0-9]+"),
         *("--launch-skip", str(WARMUP_LAUNCHES), "--launch-count", "1"),
         *("--set", "full", "--import-source", "yes"),
         *("--clock-control", "none"),

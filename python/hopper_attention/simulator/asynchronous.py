@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BarrierError
+from .races import Clocks, Sync
 
 _MAX_TRANSACTIONS = (1 << 20) - 1
 
@@ -29,6 +30,10 @@ class Mbarrier:
     transactions: int = 0
     phase: int = 0
     unfenced_warp: int = -1  # initialised by this warp, without a fence since
+    clocks: Clocks | None = None
+    sync: Sync | None = None
+    agent: int = -1
+    creator: tuple[int, int] = (0, 0)  # agent and clock of mbarrier.init
 
     def arrive(self, count: int = 1) -> None:
         if count > self.pending:
@@ -59,6 +64,8 @@ class Mbarrier:
         if self.transactions == 0:
             self.phase += 1
             self.pending = self.expected
+            if self.clocks is not None and self.sync is not None:
+                self.clocks.complete_phase(self.sync, self.agent, self.phase)
 
     def passed(self, parity: int) -> bool:
         """Has the phase of this parity completed?"""
@@ -80,6 +87,7 @@ class NamedBarrier:
     arrived: int = 0
     generation: int = 0
     whole_block: bool = False  # no count given: all threads that have not exited
+    sync: Sync | None = None
 
     def arrive(self, threads: int, count: int, whole_block: bool) -> None:
         self.whole_block = whole_block
@@ -99,11 +107,50 @@ class NamedBarrier:
         if self.arrived == count:
             self.arrived = 0
             self.generation += 1
+            if self.sync is not None:
+                self.sync.complete()
 
     def __str__(self) -> str:
         return (
             f"barrier {self.number}: {self.arrived} of {self.count} threads, "
             f"generation {self.generation}"
+        )
+
+
+@dataclass
+class ClusterBarrier:
+    """barrier.cluster: every thread of the cluster arrives, then waits."""
+
+    count: int = 0
+    arrived: int = 0
+    generation: int = 0
+    arrivals: dict[int, int] = field(default_factory=dict)  # thread -> generation it arrived in
+    sync: Sync | None = None
+
+    def arrive(self, threads: list[int]) -> None:
+        for thread in threads:
+            if self.arrivals.get(thread, -1) == self.generation:
+                raise BarrierError("barrier.cluster.arrive twice in a phase")
+            self.arrivals[thread] = self.generation
+        self.arrived += len(threads)
+        self.resize(self.count)
+
+    def resize(self, count: int) -> None:
+        self.count = count
+        if self.arrived and self.arrived >= count:
+            self.arrived = 0
+            self.generation += 1
+            if self.sync is not None:
+                self.sync.complete()
+
+    def passed(self, threads: list[int]) -> bool:
+        if any(thread not in self.arrivals for thread in threads):
+            raise BarrierError("barrier.cluster.wait without arrive")
+        return all(self.arrivals[thread] < self.generation for thread in threads)
+
+    def __str__(self) -> str:
+        return (
+            f"cluster barrier: {self.arrived} of {self.count} threads, generation {self.generation}"
         )
 
 
@@ -116,6 +163,7 @@ class Event:
     text: str
     done: bool = False
     access: "SharedAccess | None" = None
+    written: "Event | None" = None  # of a bulk store: its second half
 
     def complete(self) -> None:
         if not self.done:
@@ -170,13 +218,17 @@ class Events:
         self.pending: list[Event] = []
 
     def issue(self, effect: Callable[[], None], text: str) -> Event:
+        event = Event(0, effect, text)
+        self.schedule_event(event)
+        return event
+
+    def schedule_event(self, event: Event) -> None:
         delay = self.schedule.delay()
-        event = Event(self.schedule.now + delay, effect, text)
+        event.due = self.schedule.now + delay
         if delay == 0:
             event.complete()
         else:
             self.pending.append(event)
-        return event
 
     def run_due(self) -> bool:
         """Complete what is due.  True if anything was."""
@@ -211,14 +263,21 @@ class BulkGroups:
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, keep: int) -> list[Event]:
-        """Complete all but the last ``keep`` groups; returns their operations."""
+    def wait(self, keep: int, only_read: bool) -> "list[SharedAccess]":
+        """Complete all but the last ``keep`` groups; returns the reads that are over now."""
         count = max(0, len(self.groups) - keep)
         events = [event for group in self.groups[:count] for event in group]
+        over = []
         for event in events:
             event.complete()
-        del self.groups[:count]
-        return events
+            if event.access is not None:
+                over.append(event.access)
+                event.access = None
+            if not only_read and event.written is not None:
+                event.written.complete()
+        if not only_read:
+            del self.groups[:count]
+        return over
 
 
 @dataclass(eq=False)
@@ -230,6 +289,7 @@ class SharedAccess:
     writes: bool
     owner: object
     text: str
+    warp: int | None = None  # of the warpgroup, where only that one reads
 
 
 class SharedAccesses:

@@ -15,6 +15,8 @@ import numpy as np
 from .errors import MisalignedAccess, OutOfBounds
 
 SHARED_WINDOW = 1 << 62  # generic address of shared memory's byte 0
+CLUSTER_BITS = 24  # shared::cluster addresses: the block's rank above the offset in its memory
+LOCAL_WINDOW = 3 << 60  # generic address of every thread's first byte of local memory
 PARAM_WINDOW = 1 << 61  # generic address of the first parameter
 SHARED_BASE = 1024
 SHARED_LIMIT = 232448 + SHARED_BASE
@@ -240,3 +242,32 @@ class SharedMemory:
             bad = int(addresses[(addresses & (nbytes - 1)) != 0][0])
             raise MisalignedAccess(f"shared memory access of {nbytes} bytes at {bad:#x}")
         return addresses >> (width.bit_length() - 1)
+
+
+class LocalMemory:
+    """Each thread's own bytes: spills and arrays that are indexed at run time."""
+
+    def __init__(self, nbytes: int, threads: int):
+        self.nbytes = -(-nbytes // 16) * 16
+        self.bytes = np.full((threads, self.nbytes), POISON, np.uint8)
+
+    def reset(self) -> None:
+        self.bytes[:] = POISON
+
+    def _index(self, offsets: np.ndarray, width: int, count: int) -> np.ndarray:
+        if offsets.min() < 0 or offsets.max() + width * count > self.nbytes:
+            raise OutOfBounds(f"local memory access outside of {self.nbytes} bytes")
+        if (offsets % (width * count)).any():
+            raise MisalignedAccess(f"local memory access of {width * count} bytes")
+        return offsets // width
+
+    def load(self, threads: np.ndarray, offsets: np.ndarray, width: int, count: int):
+        index = self._index(offsets, width, count)
+        view = self.bytes.view(_UNSIGNED[width])
+        return [view[threads, index + k] for k in range(count)]
+
+    def store(self, threads: np.ndarray, offsets: np.ndarray, width: int, values) -> None:
+        index = self._index(offsets, width, len(values))
+        view = self.bytes.view(_UNSIGNED[width])
+        for k, value in enumerate(values):
+            view[threads, index + k] = value

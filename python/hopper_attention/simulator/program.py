@@ -1,7 +1,7 @@
 """A kernel as the machine runs it: a list of steps.
 
 A step is a straight run of arithmetic and memory instructions (Region), a branch (Branch) or an
-instruction that needs the machine (Control).  Each has ``execute(machine, unit) -> bool``; False
+instruction that needs the machine (Control).  Each has ``execute(block, unit) -> bool``; False
 means that the unit is blocked there.  Branches know where their paths meet again: the immediate
 post-dominator in the control-flow graph.
 """
@@ -25,6 +25,7 @@ from .ptx import (
     Symbol,
     Vector,
 )
+from .races import smallest_access
 from .vectorize import Numbering, Operation, Usage, batch, fold_chains, generate
 
 EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
@@ -74,16 +75,16 @@ class Region:
                     self.written |= 1 << register.index
         self.touched |= self.written
 
-    def execute(self, machine, unit) -> bool:
+    def execute(self, block, unit) -> bool:
         if self.function is None:
             self.function = generate(self.groups, HELPERS, self.symbols)
         warpgroup = unit.warpgroup
         queue = warpgroup.queue
         if self.touched & queue.accumulators or self.written & queue.operands:
-            machine.report_early_use(self, queue)
+            block.report_early_use(self, queue)
         warpgroup.touched |= self.touched
-        self.function(unit.lanes, machine)
-        machine.warp_instructions += self.length * unit.lanes.warp_count
+        self.function(unit.lanes, block)
+        block.warp_instructions += self.length * unit.lanes.warp_count
         unit.advance(self.pc + 1)
         return True
 
@@ -100,10 +101,10 @@ class Guarded:
         self.step, self.guard, self.pc = step, guard, step.pc
         self.first = step.first
 
-    def execute(self, machine, unit) -> bool:
+    def execute(self, block, unit) -> bool:
         chosen = _select(unit, self.guard)
         if chosen.all():
-            return self.step.execute(machine, unit)
+            return self.step.execute(block, unit)
         if not chosen.any():
             unit.advance(self.pc + 1)
             return True
@@ -114,7 +115,7 @@ class Guarded:
         if part.gathered:
             part.pull()
         try:
-            return self.step.execute_on_lanes(machine, unit)
+            return self.step.execute_on_lanes(block, unit)
         finally:
             if part.gathered:
                 part.push()
@@ -125,21 +126,21 @@ class Guarded:
 
 
 class GuardedRegion(Region):
-    def execute_on_lanes(self, machine, unit) -> bool:
-        return self.execute(machine, unit)
+    def execute_on_lanes(self, block, unit) -> bool:
+        return self.execute(block, unit)
 
 
 class Control:
-    """An instruction that needs the machine."""
+    """An instruction that needs the block."""
 
     def __init__(self, pc: int, instruction: Instruction, handler: Callable):
         self.pc, self.first, self.handler = pc, instruction, handler
 
-    def execute(self, machine, unit) -> bool:
-        if not self.handler(machine, unit):
+    def execute(self, block, unit) -> bool:
+        if not self.handler(block, unit):
             return False
-        machine.version += 1
-        machine.warp_instructions += unit.lanes.warp_count
+        block.progress()
+        block.warp_instructions += unit.lanes.warp_count
         unit.advance(self.pc + 1)
         return True
 
@@ -152,9 +153,9 @@ class Exit(Control):
     def __init__(self, pc: int, instruction: Instruction):
         self.pc, self.first = pc, instruction
 
-    def execute(self, machine, unit) -> bool:
-        machine.version += 1
-        machine.warp_instructions += unit.lanes.warp_count
+    def execute(self, block, unit) -> bool:
+        block.progress()
+        block.warp_instructions += unit.lanes.warp_count
         unit.exit_lanes()
         return True
 
@@ -168,8 +169,8 @@ class Branch:
         self.pc, self.first, self.guard = pc, instruction, instruction.guard
         self.target = self.join = EXIT
 
-    def execute(self, machine, unit) -> bool:
-        machine.warp_instructions += unit.lanes.warp_count
+    def execute(self, block, unit) -> bool:
+        block.warp_instructions += unit.lanes.warp_count
         if self.guard is None:
             unit.advance(self.target)
             return True
@@ -202,6 +203,8 @@ class Program:
         self.kernel = kernel
         self.steps: list = []
         self.symbols: dict[str, int] = {p.name: p.offset for p in kernel.params}
+        self.shared_names = {variable.name for variable in kernel.shared}
+        self.smallest_access = smallest_access(kernel.instructions)
         self._lay_out_shared()
         self._build()
         self._join_points()
@@ -215,9 +218,16 @@ class Program:
             if not variable.dynamic:
                 offset += variable.size
         self.static_end = offset
+        self.local_bytes = 0
+        for variable in self.kernel.local:
+            self.local_bytes = -(-self.local_bytes // variable.align) * variable.align
+            self.symbols[variable.name] = self.local_bytes
+            self.local_bytes += variable.size
 
     def symbol_code(self, name: str) -> str:
         """Python text of a symbol's value inside generated code."""
+        if name in self.shared_names:
+            return f"({self.symbols[name]} + C.window)"
         if name in self.symbols:
             return f"({self.symbols[name]})"
         found = special_register(name)
@@ -383,12 +393,13 @@ _BLOCK_REGISTERS = {
     **{f"%ntid.{c}": f"C.block[{k}]" for k, c in enumerate("xyz")},
     **{f"%ctaid.{c}": f"C.ctaid[{k}]" for k, c in enumerate("xyz")},
     **{f"%nctaid.{c}": f"C.grid[{k}]" for k, c in enumerate("xyz")},
-    # Clusters of one block.
-    **{f"%clusterid.{c}": f"C.ctaid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%nclusterid.{c}": f"C.grid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%cluster_ctaid.{c}": "(0)" for c in "xyz"},
-    **{f"%cluster_nctaid.{c}": "(1)" for c in "xyz"},
-    "%cluster_ctarank": "(0)", "%cluster_nctarank": "(1)", "%smid": "(0)", "%nsmid": "(132)",
+    **{f"%clusterid.{c}": f"(C.ctaid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
+    **{f"%nclusterid.{c}": f"(C.grid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
+    **{f"%cluster_ctaid.{c}": f"(C.ctaid[{k}] % C.shape[{k}])" for k, c in enumerate("xyz")},
+    **{f"%cluster_nctaid.{c}": f"C.shape[{k}]" for k, c in enumerate("xyz")},
+    "%cluster_ctarank": "C.rank", "%cluster_nctarank": "len(C.cluster.blocks)",
+    "%is_explicit_cluster": "(len(C.cluster.blocks) > 1)", "%smid": "(0)", "%nsmid": "(132)",
+    "%nwarpid": "(64)", "%gridid": "(0)",
     "%clock": "C.clock()", "%clock64": "C.clock()", "%globaltimer": "C.clock()",
     "%dynamic_smem_size": "C.dynamic_shared", "WARP_SZ": "(32)",
 }  # fmt: skip

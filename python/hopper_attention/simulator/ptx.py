@@ -90,10 +90,12 @@ class Instruction:
     line: int
     text: str
     target: int = -1
+    source: str = ""  # file:line, where the PTX has line information
 
     def where(self) -> str:
         text = self.text if len(self.text) <= 160 else self.text[:157] + "..."
-        return f"PTX line {self.line}: {text}"
+        source = f" ({self.source})" if self.source else ""
+        return f"PTX line {self.line}: {text}{source}"
 
     def unknown(self, missing: str) -> UnknownInstruction:
         return UnknownInstruction(f"{self.where()}\n  not implemented: {missing}")
@@ -124,9 +126,11 @@ class Kernel:
     required_block: tuple[int, int, int] | None = None
     max_registers: int | None = None
     min_blocks: int = 1
+    required_cluster: tuple[int, int, int] | None = None
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[Register] = field(default_factory=list)
     shared: list[SharedVariable] = field(default_factory=list)
+    local: list[SharedVariable] = field(default_factory=list)
     program: Any = None  # program.Program, made at the first launch
 
 
@@ -171,6 +175,8 @@ _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\s+([\w$]+)(?
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*$")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)(%?[\w$.]+)\s+")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 _INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 
 
@@ -179,12 +185,15 @@ class _Scope:
         self.parent, self.index = parent, index
         self.registers: dict[str, Register] = {}
         self.labels: dict[str, str] = {}
+        self.pairs: dict[str, Vector] = {}
 
-    def register(self, name: str) -> Register | None:
+    def register(self, name: str) -> "Register | Vector | None":
         scope: _Scope | None = self
         while scope is not None:
             if name in scope.registers:
                 return scope.registers[name]
+            if name in scope.pairs:
+                return scope.pairs[name]
             scope = scope.parent
         return None
 
@@ -193,6 +202,7 @@ class _Parser:
     def __init__(self, text: str, path: str):
         self.path = path
         self.text = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), text)
+        self.files = dict(_FILE.findall(text))
         self.starts = [0] + [m.end() for m in re.finditer("\n", self.text)]
 
     def line(self, position: int) -> int:
@@ -238,6 +248,9 @@ class _Parser:
             sizes = [int(x) for x in block[1].split(",")]
             x, y, z = (*sizes, 1, 1)[:3]
             kernel.required_block = x, y, z
+        if cluster := re.search(r"\.reqnctapercluster\s+([\d, ]+)", directives):
+            x, y, z = (*(int(n) for n in cluster[1].split(",")), 1, 1)[:3]
+            kernel.required_cluster = x, y, z
         if limit := re.search(r"\.maxnreg\s+(\d+)", directives):
             kernel.max_registers = int(limit[1])
         if count := re.search(r"\.minnctapersm\s+(\d+)", directives):
@@ -254,6 +267,7 @@ class _Body:
         self.labels: dict[str, int] = {}
         self.branches: list[tuple[Instruction, _Scope, str]] = []
         self.scopes = 0
+        self.source = ""
 
     def parse(self) -> None:
         text, scope = self.parser.text, _Scope(None, 0)
@@ -270,7 +284,10 @@ class _Body:
                 if scope.parent is None:
                     break
                 scope = scope.parent
-            elif text.startswith((".loc", ".file"), self.position):
+            elif found := _LOCATION.match(text, self.position):
+                self.source = f"{self.parser.files.get(found[1], '?')}:{found[2]}"
+                self.position = text.index("\n", self.position)
+            elif text.startswith(".file", self.position):
                 self.position = text.index("\n", self.position)
             elif label := _LABEL.match(text, self.position):
                 name = f"{label[1]}@{scope.index}"
@@ -312,16 +329,26 @@ class _Body:
         else:
             operands = tuple(self.operand(item, position, scope) for item in _split(rest))
             instruction = Instruction(opcode, parts, operands, guard, line, original)
+        instruction.source = self.source
         self.kernel.instructions.append(instruction)
 
     def directive(self, text: str, position: int, scope: _Scope) -> None:
         if text.startswith(".reg"):
             _, kind, names = text.split(None, 2)
+            if kind == ".b128":
+                for name in names.split(","):
+                    self.declare_pair(name.strip(), scope)
+                return
             bits = _BITS.get(kind[1:])
             if bits is None:
                 raise self.parser.error(position, f"unknown register type {kind}")
             for name in names.split(","):
                 self.declare(name.strip(), bits, scope)
+        elif text.startswith(".local"):
+            found = _SHARED.search(text.replace(".local", ".shared", 1))
+            if not found:
+                raise self.parser.error(position, f"cannot parse {text}")
+            self.kernel.local.append(self.parser.shared_variable(found, False))
         elif text.startswith(".shared"):
             found = _SHARED.search(text)
             if not found:
@@ -329,6 +356,15 @@ class _Body:
             self.kernel.shared.append(self.parser.shared_variable(found, False))
         elif not text.startswith(".pragma"):
             raise self.parser.error(position, f"unknown directive {text}")
+
+    def declare_pair(self, name: str, scope: _Scope) -> None:
+        """A 128-bit register: two of 64 bits."""
+        found = re.fullmatch(r"(.+)<(\d+)>", name)
+        for base in [f"{found[1]}{i}" for i in range(int(found[2]))] if found else [name]:
+            halves = f"{base}.low", f"{base}.high"
+            for half in halves:
+                self.declare(half, 64, scope)
+            scope.pairs[base] = Vector(tuple(scope.registers[half] for half in halves))
 
     def declare(self, name: str, bits: int, scope: _Scope) -> None:
         found = re.fullmatch(r"(.+)<(\d+)>", name)
@@ -340,7 +376,7 @@ class _Body:
 
     def register(self, name: str, position: int, scope: _Scope) -> Register:
         register = scope.register(name)
-        if register is None:
+        if not isinstance(register, Register):
             raise self.parser.error(position, f"unknown register {name}")
         return register
 

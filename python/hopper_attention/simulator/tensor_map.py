@@ -43,8 +43,18 @@ class TensorMap:
         return len(self.sizes)
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """Element strides; that of the contiguous dimension is ignored, as the hardware does."""
+        return (1, *self.element_strides[1:])
+
+    @property
+    def shared_box(self) -> tuple[int, ...]:
+        """Extents of the tile in shared memory."""
+        return tuple(-(-n // step) for n, step in zip(self.box, self.steps, strict=True))
+
+    @property
     def box_bytes(self) -> int:
-        return int(np.prod(self.box)) * self.element_bytes
+        return int(np.prod(self.shared_box)) * self.element_bytes
 
 
 @functools.lru_cache(maxsize=4096)

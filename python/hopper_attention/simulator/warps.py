@@ -19,7 +19,7 @@ from .program import EXIT
 from .ptx import Instruction
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    from .block import Block
 
 _VIEWS: dict[int, dict[str, Any]] = {
     1: {"P": np.bool_},
@@ -51,6 +51,7 @@ class Lanes:
             for letter, dtype in _VIEWS[bits].items():
                 setattr(self, letter, part.view(dtype))
         warps = lanes // 32
+        self.warps = np.unique(self.threads // 32)
         self.warp_columns = [np.flatnonzero(warps == warp) for warp in np.unique(warps)]
         self.warp_count = len(self.warp_columns)
         self.whole_warps = self.count == 32 * self.warp_count
@@ -59,8 +60,7 @@ class Lanes:
         for column in self.warp_columns:
             self.elected[column[0]] = True
             self.leader[column] = lanes[column[0]] & 31
-        self.warp_marks = (self.threads // 32 + 1).astype(np.uint8)
-        self.special = self._special(warpgroup.block)
+        self.special = self._special(warpgroup.shape)
 
     def _special(self, block: tuple[int, int, int]) -> dict[str, np.ndarray]:
         threads = self.threads
@@ -92,23 +92,23 @@ class Lanes:
 class Warpgroup:
     """Registers of up to four warps, and their asynchronous products."""
 
-    def __init__(self, machine: "Machine", number: int, threads: int):
+    def __init__(self, block: "Block", number: int, threads: int):
         self.number, self.count = number, threads
         self.first_thread = 128 * number
-        self.block = machine.block
+        self.shape = block.block
         self.registers = {
             bits: np.empty((max(1, rows), threads), _DTYPES[bits])
-            for bits, rows in machine.program.rows.items()
+            for bits, rows in block.program.rows.items()
         }
         self._windows: dict[bytes, Lanes] = {}
         self.everyone = np.arange(threads)
-        self.machine = machine
+        self.block = block
         self.reset()
 
     def reset(self) -> None:
         for file in self.registers.values():
             file.view(np.uint8)[...] = 0xFF if file.dtype != np.bool_ else 0
-        self.queue = Queue(self.machine, self)
+        self.queue = Queue(self.block, self)
         self.touched = -1  # every register counts as used before the first wgmma.fence
 
     def window(self, lanes: np.ndarray) -> Lanes:
@@ -122,8 +122,8 @@ class Warpgroup:
 class Unit:
     """Warps of one warpgroup in lockstep; stack: [pc, meeting point, active lanes], top last."""
 
-    def __init__(self, machine: "Machine", warpgroup: Warpgroup, stack: list):
-        self.machine, self.warpgroup, self.stack = machine, warpgroup, stack
+    def __init__(self, block: "Block", warpgroup: Warpgroup, stack: list):
+        self.block, self.warpgroup, self.stack = block, warpgroup, stack
         self.failed_wait: frozenset | None = None
         self.waiting_barrier: tuple[NamedBarrier, int] | None = None
         self.waiting = ""
@@ -186,7 +186,7 @@ class Unit:
         first = units[0]
         self.stack, self.joins = first.stack, first.joins
         self._load()
-        self.machine.units += units[1:]
+        self.block.cluster.units += units[1:]
 
     def restrict(self, warps: set[int]) -> "Unit":
         """A unit of only some of these warps (numbers within the warpgroup)."""
@@ -195,7 +195,7 @@ class Unit:
             part = active[np.isin(active // 32, list(warps))]
             if len(part):
                 stack.append([pc, meeting, part])
-        unit = Unit(self.machine, self.warpgroup, stack)
+        unit = Unit(self.block, self.warpgroup, stack)
         unit.joins = set(self.joins)
         return unit
 
@@ -214,7 +214,7 @@ class Unit:
         self.failed_wait = self.failed_wait if self.failed_wait == other.failed_wait else None
         self.joins &= other.joins
         self.blocked_at = -1
-        rest = [u for u in self.machine.units if u is not self and u is not other]
+        rest = [u for u in self.block.cluster.units if u is not self and u is not other]
         self.paused = any(u.warpgroup is self.warpgroup and self.pc in u.joins for u in rest)
         if not self.paused:
             self.joins.discard(self.pc)
@@ -240,7 +240,7 @@ class Unit:
     def exit_lanes(self) -> None:
         """The active lanes end; others of the unit go on where they are."""
         ended = self.lanes.lanes
-        self.machine.exit_threads(self.lanes)
+        self.block.exit_threads(self.lanes)
         self.stack[-1][0] += 1
         rest = [[pc, meeting, np.setdiff1d(lanes, ended)] for pc, meeting, lanes in self.stack]
         self.stack = [entry for entry in rest if len(entry[2])]
@@ -250,21 +250,21 @@ class Unit:
             self._load()
 
     def run(self, steps: int) -> None:
-        program = self.machine.program.steps
+        program = self.block.program.steps
         self.paused = False
         for _ in range(steps):
             step = program[self.pc]
             lanes = self.lanes
             if lanes.gathered:
                 lanes.pull()
-                done = step.execute(self.machine, self)
+                done = step.execute(self.block, self)
                 lanes.push()
             else:
-                done = step.execute(self.machine, self)
+                done = step.execute(self.block, self)
             if not self.stack:
                 return
             if not done:
-                self.blocked_at = self.machine.version
+                self.blocked_at = self.block.cluster.version
                 return
             if self.joins and self.pc in self.joins:
                 self.paused = True

@@ -49,6 +49,13 @@ def helper(function):
     return function
 
 
+def refuse_unknown(instruction: Instruction, known: set[str]) -> None:
+    """Stop at a modifier that is not in the translator's list: it might change the meaning."""
+    for part in instruction.parts[1:]:
+        if part not in known:
+            raise instruction.unknown(f"modifier .{part}")
+
+
 def find(table: dict[str, Callable], instruction: Instruction) -> Callable | None:
     parts = instruction.parts
     for n in range(len(parts), 0, -1):

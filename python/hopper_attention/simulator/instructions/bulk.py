@@ -4,18 +4,22 @@ import functools
 
 import numpy as np
 
-from ..asynchronous import SharedAccess
+from ..asynchronous import Event, SharedAccess
 from ..errors import MisalignedAccess, SimulatorError
-from ..memory import POISON
+from ..memory import CLUSTER_BITS, POISON
 from ..ptx import Instruction
 from ..tensor_map import TensorMap, decode, swizzle_address
-from . import control
+from . import control, refuse_unknown
 from .conversion import bf16_bits, widen_bf16
-from .synchronisation import operand_values, shared_addresses
+from .synchronisation import find_mbarrier, operand_values, shared_addresses
 
 _DTYPES = {
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "f16": np.float16,
     "f32": np.float32, "f64": np.float64, "s32": np.int32, "s64": np.int64,
+}  # fmt: skip
+_REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
 
 
@@ -30,22 +34,25 @@ class Tile:
     """A tensor map's box at given coordinates: what lies inside of the tensor, and where."""
 
     def __init__(self, tensor_map: TensorMap, coordinates: list[int]):
-        if any(stride != 1 for stride in tensor_map.element_strides):
-            raise SimulatorError("TMA with element strides other than 1")
         row = tensor_map.box[0] * tensor_map.element_bytes
         if row % 16 or (tensor_map.swizzle and row != tensor_map.swizzle):
             raise SimulatorError(
                 f"TMA box of {row} bytes a row with swizzle {tensor_map.swizzle} is not implemented"
             )
+        if len(coordinates) != tensor_map.rank:
+            raise SimulatorError(
+                f"{len(coordinates)} coordinates for a tensor map of rank {tensor_map.rank}"
+            )
         self.map = tensor_map
-        self.shape = tensor_map.box[::-1]
+        self.shape = tensor_map.shared_box[::-1]
+        self.steps = tensor_map.steps[::-1]
         self.start = coordinates[::-1]
         self.inner, self.outer = [], []
         sizes = tensor_map.sizes[::-1]
-        for at, extent, size in zip(self.start, self.shape, sizes, strict=True):
-            low, high = max(0, -at), min(extent, size - at)
+        for at, extent, size, step in zip(self.start, self.shape, sizes, self.steps, strict=True):
+            low, high = max(0, -(at // step)), min(extent, -((at - size) // step))
             self.inner.append(slice(low, max(low, high)))
-            self.outer.append(slice(max(0, at), max(0, at + high)))
+            self.outer.append((at + low * step, max(0, high - low)))
         self.empty = any(s.start >= s.stop for s in self.inner)
         self.whole = all(
             s.start == 0 and s.stop == n for s, n in zip(self.inner, self.shape, strict=True)
@@ -54,9 +61,11 @@ class Tile:
     def tensor(self, memory, write: bool) -> np.ndarray:
         """The part of the tensor inside of the box, as an array over global memory."""
         m = self.map
-        offset = sum(s.start * n for s, n in zip(self.outer, m.strides[::-1], strict=True))
-        sizes = tuple(s.stop - s.start for s in self.outer)
-        return memory.box(m.base + offset, sizes, m.strides[::-1], m.element_bytes, write)
+        strides = m.strides[::-1]
+        offset = sum(first * n for (first, _), n in zip(self.outer, strides, strict=True))
+        sizes = tuple(count for _, count in self.outer)
+        steps = tuple(n * step for n, step in zip(strides, self.steps, strict=True))
+        return memory.box(m.base + offset, sizes, steps, m.element_bytes, write)
 
     def read(self, memory) -> np.ndarray:
         """The box's bytes as 16-byte units, zeros outside of the tensor."""
@@ -78,124 +87,158 @@ class Tile:
 
 
 def reduce_into(target: np.ndarray, data: np.ndarray, reduction: str, kind: str) -> None:
-    """target = data, or target = target (+, min, max) data in the element type."""
+    """target = data, or target = target (operation) data in the element type."""
     if not reduction:
         target[...] = data
         return
+    ufunc = _REDUCTIONS[reduction]
     if kind == "bf16":
-        total = widen_bf16(np.ascontiguousarray(target)) + widen_bf16(np.ascontiguousarray(data))
-        target[...] = bf16_bits(total)
+        old, new = (widen_bf16(np.ascontiguousarray(x.view(np.uint16))) for x in (target, data))
+        target.view(np.uint16)[...] = bf16_bits(ufunc(old, new))
         return
-    ufunc = {"add": np.add, "min": np.minimum, "max": np.maximum}[reduction]
     dtype = _DTYPES["f32" if kind == "tf32" else kind]
     ufunc(target.view(dtype), data.view(dtype), out=target.view(dtype))
 
 
-def _modifiers(instruction: Instruction, known: set[str]) -> None:
-    for part in instruction.parts[3:]:
-        if part not in known:
-            raise instruction.unknown(f"modifier .{part}")
+# ------------------------------------------------------------------------- loads, multicast, stores
 
 
-def _read_map(machine, unit, operand, lane: int) -> TensorMap:
+def _read_map(block, unit, operand, lane: int) -> TensorMap:
     address = int(operand_values(unit, operand.base, "W")[lane]) + operand.offset
-    return decode(machine.generic_bytes(address, 128))
+    return decode(block.generic_bytes(address, 128))
+
+
+def _coordinates(unit, operand, lane: int) -> list[int]:
+    values = (int(operand_values(unit, c)[lane]) & 0xFFFFFFFF for c in operand.coordinates)
+    return [value - (value >> 31 << 32) for value in values]
+
+
+def _targets(block, unit, lane: int, start: int, where: int, mask) -> list[tuple[int, int]]:
+    """Addresses of the destination and the mbarrier: one pair, or one a block of the mask."""
+    if mask is None:
+        return [(start, where)]
+    bits = int(operand_values(unit, mask, "H")[lane]) & 0xFFFF
+    offsets = [x & ((1 << CLUSTER_BITS) - 1) for x in (start, where)]
+    ranks = [rank for rank in range(16) if bits >> rank & 1]
+    return [
+        (rank << CLUSTER_BITS | offsets[0], rank << CLUSTER_BITS | offsets[1]) for rank in ranks
+    ]
+
+
+def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, where: int, effect):
+    """Common part of loads: checks, poison, completion on the mbarrier at ``where``.
+
+    effect(block, offset) puts the data there.
+    """
+    target, low = block.owner_of(start)
+    target.shared.check(low, low + nbytes)
+    agent = block.first_agent + unit.lanes.threads[lane : lane + 1] // 32
+    barrier = find_mbarrier(block, unit, instruction, where, agent)
+    if barrier.unfenced_warp >= 0:
+        block.hazard(instruction, f"no fence.mbarrier_init since mbarrier.init of {where:#x}")
+    target.check_shared(instruction, low, low + nbytes, True, unit.lanes)
+    if target.shadow is not None:
+        conflict = target.shadow.bulk_write(
+            int(agent[0]), low, low + nbytes, barrier.agent, barrier.phase + 1, instruction.line
+        )
+        if conflict:
+            block.report_conflict(instruction, conflict, True)
+    access = SharedAccess(low, low + nbytes, True, barrier, instruction.where())
+    target.accesses.add(access)
+    target.shared.bytes[low : low + nbytes] = POISON
+
+    def complete() -> None:
+        effect(target, low)
+        target.accesses.remove(access)
+        barrier.complete(nbytes)
+
+    if block.trace:
+        block.trace.bulk_load(agent.tolist(), instruction, nbytes, barrier)
+    block.events.issue(complete, instruction.where())
+
+
+def _out_of_shared(block, unit, lane: int, instruction, start: int, nbytes: int, read, write):
+    """Common part of stores: reading before wait_group.read, writing before wait_group.
+
+    read(block, offset) gives the data, write(data) puts it into global memory.
+    """
+    low = start - block.window
+    block.shared.check(low, low + nbytes)
+    thread = int(unit.lanes.threads[lane])
+    agents = block.first_agent + np.array([thread // 32])
+    if block.shadow is not None:
+        pieces = slice(low >> 4, -(-(low + nbytes) // 16))
+        conflict = block.shadow.bulk_read(agents, pieces)
+        if conflict:
+            block.report_conflict(instruction, conflict, False)
+    block.check_shared(instruction, low, low + nbytes, False, unit.lanes)
+    groups = block.bulk_groups(thread)
+    access = SharedAccess(low, low + nbytes, False, groups, instruction.where())
+    block.accesses.add(access)
+
+    def take() -> None:
+        data = read(block, low)
+        event.written = block.events.issue(lambda: write(data), instruction.where())
+
+    event = Event(0, take, instruction.where())
+    block.events.schedule_event(event)
+    event.access = access
+    groups.open.append(event)
+    if block.trace:
+        block.trace.bulk_store(agents.tolist(), instruction, nbytes, thread)
+
+
+_TENSOR = {
+    "async", "bulk", "tensor", "1d", "2d", "3d", "4d", "5d", "shared::cta", "shared::cluster",
+    "global", "tile", "mbarrier::complete_tx::bytes", "bulk_group", "L2::cache_hint",
+    "multicast::cluster",
+}  # fmt: skip
 
 
 @control("cp.async.bulk.tensor")
 def _tensor(instruction: Instruction):
-    parts = instruction.parts
-    _modifiers(
-        instruction,
-        {
-            "tensor", "1d", "2d", "3d", "4d", "5d", "shared::cta", "shared::cluster", "global",
-            "tile", "mbarrier::complete_tx::bytes", "bulk_group", "L2::cache_hint",
-        },
-    )  # fmt: skip
-    if "bulk_group" in parts:
+    refuse_unknown(instruction, _TENSOR)
+    if "bulk_group" in instruction.parts:
         return _tensor_store(instruction, "")
     target, source, barrier = instruction.operands[:3]
+    mask = instruction.operands[3] if "multicast::cluster" in instruction.parts else None
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         for lane in range(unit.lanes.count):
-            coordinates = [
-                int(np.int32(np.uint32(int(operand_values(unit, c)[lane]) & 0xFFFFFFFF)))
-                for c in source.coordinates
-            ]
-            tensor_map = _read_map(machine, unit, source, lane)
-            tile = Tile(tensor_map, coordinates)
+            tile = Tile(_read_map(block, unit, source, lane), _coordinates(unit, source, lane))
             start = int(shared_addresses(unit, target)[lane])
             where = int(shared_addresses(unit, barrier)[lane])
-            load_tile(machine, instruction, tile, start, where)
+            block.require_aligned(start, 128, "TMA destination")
+
+            def effect(other, low, tile=tile) -> None:
+                index = chunk_index(low, tile.map.box_bytes, tile.map.swizzle)
+                other.shared.chunks[index] = tile.read(block.memory)
+
+            for place, signal in _targets(block, unit, lane, start, where, mask):
+                nbytes = tile.map.box_bytes
+                _into_shared(block, unit, lane, instruction, place, nbytes, signal, effect)
         return True
 
     return run
 
 
-def load_tile(machine, instruction: Instruction, tile: Tile, start: int, where: int) -> None:
-    nbytes = tile.map.box_bytes
-    if start % 128:
-        raise MisalignedAccess(f"TMA destination {start:#x} is not a multiple of 128")
-    index = chunk_index(start, nbytes, tile.map.swizzle)
-
-    def effect() -> None:
-        machine.shared.chunks[index] = tile.read(machine.memory)
-
-    _into_shared(machine, instruction, start, nbytes, where, effect)
-
-
-def _into_shared(machine, instruction, start: int, nbytes: int, where: int, effect) -> None:
-    """Common part of loads: checks, poison, completion on the mbarrier at ``where``."""
-    machine.shared.check(start, start + nbytes)
-    barrier = machine.mbarrier(where)
-    if barrier.unfenced_warp >= 0:
-        machine.hazard(instruction, f"no fence.mbarrier_init since mbarrier.init of {where:#x}")
-    machine.check_shared(instruction, start, start + nbytes, True)
-    access = SharedAccess(start, start + nbytes, True, barrier, instruction.where())
-    machine.accesses.add(access)
-    machine.shared.bytes[start : start + nbytes] = POISON
-
-    def complete() -> None:
-        effect()
-        machine.accesses.remove(access)
-        barrier.complete(nbytes)
-
-    machine.events.issue(complete, instruction.where())
-
-
-def _out_of_shared(machine, unit, lane: int, instruction, start: int, nbytes: int, effect) -> None:
-    """Common part of stores: the proxy fence, then reading at some time before the wait."""
-    machine.shared.check(start, start + nbytes)
-    machine.check_fenced(instruction, slice(start >> 4, -(-(start + nbytes) // 16)))
-    machine.check_shared(instruction, start, start + nbytes, False)
-    groups = machine.bulk_groups(int(unit.lanes.threads[lane]))
-    access = SharedAccess(start, start + nbytes, False, groups, instruction.where())
-    machine.accesses.add(access)
-    event = machine.events.issue(effect, instruction.where())
-    event.access = access
-    groups.open.append(event)
-
-
 def _tensor_store(instruction: Instruction, reduction: str):
     target, source = instruction.operands[:2]
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         for lane in range(unit.lanes.count):
-            coordinates = [
-                int(np.int32(np.uint32(int(operand_values(unit, c)[lane]) & 0xFFFFFFFF)))
-                for c in target.coordinates
-            ]
-            tile = Tile(_read_map(machine, unit, target, lane), coordinates)
+            tile = Tile(_read_map(block, unit, target, lane), _coordinates(unit, target, lane))
             start = int(shared_addresses(unit, source)[lane])
-            if start % 128:
-                raise MisalignedAccess(f"TMA source {start:#x} is not a multiple of 128")
-            index = chunk_index(start, tile.map.box_bytes, tile.map.swizzle)
+            block.require_aligned(start, 128, "TMA source")
 
-            def effect(tile=tile, index=index) -> None:
-                chunks = machine.shared.chunks[index]
-                tile.write(machine.memory, chunks, reduction, tile.map.element)
+            def read(own, low, tile=tile) -> np.ndarray:
+                return own.shared.chunks[chunk_index(low, tile.map.box_bytes, tile.map.swizzle)]
 
-            _out_of_shared(machine, unit, lane, instruction, start, tile.map.box_bytes, effect)
+            def write(data, tile=tile) -> None:
+                tile.write(block.memory, data, reduction, tile.map.element)
+
+            nbytes = tile.map.box_bytes
+            _out_of_shared(block, unit, lane, instruction, start, nbytes, read, write)
         return True
 
     return run
@@ -203,59 +246,89 @@ def _tensor_store(instruction: Instruction, reduction: str):
 
 @control("cp.reduce.async.bulk.tensor")
 def _tensor_reduce(instruction: Instruction):
-    reduction = next((p for p in instruction.parts if p in ("add", "min", "max")), None)
-    if reduction is None:
+    refuse_unknown(instruction, (_TENSOR | _REDUCTIONS.keys() | {"reduce"}) - {"shared::cluster"})
+    return _tensor_store(instruction, _reduction(instruction))
+
+
+def _reduction(instruction: Instruction) -> str:
+    found = [part for part in instruction.parts if part in _REDUCTIONS]
+    if len(found) != 1:
         raise instruction.unknown(instruction.opcode)
-    return _tensor_store(instruction, reduction)
+    return found[0]
 
 
 @control("cp.async.bulk", "cp.reduce.async.bulk")
 def _plain(instruction: Instruction):
     parts, operands = instruction.parts, instruction.operands
-    reduction = next((p for p in parts if p in ("add", "min", "max")), "")
+    reduces = parts[1] == "reduce"
+    known = _TENSOR | (_REDUCTIONS.keys() | _DTYPES.keys() | {"reduce", "noftz", "bf16"})
+    refuse_unknown(instruction, known if reduces else _TENSOR)
+    reduction = _reduction(instruction) if reduces else ""
     kind = parts[-1] if reduction else ""
-    if reduction and kind not in (*_DTYPES, "bf16"):
-        raise instruction.unknown(instruction.opcode)
-    loads = any(p.startswith("mbarrier::complete_tx") for p in parts)
-    if loads and "multicast::cluster" in parts:
-        raise instruction.unknown("multicast")
+    loads = "mbarrier::complete_tx::bytes" in parts
+    local_source = loads and "shared::cta" in parts and "global" not in parts
+    mask = operands[4] if "multicast::cluster" in parts else None
+    dtype = np.uint16 if kind == "bf16" else _DTYPES.get(kind, np.uint8)
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         sizes = operand_values(unit, operands[2])
         for lane in range(unit.lanes.count):
             nbytes = int(sizes[lane])
             remote, local = operands[1 if loads else 0], operands[0 if loads else 1]
-            address = int(operand_values(unit, remote.base, "W")[lane]) + remote.offset
             start = int(shared_addresses(unit, local)[lane])
+            if local_source:
+                address = int(shared_addresses(unit, remote)[lane]) - block.window
+            else:
+                address = int(operand_values(unit, remote.base, "W")[lane]) + remote.offset
             if nbytes % 16 or address % 16 or start % 16:
                 raise MisalignedAccess("bulk copy: addresses and size must be multiples of 16")
-            view = slice(start, start + nbytes)
-            dtype = np.uint16 if kind == "bf16" else _DTYPES.get(kind, np.uint8)
 
-            def load(address=address, nbytes=nbytes, view=view) -> None:
-                machine.shared.bytes[view] = machine.memory.box(address, (nbytes,), (1,), 1, False)
+            def load(other, low, address=address, nbytes=nbytes) -> None:
+                if local_source:
+                    data = block.shared.bytes[address : address + nbytes]
+                else:
+                    data = block.memory.box(address, (nbytes,), (1,), 1, False)
+                place = other.shared.bytes[low : low + nbytes].view(dtype)
+                reduce_into(place, np.ascontiguousarray(data).view(dtype), reduction, kind)
 
-            def store(address=address, nbytes=nbytes, view=view, dtype=dtype) -> None:
-                target = machine.memory.box(address, (nbytes,), (1,), 1, True)
-                data = machine.shared.bytes[view].view(dtype)
-                reduce_into(target.view(dtype), data, reduction, kind)
+            def read(own, low, nbytes=nbytes) -> np.ndarray:
+                return own.shared.bytes[low : low + nbytes].copy()
+
+            def write(data, address=address, nbytes=nbytes) -> None:
+                place = block.memory.box(address, (nbytes,), (1,), 1, True)
+                reduce_into(place.view(dtype), data.view(dtype), reduction, kind)
 
             if loads:
+                if local_source:
+                    block.shared.check(address, address + nbytes)
+                    pieces = slice(address >> 4, (address + nbytes) >> 4)
+                    block.check_bulk_read(instruction, unit.lanes, pieces)
                 where = int(shared_addresses(unit, operands[3])[lane])
-                _into_shared(machine, instruction, start, nbytes, where, load)
+                for place, signal in _targets(block, unit, lane, start, where, mask):
+                    _into_shared(block, unit, lane, instruction, place, nbytes, signal, load)
             else:
-                _out_of_shared(machine, unit, lane, instruction, start, nbytes, store)
+                _out_of_shared(block, unit, lane, instruction, start, nbytes, read, write)
         return True
 
     return run
 
 
+@control("cp.async.bulk.prefetch")
+def _prefetch(instruction: Instruction):
+    return lambda block, unit: True
+
+
+# ------------------------------------------------------------------------------------- bulk groups
+
+
 @control("cp.async.bulk.commit_group")
 def _commit(instruction: Instruction):
-    def run(machine, unit) -> bool:
+    refuse_unknown(instruction, {"async", "bulk", "commit_group"})
+
+    def run(block, unit) -> bool:
         for thread in unit.lanes.threads:
-            if int(thread) in machine.bulk:
-                machine.bulk[int(thread)].commit()
+            if int(thread) in block.bulk:
+                block.bulk[int(thread)].commit()
         return True
 
     return run
@@ -263,15 +336,24 @@ def _commit(instruction: Instruction):
 
 @control("cp.async.bulk.wait_group")
 def _wait(instruction: Instruction):
-    """With or without .read: reading and writing take effect together here."""
-    keep = instruction.operands[0].value
+    """.read: shared memory has been read; without it, global memory has been written too."""
+    refuse_unknown(instruction, {"async", "bulk", "wait_group", "read"})
+    keep, only_read = instruction.operands[0].value, "read" in instruction.parts
 
-    def run(machine, unit) -> bool:
-        for thread in unit.lanes.threads:
-            groups = machine.bulk.get(int(thread))
-            if groups is not None:
-                for event in groups.wait(keep):
-                    machine.accesses.remove(event.access)
+    def run(block, unit) -> bool:
+        for thread in unit.lanes.threads.tolist():
+            groups = block.bulk.get(thread)
+            if groups is None:
+                continue
+            for access in groups.wait(keep, only_read):
+                block.accesses.remove(access)
+                if block.shadow is not None:
+                    agents = np.array([block.first_agent + thread // 32])
+                    now = block.cluster.clocks.now(agents)
+                    text = access.text
+                    block.shadow.past_reads.add(access.low, access.high, agents, now, text)
+            if block.trace:
+                block.trace.bulk_wait([block.first_agent + thread // 32], thread, keep)
         return True
 
     return run

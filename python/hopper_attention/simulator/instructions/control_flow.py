@@ -7,7 +7,7 @@ from . import control
 
 @control("trap")
 def _trap(instruction: Instruction):
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         raise SimulatorError(f"trap executed at {instruction.where()}")
 
     return run
@@ -20,21 +20,21 @@ def _set_registers(instruction: Instruction):
     if count % 8 or not 24 <= count <= 256:
         raise instruction.unknown(f"register count {count}: a multiple of 8 in 24..256 is required")
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         unit.require_whole_warps(instruction)
-        warps = [warp for warp in unit.warps if machine.warp_registers[warp] != count]
-        needed = sum(32 * (count - machine.warp_registers[warp]) for warp in warps)
+        warps = [warp for warp in unit.warps if block.warp_registers[warp] != count]
+        needed = sum(32 * (count - block.warp_registers[warp]) for warp in warps)
         if "inc" in instruction.parts:
-            if any(machine.warp_registers[warp] > count for warp in warps):
+            if any(block.warp_registers[warp] > count for warp in warps):
                 raise SimulatorError("setmaxnreg.inc below the present count")
-        elif any(machine.warp_registers[warp] < count for warp in warps):
+        elif any(block.warp_registers[warp] < count for warp in warps):
             raise SimulatorError("setmaxnreg.dec above the present count")
-        if needed > machine.free_registers:
-            unit.waiting = f"{needed} registers, {machine.free_registers} are free"
+        if needed > block.free_registers:
+            unit.waiting = f"{needed} registers, {block.free_registers} are free"
             return False
-        machine.free_registers -= needed
+        block.free_registers -= needed
         for warp in warps:
-            machine.warp_registers[warp] = count
+            block.warp_registers[warp] = count
         return True
 
     return run

@@ -4,10 +4,10 @@ Generated code calls the block's ``load`` and ``store`` with the state space's n
 bounds, alignment and hazards and return one array a vector element.
 """
 
-from ..memory import PARAM_WINDOW, SHARED_WINDOW
+from ..memory import CLUSTER_BITS, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..ptx import SINK, Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 from ..vectorize import BITS, Operation
-from . import pure
+from . import pure, refuse_unknown
 from .arithmetic import VIEW, simple
 
 _SPACES = ("global", "shared", "param", "local", "const")
@@ -18,12 +18,15 @@ _IGNORED = {  # cache and ordering hints: the simulator executes memory operatio
 }  # fmt: skip
 
 
+_STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel"}
+
+
 def state_space(instruction: Instruction) -> str:
     for part in instruction.parts[1:]:
+        if part == "shared::cluster":
+            return part
         name = part.split("::")[0]
         if name in _SPACES:
-            if part == "shared::cluster":
-                raise instruction.unknown("distributed shared memory")
             return name
     return "generic"
 
@@ -50,15 +53,22 @@ def access(instruction: Instruction) -> tuple[int, int, str]:
             count = int(part[1:])
         elif part.split("::")[0] not in _SPACES and part not in _IGNORED:
             raise instruction.unknown(f"modifier .{part}")
-    if kind not in VIEW and kind != "b128":
-        raise instruction.unknown(f"type .{kind}")
     if kind == "b128":
-        raise instruction.unknown("128-bit registers")
+        return 8, 2 * count, kind
+    if kind not in VIEW:
+        raise instruction.unknown(f"type .{kind}")
     return int("".join(c for c in kind if c.isdigit())) // 8, count, kind
 
 
 def _items(operand: Operand) -> list[Operand]:
-    return list(operand.items) if isinstance(operand, Vector) else [operand]
+    """Registers of a vector; a 128-bit register is two of 64 bits."""
+    items = operand.items if isinstance(operand, Vector) else (operand,)
+    return [half for item in items for half in (item.items if isinstance(item, Vector) else [item])]
+
+
+def is_strong(instruction: Instruction) -> bool:
+    """Accesses that may race with each other by design."""
+    return not _STRONG.isdisjoint(instruction.parts)
 
 
 @pure("ld", "ldu")
@@ -68,7 +78,9 @@ def _load(instruction: Instruction) -> list[Operation]:
         return _load_param(instruction)
     width, count, kind = access(instruction)
     text, base = address(instruction, instruction.operands[1])
-    lines = [f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count})"]
+    lines = [
+        f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count}, {is_strong(instruction)})"
+    ]
     outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
         if register == SINK:
@@ -91,7 +103,15 @@ def _load_param(instruction: Instruction) -> list[Operation]:
     width, _, kind = access(instruction)
     place = instruction.operands[1]
     if not isinstance(place.base, Symbol):
-        raise instruction.unknown("parameter address in a register")
+        text, base = address(instruction, place)
+        registers = _items(instruction.operands[0])
+        lines = [f"t = C.param_lanes({text}, {width}, {len(registers)})"]
+        outputs = [({16: "H", 32: "U", 64: "W"}[r.bits], r) for r in registers]
+        sign = f".view(np.int{8 * width})" if kind[0] == "s" else ""
+        lines += [f"{{d{k}}} = t[{k}]{sign}" for k in range(len(outputs))]
+        return [
+            Operation(instruction, "\n".join(lines), outputs, [base], "load", "", instruction.guard)
+        ]
     result = []
     for k, register in enumerate(_items(instruction.operands[0])):
         view = {16: "H", 32: "U", 64: "W"}[register.bits]
@@ -119,7 +139,7 @@ def _store(instruction: Instruction) -> list[Operation]:
         else:
             inputs.append(({16: "H", 32: "U", 64: "W"}[operand.bits], operand))
     values = ", ".join(f"{{{k + 1}}}" for k in range(count))
-    line = f"C.store(L, {{k0}}, {space!r}, {text}, {width}, ({values},))"
+    line = f"C.store(L, {{k0}}, {space!r}, {text}, {width}, ({values},), {is_strong(instruction)})"
     return [
         Operation(
             instruction, line, [], inputs, "store", "", instruction.guard, constants=(instruction,)
@@ -128,41 +148,70 @@ def _store(instruction: Instruction) -> list[Operation]:
 
 
 _ATOMIC = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}
+_HALVES = {"f16": 1, "bf16": 1, "f16x2": 2, "bf16x2": 2}
 
 
 @pure("atom", "red")
 def _atomic(instruction: Instruction) -> list[Operation]:
+    """atom d, [a], b {, c} and red [a], b; vectors element by element."""
     parts, space = instruction.parts, state_space(instruction)
     operation = next((part for part in parts if part in _ATOMIC), None)
     kind = parts[-1]
-    known = _IGNORED | _ATOMIC | {"v2", "v4", "noftz"}
+    known = _IGNORED | _ATOMIC | {"v2", "v4", "v8", "noftz"}
     for part in parts[1:-1]:
         if part.split("::")[0] not in _SPACES and part not in known:
             raise instruction.unknown(f"modifier .{part}")
-    if operation is None or kind not in ("u32", "s32", "b32", "u64", "s64", "b64", "f32", "f64"):
+    words = ("u32", "s32", "b32", "u64", "s64", "b64", "f32", "f64")
+    if operation is None or (kind not in words and kind not in _HALVES):
         raise instruction.unknown(instruction.opcode)
     operands = list(instruction.operands)
-    returns = parts[0] == "atom"
-    target = operands.pop(0) if returns else None
-    if isinstance(target, Vector):
-        raise instruction.unknown("atom with a vector result")
+    targets = _items(operands.pop(0)) if parts[0] == "atom" else []
     text, base = address(instruction, operands.pop(0))
+    count = 2 if operation == "cas" else 1
+    values = _items(operands[0]) if isinstance(operands[0], Vector) else operands[:count]
+    kept = [k for k, x in enumerate(targets) if x != SINK]
+    if kind in _HALVES:
+        return _atomic_halves(instruction, space, operation, text, base, values, targets, kept)
     view = VIEW[kind]
-    values = _items(operands[0]) if isinstance(operands[0], Vector) else operands
-    if operation not in ("cas",) and not isinstance(operands[0], Vector):
-        values = values[:1]  # a cache policy may follow
     inputs = [base] + [(view, value) for value in values]
     arguments = ", ".join(f"{{{k + 1}}}" for k in range(len(values)))
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
-    outputs = [] if target is None or target == SINK else [(view, target)]
-    call = (
-        f"C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
+    outputs = [(view, targets[k]) for k in kept]
+    line = (
+        f"t = C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
         f"{bool(outputs)})"
     )
-    line = f"{{d0}} = {call}" if outputs else call
+    lines = [line] + [f"{{d{n}}} = t[{k}]" for n, k in enumerate(kept)]
     return [
         Operation(
-            instruction, line, outputs, inputs, "store", "", instruction.guard,
+            instruction, "\n".join(lines), outputs, inputs, "store", "", instruction.guard,
+            constants=(instruction,),
+        )
+    ]  # fmt: skip
+
+
+def _atomic_halves(instruction, space, operation, text, base, values, targets, kept):
+    """16-bit floats, one or two a register."""
+    kind = instruction.parts[-1]
+    packed, element = _HALVES[kind] == 2, kind.removesuffix("x2")
+    if operation not in ("add", "min", "max"):
+        raise instruction.unknown(instruction.opcode)
+    view = "U" if packed else "H"
+    inputs = [base] + [(view, value) for value in values]
+    halves = []
+    for k in range(len(values)):
+        halves += [f"{{{k + 1}}}", f"{{{k + 1}}} >> 16"] if packed else [f"{{{k + 1}}}"]
+    lines = [
+        f"t = C.atomic_packed(L, {{k0}}, {space!r}, {operation!r}, {element!r}, {text}, "
+        f"({', '.join(f'({h}).astype(np.uint16)' for h in halves)},))"
+    ]
+    for n, k in enumerate(kept):
+        value = f"t[{2 * k}] | t[{2 * k + 1}].astype(np.uint32) << 16" if packed else f"t[{k}]"
+        lines.append(f"{{d{n}}} = {value}")
+    outputs = [(view, targets[k]) for k in kept]
+    return [
+        Operation(
+            instruction, "\n".join(lines), outputs, inputs, "store", "", instruction.guard,
             constants=(instruction,),
         )
     ]  # fmt: skip
@@ -173,12 +222,44 @@ def _convert_address(instruction: Instruction) -> list[Operation]:
     space = next(
         (p.split("::")[0] for p in instruction.parts[1:] if p.split("::")[0] in _SPACES), ""
     )
-    window = {"shared": SHARED_WINDOW, "param": PARAM_WINDOW, "global": 0}.get(space)
-    if window is None:
+    window = {"shared": SHARED_WINDOW, "param": PARAM_WINDOW, "global": 0, "const": 0,
+              "local": LOCAL_WINDOW}.get(space)  # fmt: skip
+    if window is None or instruction.parts[-1] != "u64":
         raise instruction.unknown(instruction.opcode)
-    if "to" in instruction.parts:
-        return simple(instruction, f"({{0}} - {window})", "W", "W")
-    return simple(instruction, f"({{0}} + {window})", "W", "W")
+    sign = "-" if "to" in instruction.parts else "+"
+    return simple(instruction, f"({{0}} {sign} {window})", "W", "W")
+
+
+@pure("mapa")
+def _map_address(instruction: Instruction) -> list[Operation]:
+    """The same offset in the shared memory of another block of the cluster."""
+    refuse_unknown(instruction, {"shared::cluster", "u32", "u64"})
+    view = "W" if instruction.parts[-1] == "u64" else "U"
+    dtype, bits = ("np.uint64", 64) if view == "W" else ("np.uint32", 32)
+    keep = (1 << bits) - 1 - (255 << CLUSTER_BITS)
+    text = f"({{0}} & {keep}) | {dtype}({{1}}) << {CLUSTER_BITS}"
+    operands = instruction.operands
+    inputs = [(view, operands[1]), ("U", operands[2])]
+    return [Operation(instruction, text, [(view, operands[0])], inputs, guard=instruction.guard)]
+
+
+@pure("getctarank")
+def _block_rank(instruction: Instruction) -> list[Operation]:
+    refuse_unknown(instruction, {"shared::cluster", "u32", "u64"})
+    view = "W" if instruction.parts[-1] == "u64" else "U"
+    text = f"({{0}} >> {CLUSTER_BITS} & 255).astype(np.uint32)"
+    return simple(instruction, text, view, view, "U")
+
+
+@pure("isspacep")
+def _is_space(instruction: Instruction) -> list[Operation]:
+    low = {"shared": SHARED_WINDOW, "param": PARAM_WINDOW, "local": LOCAL_WINDOW, "global": 0}
+    space = instruction.parts[1].split("::")[0]
+    if space not in low:
+        raise instruction.unknown(instruction.opcode)
+    high = min([x for x in low.values() if x > low[space]], default=1 << 64)
+    text = f"(({{0}} >= {low[space]}) & ({{0}} <= {high - 1}))"
+    return simple(instruction, text, "P", "W")
 
 
 @pure("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")

@@ -117,7 +117,7 @@ def fragment_d(matrix: np.ndarray) -> np.ndarray:
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(64, K) x (K, N) in pieces that OpenBLAS does not spread over threads.
 
-    Its threads wait by spinning, which costs a factor of ten on a busy machine, and their number
+    Its threads wait by spinning, which costs a factor of ten on a busy block, and their number
     changes the last bits.
     """
     k, n = b.shape
@@ -221,8 +221,10 @@ class Group:
 class Queue:
     """The asynchronous products of one warpgroup."""
 
-    def __init__(self, machine, warpgroup):
-        self.machine, self.warpgroup = machine, warpgroup
+    def __init__(self, block, warpgroup):
+        self.block, self.warpgroup = block, warpgroup
+        first = block.first_agent + warpgroup.first_thread // 32
+        self.agents = np.arange(first, first + 4)
         self.open = Group()
         self.groups: list[Group] = []
         self.values: dict[tuple, np.ndarray] = {}
@@ -241,7 +243,7 @@ class Queue:
         key = shape.accumulator
         if key not in self.values:
             if self.accumulators & shape.mask and self._overlaps(shape):
-                self.machine.hazard(
+                self.block.hazard(
                     shape.instruction, "accumulators overlap those of a different shape under way"
                 )
             self.values[key] = lanes.U[shape.rows].copy()
@@ -262,7 +264,7 @@ class Queue:
     def commit(self) -> None:
         group, self.open = self.open, Group()
         self.groups.append(group)
-        group.event = self.machine.events.issue(
+        group.event = self.block.events.issue(
             lambda: self.complete_through(group), "wgmma commit group"
         )
 
@@ -280,9 +282,20 @@ class Queue:
         for group in self.groups[:count]:
             group.event.complete()
             for access in group.accesses:
-                self.machine.accesses.remove(access)
+                self.block.accesses.remove(access)
+            self._remember_reads(group)
         del self.groups[:count]
         self.update_masks()
+
+    def _remember_reads(self, group: Group) -> None:
+        """One warp's wait covers the reads of the whole warpgroup."""
+        shadow = self.block.shadow
+        if shadow is None:
+            return
+        now = self.block.cluster.clocks.now(self.agents)
+        for low, high, warp, text in {(a.low, a.high, a.warp, a.text) for a in group.accesses}:
+            chosen = slice(None) if warp is None else slice(warp, warp + 1)
+            shadow.past_reads.add(low, high, self.agents[chosen], now[chosen], text)
 
     def _compute(self, group: Group) -> None:
         start = 0
@@ -296,7 +309,7 @@ class Queue:
             start = stop
 
     def _product(self, chain: list[Issued]) -> None:
-        shape, shared = chain[0].shape, self.machine.shared
+        shape, shared = chain[0].shape, self.block.shared
         a_kind, b_kind = shape.kinds
         if shape.a_rows is not None:
             a = fragment_a(np.concatenate([item.a for item in chain]), a_kind)
@@ -354,7 +367,7 @@ def _uniform(unit, operand, what: str) -> int:
 def _mma(instruction: Instruction):
     shape = parse_mma(instruction)
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
         if shape.rows is None:
@@ -362,7 +375,7 @@ def _mma(instruction: Instruction):
         queue, lanes = unit.warpgroup.queue, unit.lanes
         touched = unit.warpgroup.touched & (shape.mask | shape.a_mask)
         if touched:
-            machine.hazard(
+            block.hazard(
                 instruction, "registers were used since the last wgmma.fence of this warpgroup"
             )
             unit.warpgroup.touched &= ~touched
@@ -371,9 +384,11 @@ def _mma(instruction: Instruction):
             a = lanes.U[shape.a_rows].copy()
         else:
             a = _uniform(unit, shape.a, "descriptor")
-            _use(machine, instruction, queue, operand_index(a, 64, width, shape.a_mn_major))
+            index = operand_index(a, 64, width, shape.a_mn_major)
+            _use(block, instruction, lanes, queue, index, not shape.a_mn_major)
         b = _uniform(unit, shape.b, "descriptor")
-        _use(machine, instruction, queue, operand_index(b, shape.n, width, shape.b_mn_major))
+        index = operand_index(b, shape.n, width, shape.b_mn_major)
+        _use(block, instruction, lanes, queue, index, False)
         queue.issue(shape, lanes, a, b, _accumulates(unit, shape.scale_d))
         return True
 
@@ -392,20 +407,35 @@ def _accumulates(unit, scale_d) -> bool:
     return bool(values[0]) != isinstance(scale_d, Negated)
 
 
-def _use(machine, instruction: Instruction, queue: Queue, index: np.ndarray) -> None:
-    """Record that shared memory is read until the group is waited for."""
+def _use(block, instruction, lanes, queue: Queue, index: np.ndarray, by_rows: bool) -> None:
+    """Record that shared memory is read until the group is waited for.
+
+    by_rows: each warp reads 16 rows of A, so it need not know of the stores to the others'.
+    """
     low, high = int(index.min()) << 4, (int(index.max()) + 1) << 4
-    machine.shared.check(low, high)
-    machine.check_fenced(instruction, index)
-    machine.check_shared(instruction, low, high, False)
-    access = SharedAccess(low, high, False, queue, instruction.where())
-    queue.open.accesses.append(access)
-    machine.accesses.add(access)
+    block.shared.check(low, high)
+    shadow = block.shadow
+    if shadow is not None:
+        conflict = shadow.bulk_read(queue.agents, index)
+        if conflict and by_rows:
+            parts = zip(queue.agents, np.split(index, 4), strict=True)
+            found = (shadow.bulk_read(np.array([agent]), rows) for agent, rows in parts)
+            conflict = next((c for c in found if c), None)
+        if conflict:
+            block.report_conflict(instruction, conflict, False)
+    block.check_shared(instruction, low, high, False, lanes)
+    parts = np.split(index, 4) if by_rows else [index]
+    for warp, part in enumerate(parts):
+        low, high = int(part.min()) << 4, (int(part.max()) + 1) << 4
+        access = SharedAccess(low, high, False, queue, instruction.where())
+        access.warp = warp if by_rows else None
+        queue.open.accesses.append(access)
+        block.accesses.add(access)
 
 
 @control("wgmma.fence")
 def _fence(instruction: Instruction):
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
         unit.warpgroup.touched = 0
@@ -416,7 +446,7 @@ def _fence(instruction: Instruction):
 
 @control("wgmma.commit_group")
 def _commit(instruction: Instruction):
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
         unit.warpgroup.queue.commit()
@@ -429,7 +459,7 @@ def _commit(instruction: Instruction):
 def _wait(instruction: Instruction):
     keep = instruction.operands[0].value
 
-    def run(machine, unit) -> bool:
+    def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
         unit.warpgroup.queue.wait(keep)

@@ -1,0 +1,79 @@
+"""What warps did when: ranges by block and warp, as a Perfetto trace or a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopper_attention.refusal import Refusal
+
+COLOURS = {
+    "issue GEMM": "tab:green",
+    "arithmetic": "tab:orange",
+    "wait for WGMMA": "gainsboro",
+    "wait for turn": "tab:blue",
+    "wait for mbarrier": "tab:purple",
+}
+ROW_INCHES = 0.35
+
+
+@dataclass(frozen=True)
+class Span:
+    block: int
+    warp: int
+    name: str
+    """One of COLOURS."""
+    start: int
+    end: int
+    """In `unit`s since the first stamp of the block."""
+
+
+def write_perfetto(spans: Iterable[Span], path: Path, unit: str) -> None:
+    """Chrome's trace format, which ui.perfetto.dev opens: a process a block, a thread a warp.
+
+    The format knows microseconds only: one of them is one `unit`.
+    """
+    events = [
+        {
+            "name": span.name,
+            "ph": "X",
+            "ts": span.start,
+            "dur": span.end - span.start,
+            "pid": span.block,
+            "tid": span.warp,
+        }
+        for span in spans
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"traceEvents": events, "otherData": {"unit": unit}}) + "\n")
+
+
+def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> None:
+    """A PNG of the first block: the first warp of each warpgroup, time to the right.
+
+    Raises Refusal without spans.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if not spans:
+        raise Refusal("nothing was recorded: the problem has no key block to attend to")
+    block = min(span.block for span in spans)
+    warps = sorted({s.warp for s in spans if s.block == block and s.warp % 4 == 0})
+    figure = Figure(figsize=(12, 1.2 + ROW_INCHES * len(warps)), layout="constrained")
+    axis = figure.subplots()
+    for row, warp in enumerate(warps):
+        for name, colour in COLOURS.items():
+            own = [s for s in spans if (s.block, s.warp, s.name) == (block, warp, name)]
+            axis.broken_barh([(s.start, s.end - s.start) for s in own], (row, 0.8), color=colour)
+    labels = ["producer" if warp == 0 else f"consumer {warp // 4 - 1}" for warp in warps]
+    axis.set_yticks([row + 0.4 for row in range(len(warps))], labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(unit)
+    axis.set_title(title, fontsize="small")
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,521 @@
+"""One block: its shared memory and barriers, and the services that instructions ask of it."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .asynchronous import BulkGroups, Mbarrier, NamedBarrier, SharedAccesses
+from .errors import BarrierError, MisalignedAccess, OutOfBounds, SimulatorError
+from .instructions.conversion import bf16_bits
+from .instructions.wgmma import Queue
+from .memory import (
+    CLUSTER_BITS,
+    LOCAL_WINDOW,
+    PARAM_WINDOW,
+    SHARED_BASE,
+    SHARED_WINDOW,
+    LocalMemory,
+    SharedMemory,
+)
+from .program import EXIT, Region
+from .ptx import Instruction
+from .races import Conflict, Shadow, agents_of, shadow_bytes
+from .warps import Lanes, Unit, Warpgroup
+
+if TYPE_CHECKING:
+    from .machine import Cluster, Machine
+
+_REGISTERS_PER_BLOCK = 65536
+_OFFSET = (1 << CLUSTER_BITS) - 1
+
+
+class Block:
+    """A place for one block of the launch; ``start`` makes it run another one."""
+
+    def __init__(self, machine: "Machine", rank: int):
+        self.machine, self.rank = machine, rank
+        self.program, self.kernel, self.memory = machine.program, machine.kernel, machine.memory
+        self.grid, self.block, self.threads = machine.grid, machine.block, machine.threads
+        self.shape, self.params = machine.cluster_shape, machine.params
+        self.dynamic_shared = machine.dynamic_shared
+        self.window = rank << CLUSTER_BITS  # added to the addresses of shared variables
+        self.shared = SharedMemory(self.program.static_end + machine.dynamic_shared - SHARED_BASE)
+        self.warps = -(-self.threads // 32)
+        self.first_agent = rank * self.warps
+        self.warp_instructions = 0
+        self.local = LocalMemory(self.program.local_bytes, self.threads)
+        self.shadow: Shadow | None = None
+        self.trace = None
+        self.warpgroups = [
+            Warpgroup(self, number, min(128, self.threads - 128 * number))
+            for number in range(-(-self.threads // 128))
+        ]
+
+    def start(self, cluster: "Cluster", ctaid: tuple[int, int, int]) -> list[Unit]:
+        self.cluster, self.ctaid = cluster, ctaid
+        self.events, self.schedule = cluster.events, cluster.schedule
+        self.shared.reset()
+        self.local.reset()
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.named_barriers: dict[int, NamedBarrier] = {}
+        self.bulk: dict[int, BulkGroups] = {}
+        self.accesses = SharedAccesses()
+        self.live_lanes = np.bincount(np.arange(self.threads) // 32)
+        self._allot_registers()
+        if self.machine.options.hazards == "off":
+            self.shadow = None
+        elif self.shadow is None:
+            nbytes = shadow_bytes(self.shared.end)
+            self.shadow = Shadow(nbytes, self.program.smallest_access, cluster.clocks)
+        else:
+            self.shadow.reset(cluster.clocks)
+        units = []
+        for warpgroup in self.warpgroups:
+            warpgroup.reset()
+            units.append(Unit(self, warpgroup, [[0, EXIT, warpgroup.everyone]]))
+        return units
+
+    def _allot_registers(self) -> None:
+        share = _REGISTERS_PER_BLOCK // (32 * self.warps * self.kernel.min_blocks) // 8 * 8
+        count = min(self.kernel.max_registers or 256, share, 256)
+        self.warp_registers = [count] * self.warps
+        self.free_registers = 0
+
+    def check_end(self) -> None:
+        """What must not be under way any more when all threads have exited."""
+        last = self.kernel.instructions[-1]
+        for warpgroup in self.warpgroups:
+            if warpgroup.queue.groups or warpgroup.queue.open.items:
+                self.hazard(last, f"warpgroup {warpgroup.number} exits with wgmma not waited for")
+        for access in self.accesses.reads:
+            if isinstance(access.owner, BulkGroups):
+                self.hazard(
+                    last, f"exit while a bulk store may still read shared memory: {access.text}"
+                )
+        for access in self.accesses.writes:
+            self.hazard(last, f"exit while a bulk load is under way: {access.text}")
+
+    # --- services to instructions
+
+    def hazard(self, instruction: Instruction, message: str, warps: object = None) -> None:
+        """Report once a place and kind."""
+        at = "" if warps is None else f", warp {warps}"
+        text = f"{message}\n  {instruction.where()}\n  block {self.ctaid}{at} of {self.kernel.name}"
+        self.machine.report(instruction, message, text)
+
+    def report_early_use(self, region: Region, queue: Queue) -> None:
+        """Find the instruction that uses registers of a wgmma not waited for."""
+        for operation in region.operations:
+            registers = {r for r in operation.registers_read() if r.bits == 32}
+            written = {r for _, r in operation.outputs if r.bits == 32}
+            for register in registers | written:
+                bit = 1 << register.index
+                if bit & queue.accumulators or (register in written and bit & queue.operands):
+                    first = queue.warpgroup.first_thread // 32
+                    self.hazard(
+                        operation.instruction,
+                        f"{register} is used before wgmma.wait_group of the wgmma that uses it",
+                        f"{first} to {first + 3}",
+                    )
+                    return
+
+    def progress(self) -> None:
+        """Something changed that a blocked unit may have waited for."""
+        self.cluster.version += 1
+
+    def owner_of(self, address: int) -> tuple["Block", int]:
+        """The block of the cluster that a shared::cluster address lies in, and the offset there."""
+        rank = int(address) >> CLUSTER_BITS
+        if rank >= len(self.cluster.blocks):
+            raise OutOfBounds(
+                f"shared::cluster address {address:#x}: no block {rank} in the cluster"
+            )
+        block = self.cluster.blocks[rank]
+        if block is not self and not block.live_lanes.any():
+            raise OutOfBounds(
+                f"shared memory of block {block.ctaid}, whose threads have all exited"
+            )
+        return block, int(address) & _OFFSET
+
+    def mbarrier(self, address: int) -> Mbarrier:
+        block, offset = self.owner_of(address)
+        found = block.mbarriers.get(offset)
+        if found is None:
+            raise BarrierError(f"no mbarrier was initialised at {offset:#x}")
+        return found
+
+    def bulk_groups(self, thread: int) -> BulkGroups:
+        return self.bulk.setdefault(thread, BulkGroups())
+
+    def live_threads(self) -> int:
+        """What barriers count: whole warps, as long as one lane is left."""
+        return 32 * int(np.count_nonzero(self.live_lanes))
+
+    def exit_threads(self, lanes: Lanes) -> None:
+        np.subtract.at(self.live_lanes, lanes.threads // 32, 1)
+        for barrier in self.named_barriers.values():
+            if barrier.whole_block and barrier.arrived:
+                barrier.resize(self.live_threads())
+        self.cluster.resize_barrier()
+
+    def clock(self) -> int:
+        return self.warp_instructions & 0xFFFFFFFF
+
+    def symbol(self, name: str) -> int:
+        """Address of a shared variable or a parameter."""
+        window = self.window if name in self.program.shared_names else 0
+        return self.program.symbols[name] + window
+
+    def param(self, offset: int, dtype: type) -> np.generic:
+        size = np.dtype(dtype).itemsize
+        return self.params[offset : offset + size].view(dtype)[0]
+
+    def param_lanes(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
+        """Parameters at addresses that differ among lanes."""
+        offsets = np.asarray(addresses).astype(np.int64) % PARAM_WINDOW
+        if offsets.min() < 0 or offsets.max() + width * count > len(self.params):
+            raise OutOfBounds(f"parameter access at {int(offsets.max()):#x}")
+        table = self.params[offsets[:, None] + np.arange(width * count)]
+        return list(np.ascontiguousarray(table).view(f"u{width}").T)
+
+    def generic_bytes(self, address: int, nbytes: int) -> bytes:
+        """Bytes at a generic address: parameters, shared or global memory."""
+        offset = address - PARAM_WINDOW if address >= PARAM_WINDOW else address
+        if 0 <= offset <= len(self.params) - nbytes:
+            return self.params[offset : offset + nbytes].tobytes()
+        if address >= SHARED_WINDOW:
+            block, start = self.owner_of(address - SHARED_WINDOW)
+            block.shared.check(start, start + nbytes)
+            return block.shared.bytes[start : start + nbytes].tobytes()
+        return self.memory.box(address, (nbytes,), (1,), 1, False).tobytes()
+
+    # --- memory accesses of lanes
+
+    def _parts(self, lanes: Lanes, space: str, addresses: np.ndarray):
+        """Where lanes access memory: (block or None for global, lane selection, offsets)."""
+        everyone = slice(None)
+        if space == "global":
+            yield None, everyone, addresses.astype(np.uint64)
+            return
+        if space == "generic":
+            addresses = addresses.astype(np.uint64)
+            if (addresses >= np.uint64(LOCAL_WINDOW)).all() and self.program.local_bytes:
+                yield self.local, everyone, (addresses - np.uint64(LOCAL_WINDOW)).astype(np.int64)
+                return
+            inside = addresses >= np.uint64(SHARED_WINDOW)
+            if not inside.all():
+                chosen = everyone if not inside.any() else np.flatnonzero(~inside)
+                yield None, chosen, addresses[chosen]
+                if not inside.any():
+                    return
+            chosen = everyone if inside.all() else np.flatnonzero(inside)
+            addresses = (addresses[chosen] - np.uint64(SHARED_WINDOW)).astype(np.int64)
+        elif space == "local":
+            yield self.local, everyone, addresses.astype(np.int64)
+            return
+        elif space in ("shared", "shared::cluster"):
+            chosen, addresses = everyone, addresses.astype(np.int64)
+        else:
+            raise SimulatorError(f"memory access to state space {space} is not implemented")
+        ranks = addresses >> CLUSTER_BITS
+        if (ranks == self.rank).all():
+            yield self, chosen, addresses & _OFFSET
+            return
+        for rank in np.unique(ranks).tolist():
+            if space == "shared" and rank != self.rank:
+                raise OutOfBounds(f"shared::cta access to shared memory of block {rank}")
+            block, _ = self.owner_of(rank << CLUSTER_BITS)
+            part = np.flatnonzero(ranks == rank)
+            which = part if isinstance(chosen, slice) else chosen[part]
+            yield block, which, addresses[part] & _OFFSET
+
+    def load(self, lanes, instruction, space: str, addresses, width: int, count: int, strong=False):
+        """One array a vector element."""
+        try:
+            addresses = np.broadcast_to(addresses, (lanes.count,))
+            parts = list(self._parts(lanes, space, addresses))
+            results = []
+            for block, chosen, offsets in parts:
+                if block is None:
+                    values = self.memory.load(offsets, width, count)
+                elif isinstance(block, LocalMemory):
+                    values = block.load(lanes.threads[chosen], offsets, width, count)
+                else:
+                    nbytes = width * count
+                    index = block.shared.index(offsets, width, nbytes)
+                    self.check_read(block, lanes, instruction, chosen, offsets, nbytes, strong)
+                    view = block.shared.views[width]
+                    values = [view[index + k] for k in range(count)]
+                results.append((chosen, values))
+            if len(results) == 1:
+                return results[0][1]
+            whole = [np.empty(lanes.count, results[0][1][0].dtype) for _ in range(count)]
+            for chosen, values in results:
+                for k in range(count):
+                    whole[k][chosen] = values[k]
+            return whole
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def store(self, lanes, instruction, space: str, addresses, width: int, values, strong=False):
+        try:
+            addresses = np.broadcast_to(addresses, (lanes.count,))
+            values = [np.broadcast_to(value, (lanes.count,)) for value in values]
+            for block, chosen, offsets in self._parts(lanes, space, addresses):
+                part = [value[chosen] for value in values]
+                if block is None:
+                    self.memory.store(offsets, width, part)
+                    continue
+                if isinstance(block, LocalMemory):
+                    block.store(lanes.threads[chosen], offsets, width, part)
+                    continue
+                nbytes = width * len(values)
+                index = block.shared.index(offsets, width, nbytes)
+                self.check_write(block, lanes, instruction, chosen, offsets, nbytes, strong)
+                for k, value in enumerate(part):
+                    block.shared.views[width][index + k] = value
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def atomic(self, lanes: Lanes, instruction, space, operation, dtype, addresses, values, old):
+        """Lanes one after another, vectors element by element; ``old``: return what was there."""
+        try:
+            addresses = np.broadcast_to(addresses, (lanes.count,))
+            size = np.dtype(dtype).itemsize
+            values = [np.broadcast_to(np.asarray(v, dtype), (lanes.count,)) for v in values]
+            count = 1 if operation == "cas" else len(values)
+            before = [np.empty(lanes.count, dtype) for _ in range(count)]
+            for block, chosen, offsets in self._parts(lanes, space, addresses):
+                part = [value[chosen] for value in values]
+                if block is not None:
+                    self.check_write(block, lanes, instruction, chosen, offsets, size * count, True)
+                for k in range(count):
+                    at = offsets + offsets.dtype.type(k * size)
+                    operands = part if operation == "cas" else part[k : k + 1]
+                    if old or operation not in ATOMICS:
+                        found = self._exchange(block, operation, dtype, at, operands)
+                        before[k][chosen] = found
+                        continue
+                    for view, index, mine in self._elements(block, at, size):
+                        ATOMICS[operation].at(view.view(dtype), index, operands[0][mine])
+            return before
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def _exchange(self, block, operation: str, dtype, addresses, values) -> np.ndarray:
+        before = np.empty(len(addresses), dtype)
+        for lane in range(len(addresses)):
+            places = self._elements(block, addresses[lane : lane + 1], before.itemsize)
+            view, index, _ = next(iter(places))
+            element, at = view.view(dtype), int(index[0])
+            before[lane] = element[at]
+            other = values[1][lane] if operation == "cas" else None
+            element[at] = _combine(operation, element[at], values[0][lane], other)
+        return before
+
+    def _elements(self, block, addresses: np.ndarray, size: int):
+        """Arrays, element numbers in them, and the lanes they belong to."""
+        if block is None:
+            return self.memory.elements(addresses, size)
+        return [(block.shared.views[size], block.shared.index(addresses, size, size), slice(None))]
+
+    def atomic_packed(self, lanes, instruction, space, operation, kind, addresses, values):
+        """atom and red of 16-bit floats, each rounded once; values are the bits, two a register."""
+        try:
+            before = [np.empty(lanes.count, np.uint16) for _ in values]
+            addresses = np.broadcast_to(addresses, (lanes.count,))
+            values = [np.broadcast_to(value, (lanes.count,)) for value in values]
+            for block, chosen, offsets in self._parts(lanes, space, addresses):
+                if block is not None:
+                    nbytes = 2 * len(values)
+                    self.check_write(block, lanes, instruction, chosen, offsets, nbytes, True)
+                numbers = np.arange(lanes.count)[chosen]
+                for k, value in enumerate(values):
+                    for position, lane in enumerate(numbers):
+                        at = offsets[position : position + 1] + offsets.dtype.type(2 * k)
+                        view, index, _ = next(iter(self._elements(block, at, 2)))
+                        before[k][lane] = view[index[0]]
+                        view[index[0]] = combine_halves(
+                            operation, kind, view[index[0]], value[lane]
+                        )
+            return before
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def store_matrix(self, lanes, instruction, addresses, values, transpose: bool) -> None:
+        """stmatrix: lane 8 i + r holds the address of row r of matrix i."""
+        for rows, value in zip(
+            self._rows(lanes, instruction, addresses, len(values)), values, strict=True
+        ):
+            self._check_rows(lanes, instruction, rows, True)
+            words, halves = _matrix_places(lanes, rows, transpose)
+            if words is not None:
+                self.shared.views[4][words] = value
+            else:
+                for half, place in enumerate(halves):
+                    self.shared.views[2][place] = value >> np.uint32(16 * half) & np.uint32(0xFFFF)
+
+    def load_matrix(self, lanes, instruction, addresses, count: int, transpose: bool):
+        result = []
+        for rows in self._rows(lanes, instruction, addresses, count):
+            self._check_rows(lanes, instruction, rows, False)
+            words, halves = _matrix_places(lanes, rows, transpose)
+            if words is not None:
+                result.append(self.shared.views[4][words])
+            else:
+                low, high = (self.shared.views[2][place].astype(np.uint32) for place in halves)
+                result.append(low | high << np.uint32(16))
+        return result
+
+    def _rows(self, lanes: Lanes, instruction: Instruction, addresses, count: int):
+        """Offsets of rows, (warps, 8), of each matrix."""
+        if not lanes.whole_warps:
+            raise SimulatorError(f"executed by a part of a warp\n  at {instruction.where()}")
+        table = np.broadcast_to(addresses, (lanes.count,)).astype(np.int64).reshape(-1, 32)
+        table = table - self.window
+        try:
+            for k in range(count):
+                rows = table[:, 8 * k : 8 * k + 8]
+                self.shared.index(rows, 1, 16)
+                yield rows
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def _check_rows(self, lanes: Lanes, instruction: Instruction, rows, writes: bool) -> None:
+        if self.accesses.writes or (writes and self.accesses.reads):
+            low, high = int(rows.min()), int(rows.max()) + 16
+            self.check_shared(instruction, low, high, writes, lanes)
+        if self.shadow is None:
+            return
+        agents = np.broadcast_to(self.first_agent + lanes.threads[::32, None] // 32, rows.shape)
+        units = self.shadow.units(rows, 16)
+        if writes:
+            conflict = self.shadow.write(agents, units, instruction.line)
+        else:
+            conflict = self.shadow.read(agents, units)
+        if conflict:
+            self.report_conflict(instruction, conflict, writes)
+
+    # --- hazards in shared memory
+
+    def check_read(self, block, lanes, instruction, chosen, offsets, nbytes, strong) -> None:
+        """Lanes of this block are about to read shared memory of ``block``."""
+        if block.accesses.writes:
+            low, high = int(offsets.min()), int(offsets.max()) + nbytes
+            block.check_shared(instruction, low, high, False, lanes)
+        if block.shadow is not None:
+            agents = agents_of(lanes, self.first_agent)[chosen]
+            conflict = block.shadow.read(agents, block.shadow.units(offsets, nbytes), strong)
+            if conflict:
+                self.report_conflict(instruction, conflict, False)
+
+    def check_write(self, block, lanes, instruction, chosen, offsets, nbytes, strong) -> None:
+        if block.accesses.writes or block.accesses.reads:
+            low, high = int(offsets.min()), int(offsets.max()) + nbytes
+            block.check_shared(instruction, low, high, True, lanes)
+        if block.shadow is not None:
+            agents = agents_of(lanes, self.first_agent)[chosen]
+            units = block.shadow.units(offsets, nbytes)
+            conflict = block.shadow.write(agents, units, instruction.line, strong)
+            if conflict:
+                self.report_conflict(instruction, conflict, True)
+
+    def report_conflict(self, instruction: Instruction, conflict: Conflict, writes: bool) -> None:
+        verb = "writes" if writes else "reads"
+        if conflict.kind == "unwritten":
+            message = "reads shared memory that nothing has written"
+        else:
+            who = self.cluster.agent_name(conflict.agent)
+            if not conflict.fenced:
+                message = (
+                    f"reads what {who} stored at PTX line {conflict.line} without a "
+                    "fence.proxy.async after it"
+                )
+            elif conflict.kind == "read":
+                what = f" ({conflict.text})" if conflict.text else ""
+                message = (
+                    f"{verb} shared memory that {who} may still read{what}: no barrier between"
+                )
+            else:
+                message = (
+                    f"{verb} shared memory that {who} wrote at PTX line {conflict.line}: "
+                    "no barrier between"
+                )
+        self.hazard(instruction, message, conflict.by % self.warps)
+
+    def check_bulk_read(self, instruction: Instruction, lanes: Lanes, pieces) -> None:
+        """The asynchronous proxy is about to read 16-byte pieces on behalf of these warps."""
+        if self.shadow is not None:
+            conflict = self.shadow.bulk_read(self.first_agent + lanes.warps, pieces)
+            if conflict:
+                self.report_conflict(instruction, conflict, False)
+
+    def fence_mbarriers(self, lanes: Lanes) -> None:
+        """The async proxy may use mbarriers only after their initialiser's fence."""
+        warps = set(lanes.warps.tolist())
+        for barrier in self.mbarriers.values():
+            if barrier.unfenced_warp in warps:
+                barrier.unfenced_warp = -1
+
+    def fence_proxy(self, lanes: Lanes) -> None:
+        self.fence_mbarriers(lanes)
+        if self.shadow is not None:
+            self.cluster.clocks.fence(self.first_agent + lanes.warps)
+
+    def check_shared(
+        self, instruction: Instruction, low: int, high: int, writes: bool, lanes: Lanes
+    ) -> None:
+        """Does an access to [low, high) collide with an asynchronous one that is not waited for?"""
+        access = self.accesses.collision(low, high, writes)
+        if access is not None:
+            kind = "writes" if writes else "reads"
+            use = "being written" if access.writes else "still being read"
+            self.hazard(
+                instruction, f"{kind} shared memory {use} by {access.text}", lanes.warps.tolist()
+            )
+
+    def require_aligned(self, address: int, nbytes: int, what: str) -> None:
+        if address % nbytes:
+            raise MisalignedAccess(f"{what} {address:#x} is not a multiple of {nbytes}")
+
+
+def located(error: SimulatorError, instruction: Instruction) -> SimulatorError:
+    if "PTX line" in str(error):
+        return error
+    return type(error)(f"{error}\n  at {instruction.where()}")
+
+
+def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
+    """Element numbers that each lane holds: 32-bit words, or two 16-bit halves if transposed."""
+    lane = np.arange(32)
+    if not transpose:
+        return ((rows[:, lane // 4] >> 2) + lane % 4).reshape(-1), None
+    halves = [((rows[:, 2 * (lane % 4) + half] >> 1) + lane // 4).reshape(-1) for half in (0, 1)]
+    return None, halves
+
+
+ATOMICS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+def _combine(operation: str, old, value, other):
+    if operation == "cas":
+        return other if old == value else old
+    if operation == "exch":
+        return value
+    if operation == "inc":
+        return 0 if old >= value else old + 1
+    if operation == "dec":
+        return value if old == 0 or old > value else old - 1
+    return ATOMICS[operation](old, value)
+
+
+def combine_halves(operation: str, kind: str, old: np.uint16, value: np.uint16) -> np.uint16:
+    """One element of an f16 or bf16 atomic."""
+    if kind == "f16":
+        a, b = (np.float32(np.uint16(x).view(np.float16)) for x in (old, value))
+        return np.float16(ATOMICS[operation](a, b)).view(np.uint16)
+    a, b = ((np.uint32(x) << np.uint32(16)).view(np.float32) for x in (old, value))
+    return np.uint16(bf16_bits(np.array([ATOMICS[operation](a, b)], np.float32))[0])

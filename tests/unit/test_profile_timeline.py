@@ -1,0 +1,172 @@
+"""`hopper-attention profile timeline`: stamps in PTX, what they become, a run on the simulator."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hopper_attention import cli, manifest, simulator
+from hopper_attention.profiling import driver, spans, stamps, timeline
+from hopper_attention.profiling.spans import Span
+from hopper_attention.refusal import Refusal
+
+KERNEL = """\
+.version 9.4
+.target sm_90a
+.visible .entry k_0(
+	.param .u64 k_0_param_0
+)
+.reqntid 64, 1, 1
+{
+	.reg .b32 	%r<3>;
+
+	bar.sync 	0;
+	// begin inline asm
+	{
+	LAB_WAIT:
+	mbarrier.try_wait.parity.shared.b64 P1, [%r1], 0;
+	bra.uni 	LAB_WAIT;
+}
+	// end inline asm
+	bar.sync 	%r2, 256;
+	wgmma.fence.sync.aligned;
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 	0;
+	ret;
+}
+"""
+
+
+def marks(ptx):
+    """Marks and the statements between them."""
+    body = ptx[ptx.index("add.s64 \t%stamp_end") :]
+    found = re.findall(r"or.b64 .*, (\d+);|(bar\.sync|try_wait|wgmma\.\w+)", body)
+    return [int(mark) if mark else statement for mark, statement in found]
+
+
+def test_stamps_around_what_a_warp_waits_in():
+    stamped = stamps.instrument(KERNEL, "k_0", blocks=3)
+    assert marks(stamped.ptx) == [
+        "bar.sync",  # of the whole block, once: no turn
+        *(1, "try_wait", 2),
+        *(3, "bar.sync", 4),
+        *(7, "wgmma.fence"),
+        *("wgmma.commit_group", 8),
+        *(5, "wgmma.wait_group", 6),
+    ]
+    assert (stamped.warps, stamped.slots) == (2, 3 * 2 * stamps.CAPACITY)
+    assert "k_0_param_0,\n\t.param .u64 k_0_stamps\n)" in stamped.ptx
+    assert stamped.ptx.startswith(".version 8.7\n")
+    assert stamped.ptx.endswith("ret;\n}\n")
+    without = re.sub(r"\t[^\n]*%stamp[^\n]*\n", "", stamped.ptx)
+    without = without.replace(",\n\t.param .u64 k_0_stamps", "").replace("8.7", "9.4")
+    assert without == KERNEL
+
+
+def test_every_instance_can_be_stamped():
+    for name in manifest.instances():
+        ptx = manifest.ptx_path(name).read_text()
+        stamped = stamps.instrument(ptx, f"{name}_0", blocks=1)
+        waits = len(re.findall(r"try_wait|wgmma\.wait_group|bar\.sync\s+%", ptx))
+        gemms = len(re.findall(r"wgmma\.fence|wgmma\.commit_group", ptx))
+        assert stamped.ptx.count("%clock64") == 2 * waits + gemms
+        module = simulator.Module.parse(stamped.ptx, name)
+        assert module.kernels[f"{name}_0"].params[-1].size == 8
+
+
+@pytest.mark.parametrize(("text", "kernel"), [("", "k_0"), (KERNEL, "other")])
+def test_ptx_that_cannot_be_stamped(text, kernel):
+    with pytest.raises(Refusal, match=f"cannot put stamps into the PTX of {kernel}"):
+        stamps.instrument(text, kernel, blocks=1)
+
+
+def test_decode():
+    stamped = stamps.Stamped("", "k", blocks=2, warps=2)
+    buffer = np.zeros(stamped.slots, dtype=np.uint64)
+    issue = 2 * stamps.NAMES.index(stamps.ISSUE)
+    events = [(1000, 1), (1010, 2), (1030, issue + 1), (1040, issue + 2), (1040, 5), (1090, 6)]
+    buffer[: len(events)] = [time << 8 | mark for time, mark in events]
+    buffer[stamps.CAPACITY] = 990 << 8 | 3  # the other warp: begun, never ended
+    assert stamps.decode(buffer, stamped) == [
+        Span(0, 0, "wait for mbarrier", 10, 20),
+        Span(0, 0, "arithmetic", 20, 40),
+        Span(0, 0, "issue GEMM", 40, 50),
+        Span(0, 0, "wait for WGMMA", 50, 100),
+    ]
+
+
+def test_every_name_has_a_colour():
+    assert {*stamps.NAMES, stamps.ARITHMETIC} == set(spans.COLOURS)
+
+
+def test_exports(tmp_path):
+    recorded = [Span(0, 0, "wait for mbarrier", 0, 5), Span(0, 4, "issue GEMM", 2, 3)]
+    trace, picture = tmp_path / "new" / "a.json", tmp_path / "other" / "a.png"
+    spans.write_perfetto(recorded, trace, "clocks")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert events[1] == {"name": "issue GEMM", "ph": "X", "ts": 2, "dur": 1, "pid": 0, "tid": 4}
+    pytest.importorskip("matplotlib")
+    spans.write_picture(recorded, picture, "clocks", "title")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Refusal, match="nothing was recorded"):
+        spans.write_picture([], picture, "clocks", "title")
+
+
+def test_without_a_driver(monkeypatch):
+    def missing(_):
+        raise OSError
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    with pytest.raises(Refusal, match="no CUDA driver"):
+        driver.load("", "k", 0)
+
+
+@pytest.mark.simulator
+def test_consumers_take_turns_on_the_simulator(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    recorded = []
+
+    def record(*arguments):
+        found, unit = timeline_record(*arguments)
+        recorded.extend(found)
+        return found, unit
+
+    timeline_record = timeline.record
+    monkeypatch.setattr(timeline, "record", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trace, picture = tmp_path / "a.json", tmp_path / "a.png"
+    problem = "fa3/forward_bf16_d128_causal_b32_s512"
+    arguments = ["profile", "timeline", "-w", problem, "--out", str(trace), "--png", str(picture)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert picture.exists()
+    assert len(json.loads(trace.read_text())["traceEvents"]) == len(recorded)
+    turns = sorted(
+        (span.end, span.warp)
+        for span in recorded
+        if span.name == "wait for turn" and span.warp in (4, 8)
+    )
+    warps = [warp for _, warp in turns]
+    assert len(warps) == 2 * 3, "four key blocks, the first without a turn"
+    assert warps == [4, 8] * 3
+    assert {span.warp for span in recorded} == {0, *range(4, 12)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-w", "nope"], "unknown workload"),
+        (["-w", "h200"], "is 20 problems"),
+        (["-w", "decode_paged/decode_bf16_d128_b1_s1024"], "no compiled kernel runs"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["hopper-attention", "profile", "timeline", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
