@@ -30,7 +30,8 @@ def test_compile_twice(root, tmp_path):
     assert facts["kernels"] == [f"{NAME}_0"]
     assert facts["flavour"] == "cu13"
     assert [a["name"] for a in facts["arguments"]][:4] == ["mQ", "mK", "mV", "mO"]
-    assert facts["arguments"][0]["shape"] == [None, None, None, 64]
+    assert facts["arguments"][0]["shape"] == [None] * 4
+    assert facts["arguments"][0]["shape_divisibility"] == [1, 1, 1, 8]
     assert set(facts["opcodes"]) == set(facts["claims"])
     assert (facts["spill_stores"], facts["spill_loads"], facts["stack"]) == (0, 0, 0)
     assert str(root / "hopper/forward.py") in (tmp_path / "a/d").read_text()
@@ -46,7 +47,7 @@ def test_compile_twice(root, tmp_path):
 
 def test_list_names_its_sources(root, tmp_path):
     listed = tmp_path / "sources.txt"
-    names = aot(root, "list", "--selection", f"{NAME}*", "--sources", str(listed)).split()
-    assert names == [NAME, f"{NAME}_causal"]
+    names = aot(root, "list", "--selection", f"{NAME}_[cv]*", "--sources", str(listed)).split()
+    assert names == [f"{NAME}_varlen", f"{NAME}_causal", f"{NAME}_causal_varlen"]
     assert str(root / "hopper/instances.py") in listed.read_text().split()
     assert str(root / "hopper/forward.py") not in listed.read_text().split()
