@@ -10,6 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from hopper_attention import cli, manifest, simulator
+from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.workloads import load_problems
 from hopper_attention.profiling import driver, spans, stamps, timeline
 from hopper_attention.profiling.spans import Span
 from hopper_attention.refusal import Refusal
@@ -125,26 +127,14 @@ def test_without_a_driver(monkeypatch):
         driver.load("", "k", 0)
 
 
+PROBLEM = "fa3/forward_bf16_d128_causal_b32_s512"
+
+
 @pytest.mark.simulator
-def test_consumers_take_turns_on_the_simulator(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    recorded = []
-
-    def record(*arguments):
-        found, unit = timeline_record(*arguments)
-        recorded.extend(found)
-        return found, unit
-
-    timeline_record = timeline.record
-    monkeypatch.setattr(timeline, "record", record)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    trace, picture = tmp_path / "a.json", tmp_path / "a.png"
-    problem = "fa3/forward_bf16_d128_causal_b32_s512"
-    arguments = ["profile", "timeline", "-w", problem, "--out", str(trace), "--png", str(picture)]
-    done = CliRunner().invoke(cli.app, arguments)
-    assert done.exit_code == 0, done.output
-    assert picture.exists()
-    assert len(json.loads(trace.read_text())["traceEvents"]) == len(recorded)
+def test_stamps_of_a_run_show_consumers_taking_turns():
+    inputs = Inputs.make(load_problems([PROBLEM])[0], torch.device("cpu"))
+    recorded, unit = timeline.record(inputs, "fwd_bf16_d128_causal", blocks=1)
+    assert unit == timeline.SIMULATOR_UNIT
     turns = sorted(
         (span.end, span.warp)
         for span in recorded
@@ -154,6 +144,19 @@ def test_consumers_take_turns_on_the_simulator(monkeypatch, tmp_path):
     assert len(warps) == 2 * 3, "four key blocks, the first without a turn"
     assert warps == [4, 8] * 3
     assert {span.warp for span in recorded} == {0, *range(4, 12)}
+
+
+@pytest.mark.simulator
+def test_command_without_a_gpu(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trace, picture = tmp_path / "new" / "a.json", tmp_path / "a.png"
+    arguments = ["profile", "timeline", "-w", PROBLEM, "--out", str(trace), "--png", str(picture)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "clocks_per_tile" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(trace.read_text())["traceEvents"]
 
 
 @pytest.mark.parametrize(

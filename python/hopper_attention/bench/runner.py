@@ -1,4 +1,4 @@
-"""One run: prepare, check, time, write; a peer that fails costs its own rows only."""
+"""One run: prepare, check, time.  A peer that fails before it is timed costs its own rows only."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
 from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
+from hopper_attention.cli.simulate import simulate
 from hopper_attention.refusal import Refusal
 
 TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(demo)
 app.command()(sass)
+app.command()(simulate)
 app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
 

@@ -65,7 +65,8 @@ def timeline(
 ) -> None:
     """Record when the warps of a block wait, issue GEMMs and compute.
 
-    On a Hopper GPU by clock stamps in the kernel; without one the simulator runs the same.
+    On a Hopper GPU by clock stamps in the kernel; without one the simulator's cost model times
+    the first block.
     """
     import torch
 
@@ -76,11 +77,19 @@ def timeline(
 
     problem = _one_problem(workload)
     instance = _instance(problem)
-    device = require_gpu() if torch.cuda.is_available() else torch.device("cpu")
-    recorded, unit = recorder.record(Inputs.make(problem, device), instance, blocks)
-    spans.write_picture(recorded, png, unit, f"{instance}, {problem.name}, block 0")
-    spans.write_perfetto(recorded, out, unit)
-    Console().print(f"{len(recorded)} ranges in {out} (ui.perfetto.dev); picture: {png}")
+    if torch.cuda.is_available():
+        inputs = Inputs.make(problem, require_gpu())
+        recorded, unit = recorder.record(inputs, instance, blocks)
+        spans.write_picture(recorded, png, unit, f"{instance}, {problem.name}, block 0")
+        spans.write_perfetto(recorded, out, unit)
+    else:
+        modelled = recorder.model(Inputs.make(problem, torch.device("cpu")), instance)
+        for path in (out, png):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        modelled.save_png(png)
+        modelled.save_chrome(out)
+        Console().print(f"simulator, block 0: {json.dumps(modelled.summary())}")
+    Console().print(f"trace: {out} (ui.perfetto.dev); picture: {png}")
 
 
 def _one_problem(pattern: str) -> Problem:

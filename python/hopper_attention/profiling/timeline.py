@@ -1,4 +1,4 @@
-"""Run a stamped instance: on a GPU through the driver, else on the simulator."""
+"""What the warps of a block do when: on a GPU by stamps, without one by the simulator's model."""
 
 from __future__ import annotations
 
@@ -37,39 +37,51 @@ class Launch:
 def record(inputs: Inputs, instance: str, blocks: int) -> tuple[list[Span], str]:
     """The ranges of the first `blocks` blocks of a forward problem, and the unit of their time.
 
-    The simulator runs those blocks alone.
+    On the CPU the simulator runs the stamped kernel, those blocks alone: for the stamps' own sake.
     """
-    problem = inputs.problem
-    out = inputs.q.new_empty((*inputs.q.shape[:-1], problem.head_dim_v))
-    lse = inputs.q.new_empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32)
-    tensors = (inputs.q, inputs.k, inputs.v, out, lse)
     ptx = manifest.ptx_path(instance).read_text()
-    on_gpu = inputs.q.is_cuda
     spans: list[Span] = []
 
-    def launch(*asked: object) -> None:
-        ask = Launch(*asked)  # type: ignore[arg-type]
+    def launch(ask: Launch, tensors: Sequence[Tensor]) -> None:
         stamped = stamps.instrument(ptx, ask.kernel, min(blocks, math.prod(ask.grid)))
-        run = _on_gpu if on_gpu else _on_simulator
+        run = _stamps_of_gpu if inputs.q.is_cuda else _stamps_of_simulator
         spans.extend(stamps.decode(run(stamped, ask, tensors), stamped))
 
-    _host_code(instance, tensors, 1 / math.sqrt(problem.head_dim), launch)
-    return spans, GPU_UNIT if on_gpu else SIMULATOR_UNIT
+    _host_code(inputs, instance, launch)
+    return spans, GPU_UNIT if inputs.q.is_cuda else SIMULATOR_UNIT
+
+
+def model(inputs: Inputs, instance: str) -> simulator.Timeline:
+    """The first block of a forward problem as the simulator's cost model times it."""
+    module = simulator.Module.load(manifest.ptx_path(instance))
+    timelines: list[simulator.Timeline] = []
+
+    def launch(ask: Launch, tensors: Sequence[Tensor]) -> None:
+        with simulator.record(blocks=1) as recording:
+            _simulate(module, ask, tensors, blocks=1)
+        timelines.append(simulator.Timeline(recording.traces[0]))
+
+    _host_code(inputs, instance, launch)
+    return timelines[0]
 
 
 def _host_code(
-    instance: str, tensors: Sequence[Tensor], scale: float, launch: Callable[..., None]
+    inputs: Inputs, instance: str, launch: Callable[[Launch, Sequence[Tensor]], None]
 ) -> None:
     """The instance's own host code, which makes tensor maps and parameters without a GPU."""
+    q, problem = inputs.q, inputs.problem
+    out = q.new_empty((*q.shape[:-1], problem.head_dim_v))
+    lse = q.new_empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32)
+    tensors = (q, inputs.k, inputs.v, out, lse)
     described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
-    _simulator.set_launch_handler(launch)
+    _simulator.set_launch_handler(lambda *asked: launch(Launch(*asked), tensors))
     try:
-        _simulator.launch(instance, 0, 0, described, (scale,))
+        _simulator.launch(instance, 0, 0, described, (1 / math.sqrt(problem.head_dim),))
     finally:
         _simulator.set_launch_handler(None)
 
 
-def _on_gpu(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> np.ndarray:
+def _stamps_of_gpu(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> np.ndarray:
     """Once to warm up, once for the stamps."""
     buffer = torch.zeros(stamped.slots, dtype=torch.int64, device=tensors[0].device)
     function = driver.load(stamped.ptx, stamped.kernel, ask.shared_memory_bytes)
@@ -83,28 +95,42 @@ def _on_gpu(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> 
     return buffer.cpu().numpy().view(np.uint64)
 
 
-def _on_simulator(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> np.ndarray:
+def _stamps_of_simulator(
+    stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]
+) -> np.ndarray:
     buffer = np.zeros(stamped.slots, dtype=np.uint64)
+    module = simulator.Module.parse(stamped.ptx, f"{stamped.kernel}, stamped")
+    _simulate(module, ask, tensors, stamped.blocks, buffer)
+    return buffer
+
+
+def _simulate(
+    module: simulator.Module,
+    ask: Launch,
+    tensors: Sequence[Tensor],
+    blocks: int,
+    *buffers: np.ndarray,
+) -> None:
+    """The first blocks of a launch; the addresses of `buffers` are its last parameters."""
     memory = simulator.GlobalMemory()
     for index, tensor in enumerate(tensors):
         nbytes = tensor.numel() * tensor.element_size()
         memory.register(tensor.data_ptr(), nbytes, f"argument {index}")
-    memory.register(buffer.ctypes.data, buffer.nbytes, "stamps")
-    module = simulator.Module.parse(stamped.ptx, f"{stamped.kernel}, stamped")
-    *own, _ = module.kernels[stamped.kernel].params
+    for buffer in buffers:
+        memory.register(buffer.ctypes.data, buffer.nbytes, "stamps")
     parameters = [
         ctypes.string_at(address, parameter.size)
-        for address, parameter in zip(ask.parameters, own, strict=True)
+        for address, parameter in zip(ask.parameters, module.kernels[ask.kernel].params)
     ]
+    parameters += [buffer.ctypes.data.to_bytes(8, "little") for buffer in buffers]
     with simulator.enabled(seed=0, hazards="off"):  # a picture, not a test
         simulator.launch(
             module,
-            stamped.kernel,
-            grid=(stamped.blocks, 1, 1),
+            ask.kernel,
+            grid=(blocks, 1, 1),
             block=ask.block,
-            params=[*parameters, buffer.ctypes.data.to_bytes(8, "little")],
+            params=parameters,
             memory=memory,
             cluster=ask.cluster,
             shared_memory_bytes=ask.shared_memory_bytes,
         )
-    return buffer

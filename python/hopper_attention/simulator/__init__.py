@@ -30,11 +30,14 @@ from .machine import Statistics, launch
 from .memory import GlobalMemory
 from .options import Options, current_options, enabled, is_enabled
 from .ptx import Kernel, Module, Param
+from .recording import Recording, Trace, record
 from .tensor_map import TensorMap, decode
+from .timeline import CostModel, Timeline
 
 __all__ = [
     "AotFunction",
     "BarrierError",
+    "CostModel",
     "DeadlockError",
     "GlobalMemory",
     "HazardError",
@@ -47,9 +50,12 @@ __all__ = [
     "OutOfBounds",
     "Param",
     "PtxSyntaxError",
+    "Recording",
     "SimulatorError",
     "Statistics",
     "TensorMap",
+    "Timeline",
+    "Trace",
     "UnknownInstruction",
     "current_options",
     "decode",
@@ -57,4 +63,5 @@ __all__ = [
     "is_enabled",
     "launch",
     "load_aot",
+    "record",
 ]

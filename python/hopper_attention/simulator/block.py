@@ -20,6 +20,7 @@ from .memory import (
 from .program import EXIT, Region
 from .ptx import Instruction
 from .races import Conflict, Shadow, agents_of, shadow_bytes
+from .recording import Trace
 from .warps import Lanes, Unit, Warpgroup
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Block:
         self.warp_instructions = 0
         self.local = LocalMemory(self.program.local_bytes, self.threads)
         self.shadow: Shadow | None = None
-        self.trace = None
+        self.trace: Trace | None = None
         self.warpgroups = [
             Warpgroup(self, number, min(128, self.threads - 128 * number))
             for number in range(-(-self.threads // 128))

@@ -22,6 +22,7 @@ from .options import Options, current_options
 from .program import program_of
 from .ptx import Instruction, Kernel, Module
 from .races import Clocks
+from .recording import Recording, Trace, current_recording
 from .warps import Unit
 
 _MAX_THREADS = 1024
@@ -70,10 +71,14 @@ class Machine:
         if self.options.seed:
             random.Random(self.options.seed).shuffle(waiting)
         waiting.reverse()
-        number, stalled, idle = 0, [], 0
+        number, idle = 0, 0
+        stalled: list[Cluster] = []
+        recording = current_recording()
         while waiting or stalled:
             if waiting:
                 cluster = Cluster(self, self._place(), waiting.pop(), number)
+                if recording is not None:
+                    cluster.record(recording if number < recording.blocks else None)
                 number += 1
             else:
                 cluster = stalled.pop(0)
@@ -121,6 +126,17 @@ class Cluster:
             x, y, z = (p * n + k for p, n, k in zip(position, shape, place, strict=True))
             self.units += block.start(self, (x, y, z))
         self.resize_barrier()
+
+    def record(self, recording: Recording | None) -> None:
+        """Trace the blocks, or do not trace them any more."""
+        for block in self.blocks:
+            block.trace = None
+            if recording is not None:
+                name = self.machine.kernel.name
+                block.trace = Trace(
+                    name, block.ctaid, block.first_agent, [[] for _ in range(block.warps)]
+                )
+                recording.traces.append(block.trace)
 
     def run(self) -> bool:
         """True when all threads have exited, False when only polling goes on."""

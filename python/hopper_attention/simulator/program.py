@@ -26,6 +26,7 @@ from .ptx import (
     Vector,
 )
 from .races import smallest_access
+from .recording import Work, work_of
 from .vectorize import Numbering, Operation, Usage, batch, fold_chains, generate
 
 EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
@@ -59,6 +60,7 @@ class Region:
         self.first: Instruction | None = None
         self.length = 0
         self.function: Callable | None = None
+        self.work: Work | None = None
         self.touched = self.written = 0  # masks of 32-bit registers
         self.symbols: Callable[[str], str] | None = None
 
@@ -83,6 +85,9 @@ class Region:
         if self.touched & queue.accumulators or self.written & queue.operands:
             block.report_early_use(self, queue)
         warpgroup.touched |= self.touched
+        if block.trace:
+            self.work = self.work or work_of([op.instruction for op in self.operations])
+            block.trace.region(unit.lanes.warps.tolist(), self.work)
         self.function(unit.lanes, block)
         block.warp_instructions += self.length * unit.lanes.warp_count
         unit.advance(self.pc + 1)

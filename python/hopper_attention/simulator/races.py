@@ -254,6 +254,7 @@ class Shadow:
         known = self.clocks.known[agent, _GENERIC]
         seen = known[np.where(writer == _NOBODY, 0, writer)] >= written
         seen |= writer == _NOBODY
+        conflict: Conflict | None
         if not seen.all():
             conflict = self._unseen(np.arange(units.start, units.stop), seen, np.array([agent]))
         elif (unread := self.readers[units].max(axis=0) > known[: self.clocks.warps]).any():

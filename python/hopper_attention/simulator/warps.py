@@ -95,8 +95,8 @@ class Warpgroup:
     def __init__(self, block: "Block", number: int, threads: int):
         self.number, self.count = number, threads
         self.first_thread = 128 * number
-        self.shape = block.block
-        self.registers = {
+        self.shape: tuple[int, int, int] = block.block
+        self.registers: dict[int, np.ndarray] = {
             bits: np.empty((max(1, rows), threads), _DTYPES[bits])
             for bits, rows in block.program.rows.items()
         }

@@ -185,7 +185,7 @@ def _out_of_shared(block, unit, lane: int, instruction, start: int, nbytes: int,
     event.access = access
     groups.open.append(event)
     if block.trace:
-        block.trace.bulk_store(agents.tolist(), instruction, nbytes, thread)
+        block.trace.bulk_store(agents.tolist(), instruction, nbytes)
 
 
 _TENSOR = {
@@ -353,7 +353,7 @@ def _wait(instruction: Instruction):
                     text = access.text
                     block.shadow.past_reads.add(access.low, access.high, agents, now, text)
             if block.trace:
-                block.trace.bulk_wait([block.first_agent + thread // 32], thread, keep)
+                block.trace.bulk_wait([block.first_agent + thread // 32], keep)
         return True
 
     return run

@@ -125,9 +125,9 @@ def _arrive(instruction: Instruction):
             if "arrive_drop" in parts:
                 barrier.expected -= 1 if "expect_tx" in parts else int(amount[k])
             if arrives:
-                barrier.arrive(1 if "expect_tx" in parts else int(amount[k]))
                 if block.trace:
                     block.trace.arrive(agent.tolist(), barrier)
+                barrier.arrive(1 if "expect_tx" in parts else int(amount[k]))
         return True
 
     return run

@@ -389,6 +389,9 @@ def _mma(instruction: Instruction):
         b = _uniform(unit, shape.b, "descriptor")
         index = operand_index(b, shape.n, width, shape.b_mn_major)
         _use(block, instruction, lanes, queue, index, False)
+        if block.trace:
+            nbytes = 8 * shape.n + (512 if shape.a_rows is None else 0)  # a warp's share
+            block.trace.wgmma(lanes.warps.tolist(), instruction, shape.n, nbytes)
         queue.issue(shape, lanes, a, b, _accumulates(unit, shape.scale_d))
         return True
 
@@ -418,8 +421,8 @@ def _use(block, instruction, lanes, queue: Queue, index: np.ndarray, by_rows: bo
     if shadow is not None:
         conflict = shadow.bulk_read(queue.agents, index)
         if conflict and by_rows:
-            parts = zip(queue.agents, np.split(index, 4), strict=True)
-            found = (shadow.bulk_read(np.array([agent]), rows) for agent, rows in parts)
+            mine = zip(queue.agents, np.split(index, 4), strict=True)
+            found = (shadow.bulk_read(np.array([agent]), rows) for agent, rows in mine)
             conflict = next((c for c in found if c), None)
         if conflict:
             block.report_conflict(instruction, conflict, False)
@@ -449,6 +452,8 @@ def _commit(instruction: Instruction):
     def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
+        if block.trace:
+            block.trace.commit(unit.lanes.warps.tolist())
         unit.warpgroup.queue.commit()
         return True
 
@@ -462,6 +467,8 @@ def _wait(instruction: Instruction):
     def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
             return False
+        if block.trace:
+            block.trace.wgmma_wait(unit.lanes.warps.tolist(), keep)
         unit.warpgroup.queue.wait(keep)
         return True
 

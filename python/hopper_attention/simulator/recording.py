@@ -1,0 +1,164 @@
+"""What the warps of a block did, in program order, for the timeline.
+
+A recording knows no time: each warp has a list of steps, and barriers tie the lists together.  The
+cost model (timeline.py) replays it.
+
+    with simulator.record() as recording:
+        flash_attn_func(q, k, v)
+    timeline = simulator.Timeline(recording.traces[0])
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ptx import Instruction
+
+_FREE = {"ld.param", "mov", "cvta", "bra", "pragma"}  # gone or hidden in machine code
+_MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}
+_WIDE = ("u64", "s64", "b64")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A straight run of one warp: issue slots, MUFU instructions, shared memory bytes."""
+
+    slots: int
+    mufu: int
+    shared_bytes: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """kind: work, wgmma, commit, wgmma_wait, load, store, store_wait, arrive or wait.
+
+    value: Work; clocks-independent size (n of a wgmma, bytes of a copy, groups to keep); key: the
+    barrier and its phase.
+    """
+
+    kind: str
+    value: Any = None
+    key: tuple[int, int] | None = None
+    line: int = 0
+
+
+@dataclass
+class Trace:
+    """One block's warps.  agents count from the block's first."""
+
+    kernel: str
+    ctaid: tuple[int, int, int]
+    first_agent: int
+    warps: list[list[Step]]
+    contributions: dict[tuple[int, int], int] = field(default_factory=dict)
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _kept: list[object] = field(default_factory=list)
+
+    def _key(self, barrier: Any, phase: int) -> tuple[int, int]:
+        number = self._numbers.get(id(barrier))
+        if number is None:
+            number = self._numbers[id(barrier)] = len(self._numbers)
+            self._kept.append(barrier)  # its id must stay its own
+        return number, phase
+
+    @staticmethod
+    def _phase(barrier: Any) -> int:
+        return barrier.phase if hasattr(barrier, "phase") else barrier.generation
+
+    def _add(self, agents: list[int], step: Step) -> None:
+        for agent in agents:
+            if 0 <= agent - self.first_agent < len(self.warps):
+                self.warps[agent - self.first_agent].append(step)
+
+    def region(self, warps: list[int], work: Work) -> None:
+        for warp in warps:
+            self.warps[warp].append(Step("work", work, line=work.line))
+
+    def arrive(self, agents: list[int], barrier: object) -> None:
+        """Before the barrier counts it."""
+        key = self._key(barrier, self._phase(barrier))
+        self.contributions[key] = self.contributions.get(key, 0) + len(agents)
+        self._add(agents, Step("arrive", key=key))
+
+    def waited(self, agents: list[int], barrier: object, phase: int | None = None) -> None:
+        """After a wait; phase: that of the arrival, by default the last one completed."""
+        last = self._phase(barrier) - 1 if phase is None else phase
+        if last >= 0:
+            self._add(agents, Step("wait", key=self._key(barrier, last)))
+
+    def bulk_load(self, agents: list[int], instruction: Instruction, nbytes: int, barrier) -> None:
+        key = self._key(barrier, barrier.phase)
+        self.contributions[key] = self.contributions.get(key, 0) + 1
+        self._add(agents, Step("load", nbytes, key, instruction.line))
+
+    def bulk_store(self, agents: list[int], instruction: Instruction, nbytes: int) -> None:
+        self._add(agents, Step("store", nbytes, line=instruction.line))
+
+    def bulk_wait(self, agents: list[int], keep: int) -> None:
+        self._add(agents, Step("store_wait", keep))
+
+    def wgmma(self, warps: list[int], instruction: Instruction, n: int, nbytes: int) -> None:
+        for warp in warps:
+            self.warps[warp].append(Step("wgmma", (n, nbytes), line=instruction.line))
+
+    def commit(self, warps: list[int]) -> None:
+        for warp in warps:
+            self.warps[warp].append(Step("commit"))
+
+    def wgmma_wait(self, warps: list[int], keep: int) -> None:
+        for warp in warps:
+            self.warps[warp].append(Step("wgmma_wait", keep))
+
+
+def work_of(instructions: list[Instruction]) -> Work:
+    """Costs of a straight run, from its PTX."""
+    slots = mufu = shared = 0
+    for instruction in instructions:
+        parts = instruction.parts
+        if parts[0] in _FREE or parts[:2] == ("ld", "param"):
+            continue
+        slots += 2 if parts[-1] in _WIDE and parts[0] not in ("ld", "st", "setp") else 1
+        mufu += parts[0] in _MUFU and parts[-1] == "f32"
+        if any(part.startswith("shared") for part in parts):
+            shared += 32 * _bytes_of(instruction)
+    return Work(slots, mufu, shared, instructions[0].line)
+
+
+def _bytes_of(instruction: Instruction) -> int:
+    parts = instruction.parts
+    if parts[0] in ("ldmatrix", "stmatrix"):
+        return 4 * int(next((part[1:] for part in parts if part in ("x1", "x2", "x4")), 1))
+    digits = "".join(c for c in parts[-1] if c.isdigit())
+    count = int(next((part[1:] for part in parts if part in ("v2", "v4", "v8")), 1))
+    return int(digits or 32) // 8 * count
+
+
+@dataclass
+class Recording:
+    """Traces of the first ``blocks`` blocks of each launch inside of ``record``."""
+
+    blocks: int
+    traces: list[Trace] = field(default_factory=list)
+
+
+_current: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
+    "hopper_attention_simulator_recording", default=None
+)
+
+
+@contextlib.contextmanager
+def record(blocks: int = 1) -> Iterator[Recording]:
+    """Record launches on the simulator inside the ``with`` block, for Timeline."""
+    recording = Recording(blocks)
+    token = _current.set(recording)
+    try:
+        yield recording
+    finally:
+        _current.reset(token)
+
+
+def current_recording() -> Recording | None:
+    return _current.get()
