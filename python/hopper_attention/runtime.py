@@ -7,7 +7,9 @@ import enum
 import functools
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from hopper_attention import _cuda, _simulator, manifest, simulator
 
 COMPUTE_CAPABILITY = (9, 0)
+
+_intercept: Callable[..., None] | None = None
 
 _simulating = threading.Lock()
 """The extension has one launch handler."""
@@ -64,14 +68,30 @@ def launch(
     described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     chosen = [values[name] for name in _scalar_names(instance)]
     scalars = [_address(value) for value in chosen]
-    if backend is Backend.CUDA:
+    if backend is Backend.CUDA and _intercept is None:
         device = tensors[0].get_device()
         _cuda.launch(instance, device, current_stream(device), described, scalars)
         return
     reachable = [*tensors, *(value for value in chosen if isinstance(value, Tensor))]
+    run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
-        _simulator.set_launch_handler(_Simulation(reachable).run)
+        _simulator.set_launch_handler(run)
         _simulator.launch(instance, 0, 0, described, scalars)
+
+
+@contextmanager
+def intercepted(handler: Callable[..., None]) -> Iterator[None]:
+    """Inside, launches run the instance's host code only, for GPU tensors too.
+
+    What it asks for goes to `handler`: the tensors within reach, then kernel, grid, block, cluster,
+    bytes of shared memory and the addresses of the parameters, which hold during the call.
+    """
+    global _intercept
+    _intercept = handler
+    try:
+        yield
+    finally:
+        _intercept = None
 
 
 @functools.cache

@@ -68,17 +68,13 @@ def model(inputs: Inputs, instance: str) -> simulator.Timeline:
 def _host_code(
     inputs: Inputs, instance: str, launch: Callable[[Launch, Sequence[Tensor]], None]
 ) -> None:
-    """The instance's own host code, which makes tensor maps and parameters without a GPU."""
-    q, problem = inputs.q, inputs.problem
-    out = q.new_empty((*q.shape[:-1], problem.head_dim_v))
-    lse = q.new_empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32)
-    tensors = (q, inputs.k, inputs.v, out, lse)
-    described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
-    _simulator.set_launch_handler(lambda *asked: launch(Launch(*asked), tensors))
-    try:
-        _simulator.launch(instance, 0, 0, described, (1 / math.sqrt(problem.head_dim),))
-    finally:
-        _simulator.set_launch_handler(None)
+    """The public function up to the launch: tensor maps and parameters are made without a GPU."""
+
+    def handler(tensors: Sequence[Tensor], *asked: Any) -> None:
+        launch(Launch(*asked), tensors)
+
+    with simulator.enabled(), runtime.intercepted(handler):
+        flash_attn_api.forward(hopper_attention, inputs)()
 
 
 def _stamps_of_gpu(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> np.ndarray:
