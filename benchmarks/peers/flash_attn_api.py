@@ -34,13 +34,14 @@ class FlashAttnApi:
     def prepare(self, inputs: Inputs) -> Prepared:
         problem = inputs.problem
         refuse_if(problem.dtype not in self.dtypes, f"no {problem.dtype} on sm_90")
-        forward = _forward(require(self.module), inputs)
-        without_support(forward, *REFUSALS)
+        attend = forward(require(self.module), inputs)
+        without_support(attend, *REFUSALS)
         instance = _instance(problem) if self.name == OURS else ""
-        return Prepared(with_backward(inputs, forward), instance)
+        return Prepared(with_backward(inputs, attend), instance)
 
 
-def _forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:
+def forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:
+    """A call of the function of `api` that the problem takes."""
     problem = inputs.problem
     keywords: dict[str, Any] = {"causal": problem.causal}
     if problem.window >= 0:
@@ -63,11 +64,11 @@ def _forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:
     refuse_if(function is None, f"{api.__name__} has no {name}")
     assert function is not None
 
-    def forward() -> Tensor:
+    def attend() -> Tensor:
         result = function(inputs.q, inputs.k, inputs.v, **keywords)
         return result[0] if isinstance(result, tuple) else result
 
-    return forward
+    return attend
 
 
 def _instance(problem: Problem) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import flash_attn_func, reference, simulator
+from hopper_attention.arguments import CAUSAL, FULL
 from hopper_attention.numerics import Error, pytorch_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +30,7 @@ def simulate(
     heads_kv: Annotated[
         int | None, typer.Option(min=1, help="By default as many as heads.")
     ] = None,
-    head_dim: Annotated[int, typer.Option(help="64, 128 or 256.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256.")] = 128,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     causal: Annotated[bool, typer.Option(help="Bottom-right aligned mask.")] = False,
     seed: Annotated[
@@ -73,10 +74,10 @@ def simulate(
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     seconds = time.perf_counter() - start
-    exact, _ = reference.attention(
-        q, k, v, softmax_scale=head_dim**-0.5, causal=causal, compute_dtype=torch.float64
-    )
-    pytorch_out = pytorch_attention(q, k, v, softmax_scale=1 / math.sqrt(head_dim), causal=causal)
+    problem: dict[str, Any] = {"softmax_scale": 1 / math.sqrt(head_dim)}
+    problem["mask"] = CAUSAL if causal else FULL
+    exact, _ = reference.attention(q, k, v, **problem, compute_dtype=torch.float64)
+    pytorch_out = pytorch_attention(q, k, v, **problem)
     ours, pytorch = Error.of(out, exact), Error.of(pytorch_out, exact)
     replay = simulator.Timeline(recording.traces[0])
     if timeline is not None:

@@ -6,13 +6,16 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hopper_attention import _simulator, manifest, simulator
+import hopper_attention
+from hopper_attention import manifest, runtime, simulator
 from hopper_attention.bench.inputs import Inputs
+from hopper_attention.benchmarks.peers import flash_attn_api
 from hopper_attention.profiling import driver, stamps
 from hopper_attention.profiling.spans import Span
 
@@ -47,7 +50,7 @@ def record(inputs: Inputs, instance: str, blocks: int) -> tuple[list[Span], str]
         run = _stamps_of_gpu if inputs.q.is_cuda else _stamps_of_simulator
         spans.extend(stamps.decode(run(stamped, ask, tensors), stamped))
 
-    _host_code(inputs, instance, launch)
+    _host_code(inputs, launch)
     return spans, GPU_UNIT if inputs.q.is_cuda else SIMULATOR_UNIT
 
 
@@ -61,13 +64,11 @@ def model(inputs: Inputs, instance: str) -> simulator.Timeline:
             _simulate(module, ask, tensors, blocks=1)
         timelines.append(simulator.Timeline(recording.traces[0]))
 
-    _host_code(inputs, instance, launch)
+    _host_code(inputs, launch)
     return timelines[0]
 
 
-def _host_code(
-    inputs: Inputs, instance: str, launch: Callable[[Launch, Sequence[Tensor]], None]
-) -> None:
+def _host_code(inputs: Inputs, launch: Callable[[Launch, Sequence[Tensor]], None]) -> None:
     """The public function up to the launch: tensor maps and parameters are made without a GPU."""
 
     def handler(tensors: Sequence[Tensor], *asked: Any) -> None:
