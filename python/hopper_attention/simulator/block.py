@@ -6,6 +6,7 @@ import numpy as np
 
 from .asynchronous import BulkGroups, Mbarrier, NamedBarrier, SharedAccesses
 from .errors import BarrierError, MisalignedAccess, OutOfBounds, SimulatorError
+from .instructions.async_copy import Copy, CopyGroups
 from .instructions.conversion import bf16_bits
 from .instructions.wgmma import Queue
 from .memory import (
@@ -60,6 +61,7 @@ class Block:
         self.mbarriers: dict[int, Mbarrier] = {}
         self.named_barriers: dict[int, NamedBarrier] = {}
         self.bulk: dict[int, BulkGroups] = {}
+        self.copies: dict[int, CopyGroups] = {}  # cp.async, by warp
         self.accesses = SharedAccesses()
         self.live_lanes = np.bincount(np.arange(self.threads) // 32)
         self._allot_registers()
@@ -93,6 +95,8 @@ class Block:
                 self.hazard(
                     last, f"exit while a bulk store may still read shared memory: {access.text}"
                 )
+        if any(group for copies in self.copies.values() for group in copies.groups):
+            self.hazard(last, "exit with cp.async not waited for")
         for access in self.accesses.writes:
             self.hazard(last, f"exit while a bulk load is under way: {access.text}")
 
@@ -397,6 +401,93 @@ class Block:
         if conflict:
             self.report_conflict(instruction, conflict, writes)
 
+    # --- cp.async
+
+    def copy_async(self, lanes: Lanes, instruction, target, source, size: int, count) -> None:
+        """Global memory is read at once, shared memory written at some time before the wait."""
+        try:
+            offsets = np.broadcast_to(target, (lanes.count,)).astype(np.int64) - self.window
+            source = np.broadcast_to(source, (lanes.count,)).astype(np.uint64)
+            count = np.broadcast_to(np.asarray(count, np.int64), (lanes.count,))
+            self.shared.index(offsets, 4, size)
+            if (source % np.uint64(size)).any():
+                raise MisalignedAccess(f"cp.async of {size} bytes from a misaligned address")
+            if (count > size).any():
+                raise SimulatorError(f"cp.async reads {int(count.max())} of {size} bytes")
+            words = np.zeros((size // 4, lanes.count), np.uint32)
+            for k in range(size // 4):
+                chosen = np.flatnonzero(count > 4 * k)
+                if len(chosen):
+                    at = source[chosen] + np.uint64(4 * k)
+                    words[k, chosen] = self.memory.load(at, 4, 1)[0]
+                    short = count[chosen] - 4 * k < 4
+                    keep = (
+                        np.uint64(1) << (8 * (count[chosen] - 4 * k)[short]).astype(np.uint64)
+                    ) - 1
+                    words[k, chosen[short]] &= keep.astype(np.uint32)
+            everyone = slice(None)
+            self.check_write(self, lanes, instruction, everyone, offsets, size, False)
+            agents = agents_of(lanes, self.first_agent)
+            units = None
+            if self.shadow is not None:
+                units = self.shadow.units(offsets, size)
+                self.shadow.hide(units)
+            index = offsets >> 2
+            view = self.shared.views[4]
+            for k in range(size // 4):
+                view[index + k] = 0xFFFFFFFF
+
+            def effect() -> None:
+                for k in range(size // 4):
+                    view[index + k] = words[k]
+
+            copy = Copy(lanes.threads // 32, agents, units)
+            copy.event = self.events.issue(effect, instruction.where())
+            for warp in lanes.warps.tolist():
+                self.copies.setdefault(warp, CopyGroups()).open.append(copy)
+        except SimulatorError as error:
+            raise located(error, instruction) from error
+
+    def commit_async(self, lanes: Lanes) -> None:
+        for warp in lanes.warps.tolist():
+            self.copies.setdefault(warp, CopyGroups()).commit()
+
+    def wait_async(self, lanes: Lanes, keep: int, everything: bool) -> None:
+        for warp in lanes.warps.tolist():
+            if warp in self.copies:
+                self._finish(self.copies[warp].take(keep, everything), warp)
+
+    def _finish(self, copies: list[Copy], warp: int) -> None:
+        """The copies are done and this warp knows it."""
+        for copy in copies:
+            copy.finish()
+            if self.shadow is not None and copy.units is not None:
+                mine = copy.lanes_of(warp)
+                self.shadow.show(copy.agents[mine], copy.units[mine])
+
+    def arrive_async(self, lanes: Lanes, instruction, addresses, noinc: bool) -> None:
+        addresses = np.broadcast_to(addresses, (lanes.count,)).tolist()
+        before = {
+            warp: self.copies[warp].all() for warp in lanes.warps.tolist() if warp in self.copies
+        }
+        barriers = [self.mbarrier(int(a)) for a in addresses]
+        agents = agents_of(lanes, self.first_agent)
+        if not noinc:
+            for barrier in barriers:
+                barrier.pending += 1
+
+        def effect() -> None:
+            for warp, copies in before.items():
+                self._finish(copies, warp)
+            for k, barrier in enumerate(barriers):
+                if barrier.clocks is not None:
+                    barrier.clocks.release(agents[k : k + 1], barrier.sync)
+                if self.trace:
+                    self.trace.arrive(agents[k : k + 1].tolist(), barrier)
+                barrier.arrive()
+
+        self.events.issue(effect, instruction.where())
+
     # --- hazards in shared memory
 
     def check_read(self, block, lanes, instruction, chosen, offsets, nbytes, strong) -> None:
@@ -457,6 +548,11 @@ class Block:
         for barrier in self.mbarriers.values():
             if barrier.unfenced_warp in warps:
                 barrier.unfenced_warp = -1
+        self.fence_release(lanes)
+
+    def fence_release(self, lanes: Lanes) -> None:
+        if self.shadow is not None:
+            self.cluster.clocks.release_fence(self.first_agent + lanes.warps)
 
     def fence_proxy(self, lanes: Lanes) -> None:
         self.fence_mbarriers(lanes)

@@ -47,6 +47,7 @@ class Clocks:
         self.warps = self.agents = warps
         self.known = np.zeros((warps, 2, warps + 64), np.uint32)
         self.known[np.arange(warps), _GENERIC, np.arange(warps)] = 1
+        self.fenced: dict[int, np.ndarray] = {}
 
     def new_agent(self) -> int:
         """For an mbarrier."""
@@ -78,6 +79,20 @@ class Clocks:
         self._fit(sync)
         sync.complete()
         sync.released[:, agent] = phase
+
+    def release_fence(self, agents: np.ndarray) -> None:
+        """What a later relaxed arrival may hand over."""
+        for agent in agents.tolist():
+            self.fenced[agent] = self.known[agent].copy()
+        self.known[agents, _GENERIC, agents] += np.uint32(1)
+
+    def release_relaxed(self, agents: np.ndarray, sync: Sync) -> None:
+        """A relaxed arrival hands over what was known at the warp's last fence."""
+        self._fit(sync)
+        width = self.known.shape[2]
+        for agent in agents.tolist():
+            if agent in self.fenced:
+                np.maximum(sync.pending, _widen(self.fenced[agent], width), out=sync.pending)
 
     def fence(self, agents: np.ndarray) -> None:
         self.known[agents, _PROXY, agents] = self.known[agents, _GENERIC, agents]
@@ -264,6 +279,14 @@ class Shadow:
         writer[:], written[:] = owner, clock
         self.line[units], self.strong[units] = line, False
         self.even[low >> 4 : high + 15 >> 4] = True
+        return conflict
+
+    def remote_write(
+        self, agents: np.ndarray, units: np.ndarray, line: int, owner: int, clock: int
+    ) -> Conflict | None:
+        """st.async: visible to who waits for that phase of the mbarrier."""
+        conflict = self.write(agents, units, line)
+        self.writer[units], self.written[units] = owner, clock
         return conflict
 
     # --- cp.async: nobody sees it before the wait of the warp that issued it

@@ -55,6 +55,7 @@ class Lanes:
         self.warp_columns = [np.flatnonzero(warps == warp) for warp in np.unique(warps)]
         self.warp_count = len(self.warp_columns)
         self.whole_warps = self.count == 32 * self.warp_count
+        self.zero = np.zeros(self.count, np.uint32)
         self.elected = np.zeros(self.count, np.bool_)
         self.leader = np.zeros(self.count, np.uint32)
         for column in self.warp_columns:

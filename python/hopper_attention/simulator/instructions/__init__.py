@@ -20,27 +20,46 @@ from ..vectorize import Operation
 
 PURE: dict[str, Callable[[Instruction], list[Operation]]] = {}
 CONTROL: dict[str, Callable[[Instruction], Callable]] = {}
+TYPES = {
+    "pred", "b8", "u8", "s8", "b16", "u16", "s16", "f16", "bf16", "b32", "u32", "s32", "f32",
+    "f16x2", "bf16x2", "b64", "u64", "s64", "f64", "b128",
+}  # fmt: skip
 HELPERS: dict[str, object] = {"np": np}
 
 
-def pure(*names: str):
-    """Register a translator of instructions that join straight runs."""
+def pure(*names: str, modifiers: str | None = None):
+    """Register a translator of instructions that join straight runs.
+
+    modifiers: all that it understands, beside types; others are refused.  None: it checks itself.
+    """
 
     def register(function):
-        PURE.update(dict.fromkeys(names, function))
+        PURE.update(dict.fromkeys(names, _checked(function, names, modifiers)))
         return function
 
     return register
 
 
-def control(*names: str):
-    """Register a translator of instructions that need the machine."""
+def control(*names: str, modifiers: str | None = None):
+    """Register a translator of instructions that need the machine; modifiers: as for ``pure``."""
 
     def register(function):
-        CONTROL.update(dict.fromkeys(names, function))
+        CONTROL.update(dict.fromkeys(names, _checked(function, names, modifiers)))
         return function
 
     return register
+
+
+def _checked(function, names: tuple[str, ...], modifiers: str | None):
+    if modifiers is None:
+        return function
+    known = TYPES | set(modifiers.split()) | {part for name in names for part in name.split(".")}
+
+    def checked(instruction: Instruction):
+        refuse_unknown(instruction, known)
+        return function(instruction)
+
+    return checked
 
 
 def helper(function):
@@ -65,4 +84,16 @@ def find(table: dict[str, Callable], instruction: Instruction) -> Callable | Non
     return None
 
 
-from . import arithmetic, bulk, control_flow, conversion, memory, synchronisation, warp, wgmma  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    arithmetic,
+    async_copy,
+    bulk,
+    control_flow,
+    conversion,
+    matrix,
+    memory,
+    packed,
+    synchronisation,
+    warp,
+    wgmma,
+)

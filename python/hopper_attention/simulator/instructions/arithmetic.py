@@ -142,7 +142,7 @@ def _float(instruction: Instruction, expression: str, view: str, count: int, cha
 _BINARY = {"add": "np.add", "sub": "np.subtract", "mul": "np.multiply"}
 
 
-@pure("add", "sub", "mul")
+@pure("add", "sub", "mul", modifiers="rn ftz sat wide hi lo")
 def _add(instruction: Instruction) -> list[Operation]:
     name, parts, view = instruction.parts[0], instruction.parts, view_of(instruction)
     if view in "FED":
@@ -158,6 +158,7 @@ def _add(instruction: Instruction) -> list[Operation]:
             instruction, f"np.multiply({{0}}, {{1}}, dtype={dtype}{{out}})", view, view * 2, wide
         )
     if "hi" in parts:
+        require(instruction, "hi")
         if view in "UI":
             return simple(instruction, "high({0}, {1})", view, view * 2, "U")
         if view == "W":
@@ -167,7 +168,7 @@ def _add(instruction: Instruction) -> list[Operation]:
     return simple(instruction, _BINARY[name] + "({0}, {1}{out})", view, view * 2)
 
 
-@pure("fma", "mad")
+@pure("fma", "mad", modifiers="rn ftz sat wide hi lo relu")
 def _fma(instruction: Instruction) -> list[Operation]:
     view = view_of(instruction)
     if view == "F":
@@ -177,6 +178,7 @@ def _fma(instruction: Instruction) -> list[Operation]:
         require(instruction, "rn")
         return simple(instruction, "fma16({0}, {1}, {2})", view, "EEE")
     if view == "D":
+        require(instruction, "rn")
         return simple(instruction, "{0} * {1} + {2}", view, "DDD")
     if "wide" in instruction.parts:
         wide, dtype = {
@@ -191,19 +193,20 @@ def _fma(instruction: Instruction) -> list[Operation]:
     return simple(instruction, "np.add(np.multiply({0}, {1}), {2}{out})", view, view * 3)
 
 
-@pure("div", "rem")
+@pure("div", "rem", modifiers="rn approx full ftz")
 def _div(instruction: Instruction) -> list[Operation]:
     view = view_of(instruction)
     if view in "FD":
         require(instruction, "rn approx full ftz")
         return _float(instruction, "np.divide({0}, {1}{out})", view, 2)
+    require(instruction, "")
     text = "quotient({0}, {1})"
     if instruction.parts[0] == "rem":
         text = "({0} - quotient({0}, {1}) * {1})"
     return simple(instruction, text, view, view * 2)
 
 
-@pure("min", "max")
+@pure("min", "max", modifiers="ftz NaN relu")
 def _min(instruction: Instruction) -> list[Operation]:
     """Without .NaN, a NaN operand is ignored: numpy's fmin and fmax."""
     name, view = instruction.parts[0], view_of(instruction)
@@ -219,12 +222,13 @@ def _min(instruction: Instruction) -> list[Operation]:
     return _float(instruction, ufunc + "({0}, {1}{out})", view, 2, chain)
 
 
-@pure("neg", "abs")
+@pure("neg", "abs", modifiers="ftz")
 def _neg(instruction: Instruction) -> list[Operation]:
     view = view_of(instruction)
     ufunc = "np.negative" if instruction.parts[0] == "neg" else "np.abs"
     if view in "FED":
         return _float(instruction, ufunc + "({0}{out})", view, 1)
+    require(instruction, "")
     return simple(instruction, ufunc + "({0}{out})", view, view)
 
 
@@ -234,7 +238,7 @@ _APPROX = {
 }  # fmt: skip
 
 
-@pure(*_APPROX)
+@pure(*_APPROX, modifiers="approx ftz rn")
 def _approx(instruction: Instruction) -> list[Operation]:
     view = view_of(instruction)
     if view != "F":
@@ -243,7 +247,7 @@ def _approx(instruction: Instruction) -> list[Operation]:
     return _float(instruction, f"approx({_APPROX[instruction.parts[0]]}, {{0}})", "F", 1)
 
 
-@pure("and", "or", "xor", "not", "cnot")
+@pure("and", "or", "xor", "not", "cnot", modifiers="")
 def _logic(instruction: Instruction) -> list[Operation]:
     name, view = instruction.parts[0], view_of(instruction)
     if name == "not":
@@ -253,7 +257,7 @@ def _logic(instruction: Instruction) -> list[Operation]:
     return simple(instruction, f"np.bitwise_{name}({{0}}, {{1}}{{out}})", view, view * 2)
 
 
-@pure("lop3")
+@pure("lop3", modifiers="")
 def _lop3(instruction: Instruction) -> list[Operation]:
     if instruction.parts != ("lop3", "b32"):
         raise instruction.unknown("lop3 with a predicate")
@@ -268,7 +272,7 @@ def _lop3(instruction: Instruction) -> list[Operation]:
     return [Operation(instruction, text, [("U", destination)], inputs, guard=instruction.guard)]
 
 
-@pure("shl", "shr")
+@pure("shl", "shr", modifiers="")
 def _shift(instruction: Instruction) -> list[Operation]:
     """Amounts beyond the width give 0 or the sign, in PTX and in numpy alike."""
     name, view = instruction.parts[0], view_of(instruction)
@@ -295,7 +299,7 @@ def funnel(a: np.ndarray, b: np.ndarray, c: np.ndarray, left: bool, wrap: bool) 
     return (both >> amount).astype(np.uint32)
 
 
-@pure("shf")
+@pure("shf", modifiers="l r clamp wrap")
 def _funnel(instruction: Instruction) -> list[Operation]:
     left, wrap = "l" in instruction.parts, "wrap" in instruction.parts
     return simple(instruction, f"funnel({{0}}, {{1}}, {{2}}, {left}, {wrap})", "U", "UUU")
@@ -318,7 +322,7 @@ def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
-@pure("prmt")
+@pure("prmt", modifiers="")
 def _permute(instruction: Instruction) -> list[Operation]:
     if len(instruction.parts) != 2:
         raise instruction.unknown("prmt with a mode")
@@ -336,6 +340,17 @@ def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarr
 
 
 @helper
+def extract_signed(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Bits beyond the top are copies of the sign; a length of 0 gives 0."""
+    length = np.minimum(np.asarray(length) & np.uint32(0xFF), np.uint32(32)).astype(np.int64)
+    position = np.minimum(np.asarray(position) & np.uint32(0xFF), np.uint32(31)).astype(np.int64)
+    shifted = np.asarray(a).astype(np.int64) >> position
+    spare = 64 - length
+    field = np.where(length == 0, 0, shifted << np.minimum(spare, 63) >> np.minimum(spare, 63))
+    return field.astype(np.int32)
+
+
+@helper
 def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
     length = np.minimum(np.asarray(length) & np.uint32(0xFF), np.uint32(32)).astype(np.uint64)
     position = (np.asarray(position) & np.uint32(0xFF)).astype(np.uint64)
@@ -344,8 +359,10 @@ def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarra
     return ((np.asarray(b).astype(np.uint64) & ~mask) | (value & mask)).astype(np.uint32)
 
 
-@pure("bfe", "bfi")
+@pure("bfe", "bfi", modifiers="")
 def _bit_field(instruction: Instruction) -> list[Operation]:
+    if instruction.parts[0] == "bfe" and instruction.parts[1:] == ("s32",):
+        return simple(instruction, "extract_signed({0}, {1}, {2})", "I", "IUU")
     if instruction.parts[1:] not in (("u32",), ("b32",)):
         raise instruction.unknown(instruction.opcode)
     if instruction.parts[0] == "bfe":
@@ -374,9 +391,12 @@ def count_bits(a: np.ndarray) -> np.ndarray:
 
 
 @helper
-def highest_bit(a: np.ndarray) -> np.ndarray:
+def highest_bit(a: np.ndarray, bits: int) -> np.ndarray:
     """Position of the highest set bit, -1 for zero."""
-    return np.frexp(np.asarray(a).astype(np.float64))[1] - 1
+    a = np.asarray(a, np.uint64)
+    high, low = (a >> np.uint64(32), a & np.uint64(0xFFFFFFFF))
+    upper, lower = (np.frexp(x.astype(np.float64))[1] - 1 for x in (high, low))
+    return np.where(high > 0, upper + 32, lower) if bits == 64 else lower
 
 
 @helper
@@ -387,16 +407,17 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
     return a.byteswap()
 
 
-@pure("popc", "clz", "brev", "bfind")
+@pure("popc", "clz", "brev", "bfind", modifiers="shiftamt")
 def _bits(instruction: Instruction) -> list[Operation]:
     name, view = instruction.parts[0], view_of(instruction)
     if name == "popc":
         return simple(instruction, "count_bits({0})", view, view, "U")
     if name == "brev" and view == "U":
         return simple(instruction, "reverse_bits({0})", "U", "U")
-    if view == "U" and len(instruction.parts) == 2:
-        text = "31 - highest_bit({0})" if name == "clz" else "highest_bit({0})"
-        return simple(instruction, text, "U", "U", "I")
+    if view in "UW" and len(instruction.parts) == 2 and name in ("clz", "bfind"):
+        text = f"highest_bit({{0}}, {BITS[view]})"
+        return simple(instruction, f"31 - {text}" if name == "clz" and view == "U" else (
+            f"63 - {text}" if name == "clz" else text), view, view, "I")  # fmt: skip
     raise instruction.unknown(instruction.opcode)
 
 
@@ -429,7 +450,11 @@ def _comparison(instruction: Instruction, name: str, view: str) -> str:
     raise instruction.unknown(f"comparison .{name}")
 
 
-@pure("setp", "set")
+@pure(
+    "setp",
+    "set",
+    modifiers="eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu nan num and or xor ftz",
+)
 def _setp(instruction: Instruction) -> list[Operation]:
     parts, operands, view = instruction.parts, instruction.operands, view_of(instruction)
     if parts[0] == "set":
@@ -457,7 +482,7 @@ def _setp(instruction: Instruction) -> list[Operation]:
     return result
 
 
-@pure("selp")
+@pure("selp", modifiers="")
 def _selp(instruction: Instruction) -> list[Operation]:
     view = {"F": "U", "D": "W", "E": "H"}.get(view_of(instruction), view_of(instruction))
     destination, a, b, predicate = instruction.operands
@@ -472,7 +497,7 @@ def _selp(instruction: Instruction) -> list[Operation]:
     return [Operation(instruction, text, [(view, destination)], inputs, guard=instruction.guard)]
 
 
-@pure("mov")
+@pure("mov", modifiers="")
 def _mov(instruction: Instruction) -> list[Operation]:
     view = {"F": "U", "D": "W", "E": "H", "I": "U", "J": "W", "S": "H"}.get(
         view_of(instruction), view_of(instruction)

@@ -7,9 +7,9 @@ import numpy as np
 from ..asynchronous import Event, SharedAccess
 from ..errors import MisalignedAccess, SimulatorError
 from ..memory import CLUSTER_BITS, POISON
-from ..ptx import Instruction
+from ..ptx import Instruction, Vector
 from ..tensor_map import TensorMap, decode, swizzle_address
-from . import control, refuse_unknown
+from . import TYPES, control, refuse_unknown
 from .conversion import bf16_bits, widen_bf16
 from .synchronisation import find_mbarrier, operand_values, shared_addresses
 
@@ -308,6 +308,52 @@ def _plain(instruction: Instruction):
                     _into_shared(block, unit, lane, instruction, place, nbytes, signal, load)
             else:
                 _out_of_shared(block, unit, lane, instruction, start, nbytes, read, write)
+        return True
+
+    return run
+
+
+@control("st.async", "red.async")
+def _store_async(instruction: Instruction):
+    """Ordinary values to another block of the cluster; its mbarrier counts their bytes."""
+    known = {"st", "red", "async", "weak", "relaxed", "cluster", "shared::cluster", "v2", "v4",
+             "mbarrier::complete_tx::bytes", "add", "min", "max", "and", "or", "xor"}  # fmt: skip
+    refuse_unknown(instruction, known | TYPES)
+    kind = instruction.parts[-1].replace("b", "u", 1)
+    dtype = np.dtype(_DTYPES[kind])
+    reduction = _reduction(instruction) if instruction.parts[0] == "red" else ""
+    target, source, barrier = instruction.operands
+    items = source.items if isinstance(source, Vector) else (source,)
+    view = "W" if dtype.itemsize == 8 else "U"
+
+    def run(block, unit) -> bool:
+        lanes = unit.lanes
+        places, signals = shared_addresses(unit, target), shared_addresses(unit, barrier)
+        values = [operand_values(unit, x, view).copy() for x in items]
+        nbytes = dtype.itemsize * len(items)
+        for lane in range(lanes.count):
+            other, low = block.owner_of(int(places[lane]))
+            other.shared.index(np.array([low]), dtype.itemsize, nbytes)
+            agent = block.first_agent + lanes.threads[lane : lane + 1] // 32
+            signal = find_mbarrier(block, unit, instruction, int(signals[lane]), agent)
+            if other.shadow is not None:
+                units = other.shadow.units(np.array([low]), nbytes)
+                phase = signal.phase + 1
+                conflict = other.shadow.remote_write(
+                    agent, units, instruction.line, signal.agent, phase
+                )
+                if conflict:
+                    block.report_conflict(instruction, conflict, True)
+            data = np.array([value[lane] for value in values]).view(dtype)
+
+            def effect(other=other, low=low, data=data, signal=signal) -> None:
+                place = other.shared.bytes[low : low + nbytes].view(dtype)
+                reduce_into(place, data, reduction, kind)
+                signal.complete(nbytes)
+
+            if block.trace:
+                block.trace.bulk_load(agent.tolist(), instruction, nbytes, signal)
+            block.events.issue(effect, instruction.where())
         return True
 
     return run

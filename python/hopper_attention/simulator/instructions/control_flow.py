@@ -5,7 +5,7 @@ from ..ptx import Instruction
 from . import control
 
 
-@control("trap")
+@control("trap", modifiers="")
 def _trap(instruction: Instruction):
     def run(block, unit) -> bool:
         raise SimulatorError(f"trap executed at {instruction.where()}")
@@ -13,7 +13,7 @@ def _trap(instruction: Instruction):
     return run
 
 
-@control("setmaxnreg")
+@control("setmaxnreg", modifiers="inc dec sync aligned")
 def _set_registers(instruction: Instruction):
     """dec returns registers to the block's pool, inc waits until the pool has enough."""
     count = instruction.operands[0].value

@@ -217,7 +217,9 @@ def _atomic_halves(instruction, space, operation, text, base, values, targets, k
     ]  # fmt: skip
 
 
-@pure("cvta")
+@pure(
+    "cvta", modifiers="to global shared shared::cta shared::cluster param param::entry const local"
+)
 def _convert_address(instruction: Instruction) -> list[Operation]:
     space = next(
         (p.split("::")[0] for p in instruction.parts[1:] if p.split("::")[0] in _SPACES), ""
@@ -262,7 +264,11 @@ def _is_space(instruction: Instruction) -> list[Operation]:
     return simple(instruction, text, "P", "W")
 
 
-@pure("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
+@pure(
+    "prefetch", "prefetchu", "discard", "applypriority", "createpolicy",
+    modifiers="global L1 L2 tensormap param const fractional range L2::evict_last "
+    "L2::evict_normal L2::evict_first L2::evict_unchanged",
+)  # fmt: skip
 def _hint(instruction: Instruction) -> list[Operation]:
     if instruction.parts[0] == "createpolicy":
         return simple_zero(instruction)

@@ -104,7 +104,7 @@ def _arrive(instruction: Instruction):
     parts, operands = set(instruction.parts), list(instruction.operands)
     state = None if isinstance(operands[0], Address) else operands.pop(0)
     arrives = bool(parts & {"arrive", "arrive_drop"})
-    orders = arrives and "relaxed" not in parts
+    orders = "relaxed" not in parts
 
     def run(block, unit) -> bool:
         lanes = unit.lanes
@@ -120,8 +120,9 @@ def _arrive(instruction: Instruction):
                 barrier.expect(int(amount[k]))
             elif "complete_tx" in parts:
                 barrier.complete(int(amount[k]))
-            if orders and barrier.clocks is not None:
-                barrier.clocks.release(agent, barrier.sync)
+            if arrives and barrier.clocks is not None:
+                clocks = barrier.clocks
+                (clocks.release if orders else clocks.release_relaxed)(agent, barrier.sync)
             if "arrive_drop" in parts:
                 barrier.expected -= 1 if "expect_tx" in parts else int(amount[k])
             if arrives:
@@ -262,8 +263,9 @@ def _cluster_barrier(instruction: Instruction):
         if barrier.sync is None and block.shadow is not None:
             barrier.sync = cluster.clocks.sync()
         if "arrive" in parts:
-            if orders and barrier.sync is not None:
-                cluster.clocks.release(agents, barrier.sync)
+            if barrier.sync is not None:
+                clocks = cluster.clocks
+                (clocks.release if orders else clocks.release_relaxed)(agents, barrier.sync)
             if block.trace:
                 block.trace.arrive(agents.tolist(), barrier)
             barrier.arrive(threads)
@@ -302,6 +304,8 @@ def _fence(instruction: Instruction) -> list[Operation]:
         return [Operation(instruction, "C.fence_proxy(L)", [], [], "store")]
     if "mbarrier_init" in parts:
         return [Operation(instruction, "C.fence_mbarriers(L)", [], [], "store")]
+    if "proxy" not in parts:
+        return [Operation(instruction, "C.fence_release(L)", [], [], "store")]
     return []
 
 

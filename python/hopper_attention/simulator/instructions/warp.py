@@ -43,9 +43,11 @@ def _shuffle_index(lanes, mode: str, b, c) -> tuple[np.ndarray, np.ndarray]:
 
 @helper
 def shuffle(lanes, mode: str, value: np.ndarray, b, c) -> np.ndarray:
-    return np.broadcast_to(value, (*np.shape(value)[:-1], lanes.count))[
-        ..., _shuffle_index(lanes, mode, b, c)[0]
-    ]
+    index = _shuffle_index(lanes, mode, b, c)[0]
+    value = np.broadcast_to(value, (*np.shape(value)[:-1], lanes.count))
+    if index.ndim > 1:  # several shuffles, each by its own register
+        return np.take_along_axis(np.broadcast_to(value, index.shape), index, axis=-1)
+    return value[..., index]
 
 
 @helper
@@ -53,7 +55,7 @@ def shuffle_valid(lanes, mode: str, b, c) -> np.ndarray:
     return _shuffle_index(lanes, mode, b, c)[1]
 
 
-@pure("shfl.sync")
+@pure("shfl.sync", modifiers="up down bfly idx")
 def _shuffle(instruction: Instruction) -> list[Operation]:
     mode = instruction.parts[2]
     target, value, b, c, _ = instruction.operands
@@ -74,7 +76,7 @@ def _shuffle(instruction: Instruction) -> list[Operation]:
     return result
 
 
-@pure("elect.sync")
+@pure("elect.sync", modifiers="")
 def _elect(instruction: Instruction) -> list[Operation]:
     """The lowest lane of each warp that takes part is elected."""
     target, predicate = instruction.operands[0], None
@@ -108,7 +110,7 @@ def vote(lanes, mode: str, value) -> np.ndarray:
     return result
 
 
-@pure("vote.sync", "activemask")
+@pure("vote.sync", "activemask", modifiers="ballot any all uni")
 def _vote(instruction: Instruction) -> list[Operation]:
     if instruction.parts[0] == "activemask":
         text = "vote(L, 'ballot', True)"
@@ -138,7 +140,7 @@ def reduce_warp(lanes, name: str, value: np.ndarray) -> np.ndarray:
     return result
 
 
-@pure("redux.sync")
+@pure("redux.sync", modifiers="add min max and or xor")
 def _reduce(instruction: Instruction) -> list[Operation]:
     name, kind = instruction.parts[2], instruction.parts[-1]
     if kind not in ("u32", "s32", "b32") or len(instruction.parts) != 4:
@@ -147,6 +149,38 @@ def _reduce(instruction: Instruction) -> list[Operation]:
     text = f"{{d0}} = reduce_warp(L, {name!r}, {{0}})"
     target, source = instruction.operands[:2]
     return [Operation(instruction, text, [(view, target)], [(view, source)], effect="load")]
+
+
+@helper
+def match(lanes, value: np.ndarray, everyone: bool) -> np.ndarray:
+    """Mask of the lanes of the warp with the same value; with ``everyone`` all or nothing."""
+    value = np.broadcast_to(value, (lanes.count,))
+    result = np.zeros(lanes.count, np.uint32)
+    for columns in lanes.warp_columns:
+        bits = np.uint32(1) << (lanes.lanes[columns] & 31).astype(np.uint32)
+        same = value[columns][:, None] == value[columns][None, :]
+        masks = np.bitwise_or.reduce(np.where(same, bits[None, :], np.uint32(0)), axis=1)
+        if everyone and not same.all():
+            masks[:] = 0
+        result[columns] = masks
+    return result
+
+
+@pure("match", modifiers="any all sync")
+def _match(instruction: Instruction) -> list[Operation]:
+    target, source = instruction.operands[:2]
+    predicate = None
+    if isinstance(target, Pair):
+        target, predicate = target.first, target.second
+    everyone = "all" in instruction.parts
+    view = "W" if instruction.parts[-1] == "b64" else "U"
+    lines = [f"t = match(L, {{0}}, {everyone})"]
+    outputs: list = []
+    for kind, register, text in (("U", target, "t"), ("P", predicate, "t != 0")):
+        if register is not None and register != SINK:
+            lines.append(f"{{d{len(outputs)}}} = {text}")
+            outputs.append((kind, register))
+    return [Operation(instruction, "\n".join(lines), outputs, [(view, source)], effect="load")]
 
 
 def _matrix_form(instruction: Instruction) -> tuple[int, bool]:
@@ -158,7 +192,7 @@ def _matrix_form(instruction: Instruction) -> tuple[int, bool]:
     return {"x1": 1, "x2": 2, "x4": 4}[parts[4]], "trans" in parts
 
 
-@pure("stmatrix")
+@pure("stmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
 def _store_matrix(instruction: Instruction) -> list[Operation]:
     count, transpose = _matrix_form(instruction)
     text, base = address(instruction, instruction.operands[0])
@@ -170,7 +204,7 @@ def _store_matrix(instruction: Instruction) -> list[Operation]:
     return [Operation(instruction, line, [], inputs, "store", constants=(instruction,))]
 
 
-@pure("ldmatrix")
+@pure("ldmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
 def _load_matrix(instruction: Instruction) -> list[Operation]:
     count, transpose = _matrix_form(instruction)
     target = instruction.operands[0]

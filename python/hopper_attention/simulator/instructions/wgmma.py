@@ -436,7 +436,7 @@ def _use(block, instruction, lanes, queue: Queue, index: np.ndarray, by_rows: bo
         block.accesses.add(access)
 
 
-@control("wgmma.fence")
+@control("wgmma.fence", modifiers="sync aligned")
 def _fence(instruction: Instruction):
     def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
@@ -447,7 +447,7 @@ def _fence(instruction: Instruction):
     return run
 
 
-@control("wgmma.commit_group")
+@control("wgmma.commit_group", modifiers="sync aligned")
 def _commit(instruction: Instruction):
     def run(block, unit) -> bool:
         if not unit.gather_warpgroup():
@@ -460,7 +460,7 @@ def _commit(instruction: Instruction):
     return run
 
 
-@control("wgmma.wait_group")
+@control("wgmma.wait_group", modifiers="sync aligned")
 def _wait(instruction: Instruction):
     keep = instruction.operands[0].value
 
