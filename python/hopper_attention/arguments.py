@@ -15,6 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+Shape = Sequence[int]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256
 ALIGNMENT = 8
@@ -57,62 +58,69 @@ class Lengths:
     seqused: Tensor | None = None
 
 
+WHOLE = Lengths()
+"""Every batch entry is a sequence."""
+
+
 def check_unsupported(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise NotImplementedError(f"{name}: not supported yet; leave it at its default")
 
 
-def check_tensors(**tensors: Tensor) -> None:
-    """Types, devices and dtypes of q, k and v; what only backward could serve."""
-    q = next(iter(tensors.values()))
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What every call must check anew: types, devices, and what only backward could serve."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q: expected a torch.Tensor, got {type(q).__name__}")
-    device, dtype, grad_enabled = q.device, q.dtype, torch.is_grad_enabled()
-    for name, tensor in tensors.items():
+    device, grad_enabled = q.device, torch.is_grad_enabled()
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
-        if tensor.dtype not in DTYPES:
-            raise NotImplementedError(
-                f"{name} has dtype {tensor.dtype}; supported: torch.bfloat16, torch.float16"
-            )
-        if tensor.dtype is not dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, q has {dtype}")
         if grad_enabled and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
             )
 
 
-def check_rank(name: str, tensor: Tensor, packed: bool) -> None:
-    expected = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
-    if tensor.dim() != (3 if packed else 4):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+def check_dtypes(*dtypes: torch.dtype) -> None:
+    """Of q, k and v."""
+    for name, dtype in zip("qkv", dtypes, strict=True):
+        if dtype not in DTYPES:
+            raise NotImplementedError(
+                f"{name} has dtype {dtype}; supported: torch.bfloat16, torch.float16"
+            )
+        if dtype != dtypes[0]:
+            raise ValueError(f"{name} has dtype {dtype}, q has {dtypes[0]}")
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Heads and head dims, whatever the layout."""
-    (heads, head_dim), (heads_kv, head_dim_k) = q.shape[-2:], k.shape[-2:]
+def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -> None:
+    """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) where packed."""
+    for name, shape, packed in (("q", q, packed_q), ("k", k, packed_k), ("v", v, packed_k)):
+        if len(shape) != (3 if packed else 4):
+            form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+            raise ValueError(f"{name} has shape {tuple(shape)}; expected {form}")
+    if not packed_q and not packed_k:
+        for name, shape in (("k", k), ("v", v)):
+            if shape[0] != q[0]:
+                raise ValueError(f"{name} has batch {shape[0]}, q has {q[0]}")
+    rows = ("total",) if packed_k else ("batch", "seqlen")
+    for what, given, expected in zip((*rows, "heads"), v, k):
+        if given != expected:
+            raise ValueError(f"v has {what} {given}, k has {expected}")
+    (heads, head_dim), (heads_kv, head_dim_k) = q[-2:], k[-2:]
     if head_dim_k != head_dim:
         raise ValueError(f"k has head_dim {head_dim_k}, q has {head_dim}")
-    if v.shape[-2] != heads_kv:
-        raise ValueError(f"v has heads {v.shape[-2]}, k has {heads_kv}")
     if heads_kv == 0 or heads % heads_kv != 0:
         raise ValueError(f"q has {heads} heads, not a multiple of the {heads_kv} of k and v")
-    for name, dim in (("q and k", head_dim), ("v", v.shape[-1])):
+    for name, dim in (("q and k", head_dim), ("v", v[-1])):
         if dim % 8 != 0 or not 0 < dim <= MAX_HEAD_DIM:
             nearest = min(MAX_HEAD_DIM, max(8, -(-dim // 8) * 8))
             raise NotImplementedError(
                 f"head_dim {dim} of {name} is not supported; supported: multiples of 8 up to "
                 f"{MAX_HEAD_DIM} (nearest: {nearest})"
             )
-
-
-def check_same(axis: int, what: str, k: Tensor, v: Tensor) -> None:
-    if v.shape[axis] != k.shape[axis]:
-        raise ValueError(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]}")
 
 
 def addressable(name: str, tensor: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopper_attention import arguments, dispatch, reference, runtime
-from hopper_attention.arguments import Lengths, Mask
+from hopper_attention.arguments import WHOLE, Lengths, Mask
 from hopper_attention.ranges import annotated
 
 WindowSize = Sequence[int | None]
@@ -75,18 +78,11 @@ def flash_attn_func(
     FlashAttention-3, arXiv 2407.08608.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
-    arguments.check_tensors(q=q, k=k, v=v)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        arguments.check_rank(name, tensor, packed=False)
-        if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, q has {q.shape[0]}")
-    arguments.check_same(1, "seqlen", k, v)
-    arguments.check_heads(q, k, v)
-    scale = arguments.resolve_scale(softmax_scale, q.shape[3])
-    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q.shape[1], k.shape[1])
-    cap = arguments.resolve_softcap(softcap)
+    arguments.check_tensors(q, k, v)
+    layout = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), False, False, False
+    plan = _plan(*layout, softmax_scale, causal, window_size, attention_chunk, softcap)
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(q, k, v, scale, mask, cap, sink)
+    out, lse = _forward(plan, q, k, v, sink)
     return (out, lse) if return_attn_probs or return_lse else out
 
 
@@ -139,15 +135,11 @@ def flash_attn_varlen_func(
         with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
-    arguments.check_tensors(q=q, k=k, v=v)
+    arguments.check_tensors(q, k, v)
+    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    layout = shapes, dtypes, cu_seqlens_q is not None, cu_seqlens_k is not None, True
+    plan = _plan(*layout, softmax_scale, causal, window_size, attention_chunk, softcap)
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-    arguments.check_rank("q", q, packed=cu_seqlens_q is not None)
-    for name, tensor in (("k", k), ("v", v)):
-        arguments.check_rank(name, tensor, packed=cu_seqlens_k is not None)
-    arguments.check_same(0, "total" if k.dim() == 3 else "batch", k, v)
-    if k.dim() == 4:
-        arguments.check_same(1, "seqlen", k, v)
-    arguments.check_heads(q, k, v)
     batch = _batch(q, k, queries, keys)
     arguments.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q)
     arguments.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q)
@@ -158,11 +150,8 @@ def flash_attn_varlen_func(
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if bound is not None and not isinstance(bound, (int, Tensor)):
             raise TypeError(f"{name}: expected an integer, got {type(bound).__name__}")
-    scale = arguments.resolve_scale(softmax_scale, q.shape[-1])
-    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q.shape[-3], k.shape[-3])
-    cap = arguments.resolve_softcap(softcap)
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(q, k, v, scale, mask, cap, sink, queries, keys, batch)
+    out, lse = _forward(plan, q, k, v, sink, queries, keys, batch)
     return (out, lse) if return_attn_probs or return_lse else out
 
 
@@ -238,6 +227,10 @@ def _check_hints(
     sm_margin: int,
 ) -> None:
     """Arguments of flash-attn 3 that no kernel here serves yet."""
+    if qv is q_descale is k_descale is v_descale is None and not (pack_gqa or sm_margin):
+        if num_splits in (0, 1):
+            return
+        raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
     arguments.check_unsupported(
         qv=qv,
         q_descale=q_descale,
@@ -246,8 +239,76 @@ def _check_hints(
         pack_gqa=pack_gqa or None,
         sm_margin=sm_margin or None,
     )
-    if num_splits not in (0, 1):
-        raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
+
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
+
+    instance: str
+    scale: float
+    mask: Mask
+    softcap: float | None
+    lse_shape: tuple[int, ...]
+    varlen: bool
+
+    @functools.cached_property
+    def scalars(self) -> list[float | int]:
+        """The instance's scalar arguments where none of them stands for a tensor."""
+        return self.scalars_with({})
+
+    def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
+        """The same with addresses and the number of sequences by name; 0 where absent."""
+        values: dict[str, float | int] = {
+            **dict.fromkeys(("learnable_sink", *LENGTHS), 0),
+            "softmax_scale": self.scale,
+            "softcap": self.softcap or 0.0,
+            "window_left": self.mask.left,
+            "window_right": self.mask.right,
+            "attention_chunk": self.mask.chunk,
+            **tensors,
+        }
+        return [values[name] for name in runtime.scalar_names(self.instance)]
+
+
+def _plan(*key: Any) -> Plan:
+    """As `_make_plan`, looked up where it was made before."""
+    try:
+        return _cached_plan(*key)
+    except TypeError:  # a list is as good a window as a tuple; what else has no hash is refused
+        return _make_plan(*key)
+
+
+def _make_plan(
+    shapes: tuple[torch.Size, torch.Size, torch.Size],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    packed_q: bool,
+    packed_k: bool,
+    varlen: bool,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: WindowSize,
+    attention_chunk: int,
+    softcap: float,
+) -> Plan:
+    arguments.check_dtypes(*dtypes)
+    q, k, v = shapes
+    arguments.check_shapes(q, k, v, packed_q, packed_k)
+    scale = arguments.resolve_scale(softmax_scale, q[-1])
+    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q[-3], k[-3])
+    cap = arguments.resolve_softcap(softcap)
+    dtype = arguments.DTYPES[dtypes[0]]
+    has_cap = cap is not None
+    instance = dispatch.forward_instance(dtype, q[-1], v[-1], mask.kind, has_cap, varlen)
+    *rows, heads, _ = q
+    lse_shape = (heads, *rows) if packed_q else (rows[0], heads, rows[1])
+    return Plan(instance, scale, mask, cap, lse_shape, varlen)
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_make_plan)
 
 
 def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
@@ -270,61 +331,52 @@ def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
 
 @annotated("forward")
 def _forward(
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    mask: Mask,
-    softcap: float | None,
     sink: Tensor | None,
-    queries: Lengths | None = None,
-    keys: Lengths | None = None,
+    queries: Lengths = WHOLE,
+    keys: Lengths = WHOLE,
     batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) on whatever q's device has; the arguments are known to fit."""
     backend = runtime.backend_for(q)
-    varlen = queries is not None
-    dtype = arguments.DTYPES[q.dtype]
-    instance = dispatch.forward_instance(
-        dtype, q.shape[-1], v.shape[-1], mask.kind, softcap is not None, varlen
+    q, k, v = (
+        arguments.addressable("q", q),
+        arguments.addressable("k", k),
+        arguments.addressable("v", v),
     )
-    q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     if backend is runtime.Backend.REFERENCE:
         return reference.attention(
-            q, k, v, softmax_scale=scale, mask=mask, softcap=softcap, sink=sink,
+            q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
             queries=queries, keys=keys,
         )  # fmt: skip
-    *rows, heads, _ = q.shape
-    out = q.new_empty((*rows, heads, v.shape[-1]))
-    lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if queries is not None and queries.seqused is not None:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    if sink is None and not plan.varlen:
+        if out.numel() > 0:
+            runtime.launch(backend, plan.instance, (q, k, v, out, lse), plan.scalars)
+        return out, lse
+    if queries.seqused is not None:
         out.zero_()
         lse.fill_(-torch.inf)
-    if out.numel() == 0 or (varlen and batch == 0):
-        return out, lse
-    operands = [("mQ", q), ("mK", k), ("mV", v), ("mO", out), ("mLSE", lse)]
-    values: dict[str, float | int | Tensor | None] = {
-        "softmax_scale": scale,
+    pointers = {
         "learnable_sink": sink,
-        "softcap": softcap,
-        "window_left": mask.left,
-        "window_right": mask.right,
-        "attention_chunk": mask.chunk,
+        "cu_seqlens_q": queries.cu_seqlens,
+        "cu_seqlens_k": keys.cu_seqlens,
+        "seqused_q": queries.seqused,
+        "seqused_k": keys.seqused,
     }
-    if queries is not None and keys is not None:
-        operands = [(name, _with_batch(name, x)) for name, x in operands]
-        values |= {
-            "cu_seqlens_q": queries.cu_seqlens,
-            "cu_seqlens_k": keys.cu_seqlens,
-            "seqused_q": queries.seqused,
-            "seqused_k": keys.seqused,
-            "num_sequences": batch,
-        }
-    runtime.launch(backend, instance, [x for _, x in operands], values)
+    given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
+    numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
+    scalars = plan.scalars_with(numbers | {"num_sequences": batch})
+    operands = [*(_as_entry(x, 4) for x in (q, k, v, out)), _as_entry(lse, 3)]
+    if out.numel() > 0 and (batch > 0 or not plan.varlen):
+        runtime.launch(backend, plan.instance, operands, scalars, tuple(given.values()))
     return out, lse
 
 
-def _with_batch(name: str, tensor: Tensor) -> Tensor:
+def _as_entry(tensor: Tensor, rank: int) -> Tensor:
     """Packed tensors are one batch entry."""
-    return tensor.unsqueeze(0) if tensor.dim() == (2 if name == "mLSE" else 3) else tensor
+    return tensor.unsqueeze(0) if tensor.ndim < rank else tensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention.arguments import FULL, Lengths, Mask
+from hopper_attention.arguments import FULL, WHOLE, Lengths, Mask
 
 QUERY_BLOCK = 1024
 """Queries scored at once: bounds memory at QUERY_BLOCK * seqlen_k scores a head."""
@@ -22,8 +22,8 @@ def attention(
     mask: Mask = FULL,
     softcap: float | None = None,
     sink: Tensor | None = None,
-    queries: Lengths | None = None,
-    keys: Lengths | None = None,
+    queries: Lengths = WHOLE,
+    keys: Lengths = WHOLE,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of q (batch, seqlen_q, heads, d), k (batch, seqlen_k, heads_kv, d), v (.., dv).
@@ -58,21 +58,19 @@ def attention(
     return out, lse
 
 
-def _sequences(q: Tensor, queries: Lengths | None) -> int:
-    if queries is None or queries.cu_seqlens is None:
-        return q.shape[0]
-    return len(queries.cu_seqlens) - 1
+def _sequences(q: Tensor, queries: Lengths) -> int:
+    return q.shape[0] if queries.cu_seqlens is None else len(queries.cu_seqlens) - 1
 
 
-def _rows(tensor: Tensor, lengths: Lengths | None, b: int) -> Any:
+def _rows(tensor: Tensor, lengths: Lengths, b: int) -> Any:
     """Index of sequence b's rows: a slice of a packed tensor, or (b, slice)."""
     start, stop = 0, tensor.shape[-3]
-    packed = lengths is not None and lengths.cu_seqlens is not None
-    if lengths is not None and lengths.cu_seqlens is not None:
+    if lengths.cu_seqlens is not None:
         start, stop = (int(n) for n in lengths.cu_seqlens[b : b + 2])
-    if lengths is not None and lengths.seqused is not None:
+    if lengths.seqused is not None:
         stop = start + int(lengths.seqused[b])
-    return slice(start, stop) if packed else (b, slice(start, stop))
+    rows = slice(start, stop)
+    return (b, rows) if lengths.cu_seqlens is None else rows
 
 
 def _one_head(

@@ -7,7 +7,7 @@ import enum
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -58,25 +58,31 @@ def launch(
     backend: Backend,
     instance: str,
     tensors: Sequence[Tensor],
-    values: Mapping[str, float | int | Tensor | None],
+    scalars: Sequence[float | int],
+    pointees: Sequence[Tensor] = (),
 ) -> None:
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
-    `values` holds the other arguments by name, of which the instance takes those it has; a tensor
-    stands for its address, None for address 0.
+    `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
+    among them.
     """
     described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
-    chosen = [values[name] for name in _scalar_names(instance)]
-    scalars = [_address(value) for value in chosen]
     if backend is Backend.CUDA and _intercept is None:
         device = tensors[0].get_device()
         _cuda.launch(instance, device, current_stream(device), described, scalars)
         return
-    reachable = [*tensors, *(value for value in chosen if isinstance(value, Tensor))]
+    reachable = [*tensors, *pointees]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
         _simulator.set_launch_handler(run)
         _simulator.launch(instance, 0, 0, described, scalars)
+
+
+@functools.cache
+def scalar_names(instance: str) -> list[str]:
+    """Of the instance's arguments that are not tensors, addresses included."""
+    arguments = manifest.instances()[instance].arguments
+    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
 
 
 @contextmanager
@@ -92,18 +98,6 @@ def intercepted(handler: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _intercept = None
-
-
-@functools.cache
-def _scalar_names(instance: str) -> list[str]:
-    arguments = manifest.instances()[instance].arguments
-    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
-
-
-def _address(value: float | int | Tensor | None) -> float | int:
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return 0 if value is None else value
 
 
 def current_stream(device: int) -> int:

@@ -61,11 +61,10 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
     opcodes = sorted({opcode for i in instances for opcode in i["opcodes"]})
     table = Table(title=f"Compiled kernel instances ({architectures})", box=None)
     table.add_column("instance", no_wrap=True)
-    for column in ("tile", "threads", "regs", "shared", "spills", *opcodes):
+    for column in ("tile", "regs", "shared", "spills", *opcodes):
         table.add_column(column, justify="right", no_wrap=True)
     for i in instances:
         figures = (
-            i["threads"],
             i["registers"],
             i["shared_memory_bytes"],
             i["spill_stores"] + i["spill_loads"],
