@@ -47,9 +47,14 @@ class OnlineSoftmax:
     def create(rows: int, scale_log2: Float32) -> "OnlineSoftmax":
         row_max = cute.make_rmem_tensor((rows,), Float32)
         row_sum = cute.make_rmem_tensor((rows,), Float32)
-        row_max.fill(-Float32.inf)
-        row_sum.fill(0.0)
-        return OnlineSoftmax(row_max, row_sum, scale_log2)
+        softmax = OnlineSoftmax(row_max, row_sum, scale_log2)
+        softmax.reset()
+        return softmax
+
+    def reset(self) -> None:
+        """No key was seen yet."""
+        self.row_max.fill(-Float32.inf)
+        self.row_sum.fill(0.0)
 
     @cute.jit
     def step(

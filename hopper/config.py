@@ -73,12 +73,20 @@ class ForwardConfig:
         return self.head_dim_v <= self.head_dim
 
     @property
+    def q_stages(self) -> int:
+        """Two where they fit: the next tile's Q is loaded while this one is computed and stored."""
+        return 2 if self._shared_memory_bytes(2) <= SHARED_MEMORY_CAPACITY else 1
+
+    @property
     def shared_memory_bytes(self) -> int:
+        return self._shared_memory_bytes(self.q_stages)
+
+    def _shared_memory_bytes(self, q_stages: int) -> int:
         """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K, V stages, O."""
         row, row_v = 2 * self.head_dim, 2 * self.head_dim_v
         output = 0 if self.output_over_q else self.tile_m * row_v
         keys = self.stages * self.tile_n * (row + row_v)
-        return 1024 + self.tile_m * row + keys + output
+        return 1024 + q_stages * self.tile_m * row + keys + output
 
 
 FORWARD_TILES = {

@@ -1,6 +1,7 @@
 """Forward attention on sm_90a: O = softmax(softmax_scale * Q K^T) V and its log-sum-exp.
 
-FlashAttention-3's structure (arXiv 2407.08608); a block takes `tile_m` query rows of one head.
+FlashAttention-3's structure (arXiv 2407.08608); a tile is `tile_m` query rows of one head.  Blocks
+are persistent: each takes tile after tile, from a counter if there is one (tile_queue.py).
 
 Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d); bf16 or fp16, last
            dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
@@ -11,26 +12,28 @@ Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d)
 Roles      warpgroup 0     producer; its first warp issues every load, the others idle
            warpgroup 1..W  consumers, 64 query rows each; registers by `setmaxnreg` (config.py)
 
-Pipelines  name  stages  full                   empty
-           Q     1       1 arrival + bytes      never: one tile a block
-           K, V  2 each  1 arrival + bytes      4 W arrivals, one a consumer warp
+Pipelines  name  stages  full                   empty: 4 W arrivals, one a consumer warp
+           Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been stored
+           K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
+           tile  2       1 arrival              when read: the number of the next tile
 
-Timeline   of consumer w, key blocks j from the last to the first ("token": named barrier TURN + w)
+Timeline   of consumer w and tile, key blocks j from last to first ("token": named barrier TURN + w)
 
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
              for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
                      wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P, rescale O
-             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
+             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store, release Q
 
            The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
-           Within a consumer, softmax of block j runs under O += P V(j+1).
+           Within a consumer, softmax of block j runs under O += P V(j+1).  Between tiles nothing
+           stops: the producer is ahead with the next tile's Q and K.
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
            them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
            or narrower than Q it has a buffer of its own.  A warp whose rows end with a packed
            sequence stores from registers: TMA would overwrite the next sequence.
 
-Shared memory: barriers, Q (O), `stages` K, `stages` V; `ForwardConfig.shared_memory_bytes`.
+Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
 """
 
 from dataclasses import dataclass
@@ -59,6 +62,8 @@ from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.memory import read
 from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Sequence
 from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, scale_rows
+from hopper_attention.cute_kernels.tile_queue import STAGES as TILE_STAGES
+from hopper_attention.cute_kernels.tile_queue import TileQueue
 from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, Tile, VarlenScheduler
 from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
 from hopper_attention.hopper import wgmma
@@ -118,7 +123,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shared memory: Q (tile_m, d), K (tile_n, d, stages), V (dv, tile_n, stages), O as Q, dv."""
+    """Shared memory, with stages: Q (tile_m, d), K (tile_n, d), V (dv, tile_n), O (tile_m, dv)."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -131,6 +136,7 @@ class Pipelines:
     q: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
+    tiles: TileQueue
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,8 @@ class Forward:
         window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
         lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
         operands = (operand(), operand(), operand(), operand(), lse)
-        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths)
+        queue = (Int64(0), Int32(1))
+        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *queue)
 
     @cute.jit
     def __call__(
@@ -191,6 +198,8 @@ class Forward:
         seqused_q: Optional[Int64],
         seqused_k: Optional[Int64],
         num_sequences: Optional[Int32],
+        tile_counter: Int64,
+        max_blocks: Int32,
         stream: cuda.CUstream,
     ):
         cfg = self.cfg
@@ -203,7 +212,7 @@ class Forward:
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         make = cpasync.make_tiled_tma_atom
         tma = Tma(
-            make(load, mQ, layout_q, (cfg.tile_m, cfg.head_dim)),
+            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
             make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
             make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
             make(
@@ -233,8 +242,10 @@ class Forward:
         problem = Problem(
             queries, keys, heads // heads_kv, scale * LOG2_E, capped, window, learnable_sink
         )
-        self.kernel(tma, mO, mLSE, problem, scheduler, self.tiled_mmas()).launch(
-            grid=[scheduler.blocks, 1, 1], block=[cfg.threads, 1, 1], stream=stream
+        self.kernel(tma, mO, mLSE, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
+            grid=[minimum(scheduler.blocks, max_blocks), 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
         )
 
     def tiled_mmas(self) -> Mmas:
@@ -247,14 +258,15 @@ class Forward:
         )
 
     def shared_layouts(self) -> tuple:
-        """Swizzled layouts of Q, of K and V with their stages, of O."""
+        """Swizzled layouts of Q, K, V and O with their stages."""
         cfg, row, column = self.cfg, LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
         qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
         pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
-        q = cute.select(sm90.make_smem_layout_a(row, qk, self.dtype, 1), mode=[0, 1])
+        q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
         v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v), (0, 1))
+        stages = cfg.q_stages if cfg.output_over_q else 1
+        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v, stages), (0, 1, 2))
         return q, k, v, o
 
     def swizzle_v(self):
@@ -270,6 +282,7 @@ class Forward:
         mLSE: cute.Tensor,
         problem: Problem,
         scheduler: Any,
+        tile_counter: Int64,
         mmas: Mmas,
     ):
         cfg = self.cfg
@@ -288,22 +301,20 @@ class Forward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.v, tma.o):
                 cpasync.prefetch_descriptor(info.atom)
-        pipelines = self.make_pipelines(storage)
-        work = self.find_work(problem, scheduler)
+        pipelines = self.make_pipelines(storage, tile_counter)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
-            if warp_index == 0 and work.blocks.end > work.blocks.first:
-                self.load(tma, tiles, pipelines, problem, work)
+            if warp_index == 0:
+                self.produce(tma, tiles, pipelines, problem, scheduler)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
-            self.consume(
-                mmas, tma.o, mO, mLSE, tiles, pipelines, problem, work, storage.v.data_ptr()
-            )
+            v_start = storage.v.data_ptr()
+            self.consume(mmas, tma.o, mO, mLSE, tiles, pipelines, problem, scheduler, v_start)
 
     @cute.jit
-    def find_work(self, problem: Problem, scheduler: Any) -> Work:
+    def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
         cfg = self.cfg
-        tile = scheduler.tile(cute.arch.block_idx()[0])
+        tile = scheduler.tile(number)
         batch = tile.batch
         if const_expr(cfg.varlen):
             batch = minimum(batch, scheduler.batch - 1)
@@ -330,9 +341,11 @@ class Forward:
 
         @cute.struct
         class Storage:
-            q_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
+            tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
+            tile_numbers: cute.struct.MemRange[Int32, TILE_STAGES]
             q: buffer(layout_q)
             k: buffer(layout_k)
             v: buffer(layout_v)
@@ -340,7 +353,7 @@ class Forward:
 
         return Storage
 
-    def make_pipelines(self, storage) -> Pipelines:
+    def make_pipelines(self, storage, tile_counter: Int64) -> Pipelines:
         cfg, element_bytes = self.cfg, self.dtype.width // 8
         group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
 
@@ -354,15 +367,56 @@ class Forward:
                 defer_sync=not last,  # the last one fences and synchronises for all
             )
 
+        numbers = storage.tile_numbers.get_tensor(cute.make_layout(TILE_STAGES))
+        queue = TileQueue.create(
+            tile_counter, numbers, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
+        )
         return Pipelines(
-            make(storage.q_barriers, 1, cfg.tile_m * cfg.head_dim),
+            make(storage.q_barriers, cfg.q_stages, cfg.tile_m * cfg.head_dim),
             make(storage.k_barriers, cfg.stages, cfg.tile_n * cfg.head_dim),
             make(storage.v_barriers, cfg.stages, cfg.tile_n * cfg.head_dim_v, last=True),
+            queue,
         )
 
     @cute.jit
-    def load(self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, work: Work):
-        """Producer warp: K(last), Q, then K(j), V(j + 1) downwards, then V(first)."""
+    def produce(
+        self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, scheduler: Any
+    ):
+        """Producer warp: the loads of tile after tile, and their numbers for the consumers."""
+        q_state, k_state, tile_state = (
+            pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+            for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
+        )
+        number = cute.arch.block_idx()[0]
+        while number < scheduler.blocks:
+            following = pipelines.tiles.publish(tile_state, number)
+            work = self.find_work(problem, scheduler, number)
+            k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
+            q_state.advance()
+            tile_state.advance()
+            number = following
+        # A block must not exit while its consumers may still arrive on the empty barriers.
+        pipelines.q.producer_tail(q_state)
+        pipelines.k.producer_tail(k_state.clone())
+        pipelines.v.producer_tail(k_state)
+        pipelines.tiles.pipe.producer_tail(tile_state)
+        pipelines.tiles.finish()
+
+    @cute.jit
+    def load(
+        self,
+        tma: Tma,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+    ):
+        """One tile: K(last), Q, then K(j), V(j + 1) downwards, then V(first); K's and V's state.
+
+        Q is loaded for a tile without keys, too: its buffer is where O is staged.
+        """
         cfg, queries, keys = self.cfg, work.queries, work.keys
         head_kv = work.tile.head // problem.qhead_per_kvhead
         mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
@@ -377,26 +431,20 @@ class Forward:
         sQ, gQ = partition(tma.q, tiles.q, gQ)
         sK, gK = partition(tma.k, tiles.k, gK)
         sV, gV = partition(tma.v, tiles.v, gV)
-        q, k, v = pipelines.q, pipelines.k, pipelines.v
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, cfg.stages)
+        k, v, last = pipelines.k, pipelines.v, work.blocks.end - 1
         v_state = k_state.clone()
-
-        last = work.blocks.end - 1
-        load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
-        k_state.advance()
-        q.producer_acquire(q_state)
-        cute.copy(tma.q.atom, gQ, sQ, tma_bar_ptr=q.producer_get_barrier(q_state))
+        if last >= work.blocks.first:
+            load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
+            k_state.advance()
+        load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
         for i in cutlass.range(last - work.blocks.first, unroll=1):
             load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
             k_state.advance()
             load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
             v_state.advance()
-        load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
-        v_state.advance()
-        # A block must not exit while its consumers may still arrive on the empty barriers.
-        k.producer_tail(k_state)
-        v.producer_tail(v_state)
+        if last >= work.blocks.first:
+            load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
+        return k_state
 
     @cute.jit
     def consume(
@@ -408,10 +456,10 @@ class Forward:
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
-        work: Work,
+        scheduler: Any,
         v_start: cute.Pointer,
     ):
-        """Consumer warpgroup: 64 rows of S, softmax and O."""
+        """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
         thread = cute.arch.thread_idx()[0] - 128
         # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
@@ -430,21 +478,37 @@ class Forward:
         )
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.tile_n))
         coordinates = rows_and_columns(mmas.qk.get_slice(thread).partition_C(identity))
-        first_row = work.tile.m_block * cfg.tile_m
-        mask = Mask(work.visibility, coordinates, first_row, cfg.tile_n)
         softmax = OnlineSoftmax.create(2, problem.scale_log2)
-        sink_log2 = -Float32.inf
-        if problem.sink != 0:
-            sink_log2 = read(Float32, problem.sink, work.tile.head) * LOG2_E
-        fragments.acc_o.fill(0.0)
-        if work.blocks.end > work.blocks.first:
-            self.attend(
-                mmas, fragments, pipelines, softmax, mask, problem, work, sink_log2, v_start
-            )
-        else:
-            softmax.finish(sink_log2)
-        self.store_lse(softmax.lse, mLSE, coordinates, work)
-        self.store_output(fragments.acc_o, mmas.pv, tiles.o, tma_o, mO, work)
+        turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
+        q_state, k_state, tile_state = (
+            pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
+            for stages in (cfg.q_stages, cfg.stages, TILE_STAGES)
+        )
+        number = cute.arch.block_idx()[0]
+        while number < scheduler.blocks:
+            work = self.find_work(problem, scheduler, number)
+            first_row = work.tile.m_block * cfg.tile_m
+            mask = Mask(work.visibility, coordinates, first_row, cfg.tile_n)
+            sink_log2 = -Float32.inf
+            if problem.sink != 0:
+                sink_log2 = read(Float32, problem.sink, work.tile.head) * LOG2_E
+            softmax.reset()
+            fragments.acc_o.fill(0.0)
+            pipelines.q.consumer_wait(q_state)
+            if work.blocks.end > work.blocks.first:
+                k_state = self.attend(
+                    mmas, fragments, pipelines, softmax, turns, mask, problem, work, sink_log2,
+                    v_start, q_state, k_state,
+                )  # fmt: skip
+            else:
+                softmax.finish(sink_log2)
+            self.store_lse(softmax.lse, mLSE, coordinates, work)
+            sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
+            self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, mO, work)
+            pipelines.q.consumer_release(q_state)
+            q_state.advance()
+            number = pipelines.tiles.next(tile_state)
+            tile_state.advance()
 
     @cute.jit
     def attend(
@@ -453,24 +517,27 @@ class Forward:
         fragments: Fragments,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
+        turns: Turns,
         mask: Mask,
         problem: Problem,
         work: Work,
         sink_log2: Float32,
         v_start: cute.Pointer,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
     ):
-        """All key blocks, last to first; leaves the normalised O in acc_o, the LSE in softmax."""
+        """All key blocks, last to first; leaves the normalised O in acc_o, the LSE in softmax.
+
+        Returns the state of K, and of V, behind the last block.
+        """
         cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
-        turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
+        q_block = fragments.q[None, None, None, q_state.index]
 
         last = blocks.end - 1
-        pipelines.q.consumer_wait(q_state)
         pipelines.k.consumer_wait(k_state)
         k_block = fragments.k[None, None, None, k_state.index]
-        wgmma.issue(mmas.qk, acc_s, fragments.q, k_block, accumulate=False)
+        wgmma.issue(mmas.qk, acc_s, q_block, k_block, accumulate=False)
         warpgroup.wait_group(0)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
@@ -480,7 +547,7 @@ class Forward:
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
-        step = partial(self.step, mmas, fragments, pipelines, softmax, turns, problem)
+        step = partial(self.step, mmas, fragments, q_block, pipelines, softmax, turns, problem)
         unmasked_end = minimum(blocks.unmasked_end, last)
         unmasked_first = minimum(blocks.unmasked_first, last)
         if const_expr(cfg.mask != "full"):
@@ -500,12 +567,14 @@ class Forward:
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
         scale_rows(rows_and_columns(acc_o), factors)
+        return k_state
 
     @cute.jit
     def step(
         self,
         mmas: Mmas,
         fragments: Fragments,
+        q_block: cute.Tensor,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
         turns: Turns,
@@ -521,7 +590,7 @@ class Forward:
         v_block = fragments.v[None, None, None, v_state.index]
         pipelines.k.consumer_wait(k_state)
         turns.wait()
-        wgmma.issue(mmas.qk, acc_s, fragments.q, k_block, accumulate=False)
+        wgmma.issue(mmas.qk, acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state)
         wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
         turns.give()
@@ -646,8 +715,9 @@ class Forward:
             for j in cutlass.range_constexpr(cfg.head_dim_v // self.store_tile[1]):
                 cute.copy(tma_o.atom, sO[None, j], gO[None, j])
             cute.arch.cp_async_bulk_commit_group()
-            # Shared memory must outlive the store's reads.
+            # Before Q is released, or shared memory given up, the store must have read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
 
     @cute.jit
     def store_elements(
