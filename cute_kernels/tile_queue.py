@@ -13,14 +13,10 @@ STAGES = 2
 
 @dataclass(frozen=True)
 class TileQueue:
-    """Block b starts with tile b; which one follows, the producer warp asks and passes on.
-
-    With a counter in global memory (two int32, zero before and after the launch) tiles go to whoever
-    is free first; without, each block takes every `grid`-th.
-    """
+    """Block b starts with tile b; then tiles go to whoever is free first."""
 
     counter: Int64
-    """Address, or 0."""
+    """Address of two int32 in global memory, zero before and after the launch."""
     slots: cute.Tensor
     """(STAGES,) int32 in shared memory."""
     pipe: pipeline.PipelineAsync
@@ -39,15 +35,12 @@ class TileQueue:
         return TileQueue(counter, slots, pipe)
 
     @cute.jit
-    def publish(self, state: pipeline.PipelineState, tile: Int32) -> Int32:
-        """By the producer warp at the start of `tile`: the next one, for the consumers too."""
-        blocks = cute.arch.grid_dim()[0]
-        following = tile + blocks
-        if self.counter != 0:
-            lane = cute.arch.lane_idx()
-            if lane == 0:
-                following = blocks + cute.arch.atomic_add(self.place(0), Int32(1))
-            following = cute.arch.shuffle_sync(following, 0)
+    def publish(self, state: pipeline.PipelineState) -> Int32:
+        """By the producer warp: the number of its next tile, for the consumers too."""
+        following = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            following = cute.arch.grid_dim()[0] + cute.arch.atomic_add(self.place(0), Int32(1))
+        following = cute.arch.shuffle_sync(following, 0)
         self.pipe.producer_acquire(state)
         with cute.arch.elect_one():
             self.slots[state.index] = following
@@ -67,13 +60,12 @@ class TileQueue:
     @cute.jit
     def finish(self):
         """By the producer warp: the last block to finish leaves the counter as it was found."""
-        if self.counter != 0:
-            if cute.arch.lane_idx() == 0:
-                finished = cute.arch.atomic_add(self.place(1), Int32(1))
-                if finished == cute.arch.grid_dim()[0] - 1:
-                    counts = cute.make_tensor(self.place(0), cute.make_layout(2))
-                    counts[0] = Int32(0)
-                    counts[1] = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            finished = cute.arch.atomic_add(self.place(1), Int32(1))
+            if finished == cute.arch.grid_dim()[0] - 1:
+                counts = cute.make_tensor(self.place(0), cute.make_layout(2))
+                counts[0] = Int32(0)
+                counts[1] = Int32(0)
 
     def place(self, index: int) -> cute.Pointer:
         address = self.counter + 4 * index

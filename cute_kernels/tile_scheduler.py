@@ -38,9 +38,10 @@ class DenseScheduler:
     @staticmethod
     def create(seqlen_q, seqlen_k, heads, heads_kv, batch, tile_m: int, key_bytes: int):
         """`key_bytes`: bytes of one key and its value."""
-        pairs = batch * heads
+        pairs, group = batch * heads, heads // heads_kv
         resident = maximum(L2_BYTES // key_bytes // maximum(seqlen_k, 1), 1)
-        section = minimum(resident * (heads // heads_kv), pairs)
+        resident = minimum(resident, ceil_div(pairs, group))  # so that the product fits 32 bits
+        section = minimum(resident * group, pairs)
         return DenseScheduler(ceil_div(seqlen_q, tile_m), heads, pairs, section)
 
     @property

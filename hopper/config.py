@@ -22,6 +22,8 @@ class Registers:
 
 REGISTERS = {2: Registers(240, 24), 3: Registers(160, 32)}
 """By number of consumer warpgroups; the producer is one warpgroup more."""
+BUSY_PRODUCER = {2: Registers(232, 40), 3: Registers(152, 56)}
+"""Where the producer works out windows of packed sequences: 24 and 32 spill."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class ForwardConfig:
 
     @property
     def registers(self) -> Registers:
-        return REGISTERS[self.warpgroups]
+        busy = self.mask == "local" and self.varlen
+        return (BUSY_PRODUCER if busy else REGISTERS)[self.warpgroups]
 
     @property
     def threads(self) -> int:
@@ -68,9 +71,11 @@ class ForwardConfig:
     def output_over_q(self) -> bool:
         """Whether O is staged where Q was, else in a buffer of its own.
 
-        Both are stored swizzle span by swizzle span: a row of O lies in the same row of Q.
+        Both are stored swizzle span by swizzle span: a row of O lies in the same row of Q if the
+        spans are as wide.
         """
-        return self.head_dim_v <= self.head_dim
+        same_span = (self.head_dim % 64 == 0) == (self.head_dim_v % 64 == 0)
+        return same_span and self.head_dim_v <= self.head_dim
 
     @property
     def q_stages(self) -> int:
@@ -92,8 +97,8 @@ class ForwardConfig:
 FORWARD_TILES = {
     # Model of a tile's clocks and the peers' choices: docs/tuning.md.
     # d64: 192 rows amortise each K/V byte best; 192x192 would force P into shared memory.
-    # Softcap needs more registers: 128 keys would spill.
-    (64, 64): {"full": (192, 128), "causal": (192, 128), "local": (192, 128), "softcap": (192, 96)},
+    # Windows and softcap need more registers: 128 keys would spill.
+    (64, 64): {"full": (192, 128), "causal": (192, 128), "local": (192, 112), "softcap": (192, 96)},
     # d96: with three warpgroups S, P and O of 144 keys exceed their 160 registers.
     (96, 96): {"full": (128, 160), "causal": (128, 128), "local": (128, 128)},
     # d128: 176 keys fill shared memory; a causal diagonal wastes least with square tiles.

@@ -1,7 +1,7 @@
 """Forward attention on sm_90a: O = softmax(softmax_scale * Q K^T) V and its log-sum-exp.
 
 FlashAttention-3's structure (arXiv 2407.08608); a tile is `tile_m` query rows of one head.  Blocks
-are persistent: each takes tile after tile, from a counter if there is one (tile_queue.py).
+are persistent: each takes tile after tile from a counter (tile_queue.py).
 
 Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d); bf16 or fp16, last
            dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
@@ -389,13 +389,13 @@ class Forward:
         )
         number = cute.arch.block_idx()[0]
         while number < scheduler.blocks:
-            following = pipelines.tiles.publish(tile_state, number)
+            following = pipelines.tiles.publish(tile_state)
             work = self.find_work(problem, scheduler, number)
             k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             q_state.advance()
             tile_state.advance()
             number = following
-        # A block must not exit while its consumers may still arrive on the empty barriers.
+        # Leave no barrier with arrivals to come: the counter is given back when all is read.
         pipelines.q.producer_tail(q_state)
         pipelines.k.producer_tail(k_state.clone())
         pipelines.v.producer_tail(k_state)

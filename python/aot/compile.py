@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -103,6 +104,8 @@ def describe_instance(instance: Any) -> dict[str, Any]:
 def describe_build(instance: Any) -> dict[str, Any]:
     """What was compiled from, and with; asked after compiling, when all sources are imported."""
     files = sources.imported_sources()
+    if Path(str(sys.modules[module].__file__)).resolve() not in files:
+        raise ImportError(f"{module} was imported from another place: {sys.modules[module]}")
     return {
         "source_hash": outputs.source_hash(instance, files),
         "sources": [str(file.relative_to(sources.ROOT)) for file in files],

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,17 @@ def make_importable() -> None:
     package = ModuleType("hopper_attention")
     package.__path__ = [str(ROOT), str(ROOT / "python" / "hopper_attention")]
     sys.modules["hopper_attention"] = package
+    sys.meta_path.insert(0, _ThisRepository())
+
+
+class _ThisRepository:
+    """First of all finders: that of an editable install may lead to another checkout."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith("hopper_attention."):
+            return None
+        return PathFinder.find_spec(name, path, target)
 
 
 def all_instances() -> list[Any]:

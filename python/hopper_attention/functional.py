@@ -15,6 +15,8 @@ from hopper_attention.arguments import WHOLE, Lengths, Mask
 from hopper_attention.ranges import annotated
 
 WindowSize = Sequence[int | None]
+MAX_SM_MARGIN = 100
+"""Every sm_90 GPU has more multiprocessors."""
 Result = Tensor | tuple[Tensor, Tensor]
 
 
@@ -60,6 +62,7 @@ def flash_attn_func(
         softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
         deterministic: accepted; forward is always deterministic.
+        sm_margin: multiprocessors to leave to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss).
 
@@ -71,8 +74,7 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, gradients, qv, descales, num_splits > 1, pack_gqa, sm_margin; a GPU that is not
-            sm_90.
+            dims, gradients, qv, descales, num_splits > 1, pack_gqa; a GPU that is not sm_90.
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
@@ -82,7 +84,7 @@ def flash_attn_func(
     layout = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), False, False, False
     plan = _plan(*layout, softmax_scale, causal, window_size, attention_chunk, softcap)
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(plan, q, k, v, sink)
+    out, lse = _forward(plan, q, k, v, sink, sm_margin)
     return (out, lse) if return_attn_probs or return_lse else out
 
 
@@ -151,7 +153,7 @@ def flash_attn_varlen_func(
         if bound is not None and not isinstance(bound, (int, Tensor)):
             raise TypeError(f"{name}: expected an integer, got {type(bound).__name__}")
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(plan, q, k, v, sink, queries, keys, batch)
+    out, lse = _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
     return (out, lse) if return_attn_probs or return_lse else out
 
 
@@ -227,7 +229,9 @@ def _check_hints(
     sm_margin: int,
 ) -> None:
     """Arguments of flash-attn 3 that no kernel here serves yet."""
-    if qv is q_descale is k_descale is v_descale is None and not (pack_gqa or sm_margin):
+    if not (isinstance(sm_margin, int) and 0 <= sm_margin <= MAX_SM_MARGIN):
+        raise ValueError(f"sm_margin must be between 0 and {MAX_SM_MARGIN}, got {sm_margin!r}")
+    if qv is q_descale is k_descale is v_descale is None and not pack_gqa:
         if num_splits in (0, 1):
             return
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
@@ -237,7 +241,6 @@ def _check_hints(
         k_descale=k_descale,
         v_descale=v_descale,
         pack_gqa=pack_gqa or None,
-        sm_margin=sm_margin or None,
     )
 
 
@@ -336,6 +339,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     sink: Tensor | None,
+    sm_margin: int,
     queries: Lengths = WHOLE,
     keys: Lengths = WHOLE,
     batch: int = 0,
@@ -356,7 +360,8 @@ def _forward(
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     if sink is None and not plan.varlen:
         if out.numel() > 0:
-            runtime.launch(backend, plan.instance, (q, k, v, out, lse), plan.scalars)
+            operands = (q, k, v, out, lse)
+            runtime.launch(backend, plan.instance, operands, plan.scalars, sm_margin=sm_margin)
         return out, lse
     if queries.seqused is not None:
         out.zero_()
@@ -371,9 +376,10 @@ def _forward(
     given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
     scalars = plan.scalars_with(numbers | {"num_sequences": batch})
-    operands = [*(_as_entry(x, 4) for x in (q, k, v, out)), _as_entry(lse, 3)]
+    views = [*(_as_entry(x, 4) for x in (q, k, v, out)), _as_entry(lse, 3)]
     if out.numel() > 0 and (batch > 0 or not plan.varlen):
-        runtime.launch(backend, plan.instance, operands, scalars, tuple(given.values()))
+        pointees = tuple(given.values())
+        runtime.launch(backend, plan.instance, views, scalars, pointees, sm_margin)
     return out, lse
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from hopper_attention import _cuda, _simulator, manifest, simulator
 
 COMPUTE_CAPABILITY = (9, 0)
+SIMULATED_SMS = 132
+"""Of an H200."""
 
 _intercept: Callable[..., None] | None = None
 
@@ -60,18 +62,24 @@ def launch(
     tensors: Sequence[Tensor],
     scalars: Sequence[float | int],
     pointees: Sequence[Tensor] = (),
+    sm_margin: int = 0,
 ) -> None:
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
     `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
-    among them.
+    among them.  The kernel is persistent: a block on every SM but `sm_margin` of them.
     """
     described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     if backend is Backend.CUDA and _intercept is None:
         device = tensors[0].get_device()
-        _cuda.launch(instance, device, current_stream(device), described, scalars)
+        stream = current_stream(device)
+        counter = tile_counter(device, stream)
+        queue = (counter.data_ptr(), multiprocessors(device) - sm_margin)
+        _cuda.launch(instance, device, stream, described, [*scalars, *queue])
         return
-    reachable = [*tensors, *pointees]
+    counter = simulated_counter()
+    scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
+    reachable = [*tensors, *pointees, counter]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
         _simulator.set_launch_handler(run)
@@ -82,7 +90,36 @@ def launch(
 def scalar_names(instance: str) -> list[str]:
     """Of the instance's arguments that are not tensors, addresses included."""
     arguments = manifest.instances()[instance].arguments
-    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
+    names = [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
+    assert names[-2:] == ["tile_counter", "max_blocks"], "those that `launch` adds"
+    return names[:-2]
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def tile_counter(device: int, stream: int) -> Tensor:
+    """Two int32, zero: launches leave it so, and those of a stream run one after another.
+
+    A captured graph may be replayed beside anything, so it gets one of its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+    counter = _counters.get((device, stream))
+    if counter is None:
+        counter = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+        _counters[device, stream] = counter
+    return counter
+
+
+def simulated_counter() -> Tensor:
+    """A new one a launch: a kernel that failed would leave it anyhow."""
+    return torch.zeros(2, dtype=torch.int32)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @contextmanager

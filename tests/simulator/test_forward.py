@@ -18,7 +18,7 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, runtime, simulator
 
 pytestmark = pytest.mark.simulator
 
@@ -181,6 +181,30 @@ def test_dense_queries_with_packed_keys():
     for b, keys in enumerate((slice(0, 150), slice(150, 190))):
         one = (q[b : b + 1], k[None, keys], v[None, keys], out[b : b + 1], lse[b : b + 1])
         check_forward(*one, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_blocks_take_tile_after_tile(monkeypatch, head_dim, causal):
+    """More tiles than blocks, some without keys; the counter ends as the next launch needs it."""
+    counter = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(runtime, "simulated_counter", lambda: counter)
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 3)
+    q, k, v = random_inputs(Shape(2, 420, 130, 2, 1), head_dim, torch.bfloat16)
+    for seed in SEEDS:
+        out, lse = simulate(q, k, v, seed, causal=causal)
+        check_forward(q, k, v, out, lse, causal=causal)
+        assert counter.tolist() == [0, 0]
+
+
+def test_sm_margin():
+    q, k, v = random_inputs(EDGE_SHAPE, 64, torch.bfloat16)
+    grids = []
+    for sm_margin in (0, 100):
+        with simulator.enabled(), runtime.intercepted(lambda _, *ask: grids.append(ask[1])):
+            flash_attn_func(q.repeat(60, 1, 1, 1), k.repeat(60, 1, 1, 1), v.repeat(60, 1, 1, 1),
+                            sm_margin=sm_margin)  # fmt: skip
+    assert grids == [(120, 1, 1), (32, 1, 1)]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

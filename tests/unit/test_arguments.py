@@ -105,7 +105,9 @@ OPTIONS = [
     (NotImplementedError, {"v_descale": torch.ones(1)}),
     (NotImplementedError, {"num_splits": 2}),
     (NotImplementedError, {"pack_gqa": True}),
-    (NotImplementedError, {"sm_margin": 8}),
+    (ValueError, {"sm_margin": -1}),
+    (ValueError, {"sm_margin": 101}),
+    (ValueError, {"sm_margin": 1.5}),
 ]
 
 

@@ -48,7 +48,7 @@ def launches():
     _simulator.set_launch_handler(None)
 
 
-def launch(arguments, scalars=(0.125, 0), name=NAME, device=0, module=_simulator):
+def launch(arguments, scalars=(0.125, 0, 0, 132), name=NAME, device=0, module=_simulator):
     module.launch(name, device, 0, arguments, list(scalars))
 
 
@@ -136,10 +136,14 @@ def test_refuses_tensors_before_launching(tensors, arguments, launches, changes,
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"scalars": ("x", 0)}, TypeError, "softmax_scale: expected a number, not str"),
-        ({"scalars": (1.0, 0.5)}, TypeError, "learnable_sink: expected an integer, not float"),
-        ({"scalars": ()}, TypeError, "expected 2 scalars, got 0"),
-        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 2 scalars, got 3"),
+        ({"scalars": ("x", 0, 0, 132)}, TypeError, "softmax_scale: expected a number, not str"),
+        (
+            {"scalars": (1.0, 0.5, 0, 132)},
+            TypeError,
+            "learnable_sink: expected an integer, not float",
+        ),
+        ({"scalars": ()}, TypeError, "expected 4 scalars, got 0"),
+        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 4 scalars, got 3"),
         ({"name": "nothing"}, KeyError, "no instance 'nothing'"),
         ({"device": -1}, RuntimeError, "invalid device"),
         ({"device": 64}, RuntimeError, "invalid device"),

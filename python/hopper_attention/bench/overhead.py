@@ -60,6 +60,8 @@ def null_launches() -> Iterator[None]:
             runtime,
             backend_for=lambda _tensor: runtime.Backend.CUDA,
             current_stream=lambda _device: 0,
+            multiprocessors=lambda _device: runtime.SIMULATED_SMS,
+            _counters={(-1, 0): torch.zeros(2, dtype=torch.int32)},
             _cuda=SimpleNamespace(launch=launch_on_device_0),
         ):
             yield
