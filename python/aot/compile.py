@@ -104,8 +104,9 @@ def describe_instance(instance: Any) -> dict[str, Any]:
 def describe_build(instance: Any) -> dict[str, Any]:
     """What was compiled from, and with; asked after compiling, when all sources are imported."""
     files = sources.imported_sources()
-    if Path(str(sys.modules[module].__file__)).resolve() not in files:
-        raise ImportError(f"{module} was imported from another place: {sys.modules[module]}")
+    kernel = sys.modules[instance.kernel.partition(":")[0]]
+    if Path(str(kernel.__file__)).resolve() not in files:
+        raise ImportError(f"{kernel.__name__} was imported from elsewhere: {kernel.__file__}")
     return {
         "source_hash": outputs.source_hash(instance, files),
         "sources": [str(file.relative_to(sources.ROOT)) for file in files],
