@@ -6,11 +6,12 @@ check has passed.
 
 from __future__ import annotations
 
-import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
+            raise ValueError(f"{name}: expected a plain tensor, not sparse, nested or negated")
         if grad_enabled and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
@@ -101,6 +104,9 @@ def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -
         if len(shape) != (3 if packed else 4):
             form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
             raise ValueError(f"{name} has shape {tuple(shape)}; expected {form}")
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if max(shape[:-2]) >= UNBOUNDED:
+            raise ValueError(f"{name} has shape {tuple(shape)}; at most {UNBOUNDED - 1} rows")
     if not packed_q and not packed_k:
         for name, shape in (("k", k), ("v", v)):
             if shape[0] != q[0]:
@@ -160,10 +166,10 @@ def check_index(name: str, index: Tensor | None, size: int, q: Tensor) -> None:
         raise ValueError(f"{name} is on {index.device}, q is on {q.device}")
     if index.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {index.dtype}; expected torch.int32")
-    if index.dim() != 1 or index.shape[0] != size or not index.is_contiguous():
-        raise ValueError(
-            f"{name} has shape {tuple(index.shape)}; expected a contiguous vector of {size}"
-        )
+    if index.dim() != 1 or index.shape[0] != size:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; expected a vector of {size}")
+    if index.layout is not torch.strided or not index.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; use {name}.contiguous()")
 
 
 def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
@@ -176,7 +182,7 @@ def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         allotted = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
-        if offsets[0] < 0 or min(allotted, default=0) < 0 or offsets[-1] > rows:
+        if offsets[0] != 0 or min(allotted, default=0) < 0 or offsets[-1] > rows:
             raise ValueError(f"cu_seqlens_{side} must ascend from 0 to at most {rows} rows")
     if seqused is not None:
         used = seqused.tolist()
@@ -185,48 +191,97 @@ def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
             raise ValueError(f"seqused_{side} must be between 0 and the sequences' lengths")
 
 
-def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
-    if softmax_scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    return _positive("softmax_scale", softmax_scale)
+@dataclass(frozen=True)
+class Options:
+    """The scalar arguments as plain values: equal calls have equal options, and a hash."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    attention_chunk: int
+    softcap: float
+
+    @staticmethod
+    def of(
+        softmax_scale: Any, causal: Any, window_size: Any, attention_chunk: Any, softcap: Any
+    ) -> Options:
+        scale = None
+        if softmax_scale is not None:
+            scale = real("softmax_scale", softmax_scale, SCALE_RANGE)
+        window = (-1, -1)
+        if type(window_size) is not tuple or window_size != (-1, -1):
+            window = _window(window_size)
+        no_cap = isinstance(softcap, Real) and not isinstance(softcap, bool) and softcap == 0
+        return Options(
+            scale,
+            flag("causal", causal),
+            window,
+            integer("attention_chunk", attention_chunk, 0),
+            0.0 if no_cap else real("softcap", softcap, SOFTCAP_RANGE),
+        )
 
 
-def resolve_softcap(softcap: float) -> float | None:
-    """None for 0, which means no softcap."""
-    return _positive("softcap", softcap) if softcap else None
+SCALE_RANGE = (1e-30, 1e30)
+"""What float32 holds with room for the scores."""
+SOFTCAP_RANGE = (1e-6, 4096.0)
+"""tanh x is computed as 1 - 2 / (1 + e^2x): its digits are worth less the larger the cap."""
 
 
-def _positive(name: str, value: float) -> float:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+def flag(name: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
+    if type(value).__name__ in ("bool", "bool_") and getattr(value, "ndim", 0) == 0:  # numpy's
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
+
+
+def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    """Of Python or numpy; no bool, no float."""
+    if isinstance(value, (bool, Tensor)):
+        raise TypeError(f"{name}: expected an integer, got {_shown(value)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {_shown(value)}") from None
+    if not least <= number <= most:
+        bounds = f"from {least}" if most == 2**31 - 1 else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {bounds}, got {number}")
+    return number
+
+
+def real(name: str, value: Any, limits: tuple[float, float]) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {_shown(value)}")
+    low, high = limits
+    if not low <= value <= high:  # false for NaN
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {_shown(value)}")
     return float(value)
 
 
-def resolve_mask(
-    causal: bool,
-    window_size: Sequence[int | None],
-    attention_chunk: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Mask:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else type(value).__name__
+
+
+def _window(window_size: Any) -> tuple[int, int]:
+    sides = list(window_size) if isinstance(window_size, (tuple, list)) else []
+    if len(sides) != 2:
+        raise ValueError(f"window_size must be (left, right), got {_shown(window_size)}")
+    left, right = (-1 if w is None else integer("window_size", w, -1) for w in sides)
+    return left, right
+
+
+def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask:
     """The least mask that hides the same; the bounds may exceed the sequences' true lengths."""
-    if attention_chunk == 0 and window_size == (-1, -1):
-        return CAUSAL if causal else FULL
-    try:
-        left, right = (-1 if w is None else int(w) for w in window_size)
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size must be (left, right), got {window_size!r}") from None
-    if not isinstance(attention_chunk, int) or attention_chunk < 0:
-        raise ValueError(f"attention_chunk must be an integer from 0, got {attention_chunk!r}")
-    if causal:
+    (left, right), chunk = options.window_size, options.attention_chunk
+    if options.causal:
         right = 0
-    bounded = 0 <= left < max_seqlen_k - 1, 0 <= right < max_seqlen_q - 1 or causal
+    left_hides = 0 <= left < max_seqlen_k - 1
+    right_hides = options.causal or 0 <= right < max_seqlen_q - 1
     return Mask(
-        left if bounded[0] else UNBOUNDED,
-        right if bounded[1] else UNBOUNDED,
-        attention_chunk if 0 < attention_chunk < max_seqlen_k else UNBOUNDED,
+        left if left_hides else UNBOUNDED,
+        right if right_hides else UNBOUNDED,
+        chunk if 0 < chunk < max_seqlen_k else UNBOUNDED,
     )
 
 
@@ -235,6 +290,8 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
     if learnable_sink is None:
         return None
     heads = q.shape[-2]
+    if isinstance(learnable_sink, Tensor) and learnable_sink.layout is not torch.strided:
+        raise ValueError("learnable_sink: expected a plain tensor, not a sparse one")
     if not isinstance(learnable_sink, Tensor):
         kind = type(learnable_sink).__name__
         raise TypeError(f"learnable_sink: expected a torch.Tensor, got {kind}")
@@ -249,4 +306,6 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(f"learnable_sink has dtype {learnable_sink.dtype}; expected a float type")
     if learnable_sink.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("learnable_sink requires grad, and there is no backward yet")
+    if learnable_sink.is_cpu and not (learnable_sink < torch.inf).all():
+        raise ValueError("learnable_sink must be finite or -inf")
     return learnable_sink.float().contiguous()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopper_attention import arguments, dispatch, reference, runtime
-from hopper_attention.arguments import WHOLE, Lengths, Mask
+from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
 from hopper_attention.ranges import annotated
 
 WindowSize = Sequence[int | None]
@@ -53,18 +53,19 @@ def flash_attn_func(
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v as head_dim, and may differ from it.
             q, k and v may have any strides that are multiples of 16 bytes, with a contiguous last
             dimension.
-        softmax_scale: positive; 1 / sqrt(head_dim) by default.
+        softmax_scale: 1e-30 to 1e30; 1 / sqrt(head_dim) by default.
         causal: query i sees keys up to a.
         window_size: (left, right): query i sees keys from a - left to a + right.  -1 or None:
             unbounded.  With `causal`, right is 0.
         attention_chunk: if not 0, query i sees only keys of its chunk: those j with
             j // attention_chunk == a // attention_chunk.
-        softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling.
+        softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling; up to 4096.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
         deterministic: accepted; forward is always deterministic.
         sm_margin: multiprocessors to leave to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
-        learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss).
+        learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
+            finite or -inf.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in q's dtype, and if asked for lse (batch, heads,
@@ -80,12 +81,14 @@ def flash_attn_func(
     FlashAttention-3, arXiv 2407.08608.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
+    with_lse = _with_lse(deterministic, return_attn_probs, return_lse)
+    options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
-    layout = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), False, False, False
-    plan = _plan(*layout, softmax_scale, causal, window_size, attention_chunk, softcap)
+    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    plan = _make_plan(shapes, dtypes, options, False, False, False)
     sink = arguments.resolve_sink(learnable_sink, q)
     out, lse = _forward(plan, q, k, v, sink, sm_margin)
-    return (out, lse) if return_attn_probs or return_lse else out
+    return (out, lse) if with_lse else out
 
 
 def flash_attn_varlen_func(
@@ -130,17 +133,21 @@ def flash_attn_varlen_func(
 
     Returns:
         out in q's layout, and if asked for lse (heads, total_q), or (batch, heads, seqlen_q) for an
-        unpacked q.  Rows that seqused_q leaves out are 0 and -inf.
+        unpacked q.  Rows that seqused_q leaves out are 0 and -inf; packed rows behind the last
+        sequence are undefined on a GPU.
 
     Raises:
         As `flash_attn_func`.  The values of the index tensors are checked on the CPU; on a GPU only
         with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
+    with_lse = _with_lse(deterministic, return_attn_probs, return_lse)
+    options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    layout = shapes, dtypes, cu_seqlens_q is not None, cu_seqlens_k is not None, True
-    plan = _plan(*layout, softmax_scale, causal, window_size, attention_chunk, softcap)
+    packed_q, packed_k = cu_seqlens_q is not None, cu_seqlens_k is not None
+    plan = _make_plan(shapes, dtypes, options, packed_q, packed_k, True)
+    runtime.backend_for(q)  # refuses other devices before their index tensors are read
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
     batch = _batch(q, k, queries, keys)
     arguments.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q)
@@ -150,11 +157,14 @@ def flash_attn_varlen_func(
     arguments.check_lengths("q", queries, q.shape[-3])
     arguments.check_lengths("k", keys, k.shape[-3])
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if bound is not None and not isinstance(bound, (int, Tensor)):
-            raise TypeError(f"{name}: expected an integer, got {type(bound).__name__}")
+        if isinstance(bound, Tensor):
+            if bound.numel() != 1 or bound.dtype.is_floating_point:
+                raise ValueError(f"{name}: expected one integer, got a {bound.dtype} tensor")
+        elif bound is not None:
+            arguments.integer(name, bound, 0)
     sink = arguments.resolve_sink(learnable_sink, q)
     out, lse = _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
-    return (out, lse) if return_attn_probs or return_lse else out
+    return (out, lse) if with_lse else out
 
 
 def flash_attn_qkvpacked_func(
@@ -192,8 +202,9 @@ def flash_attn_qkvpacked_func(
             )
         q, k, v = qkv.unbind(dim=2)
     else:
+        num_heads_q = arguments.integer("num_heads_q", num_heads_q, 1)
         heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2) if qkv.dim() == 4 else (0, 1)
-        if rest or heads_kv < 1 or num_heads_q < 1:
+        if rest or heads_kv < 1:
             raise ValueError(
                 f"qkv has shape {tuple(qkv.shape)}; with num_heads_q={num_heads_q} expected "
                 "(batch, seqlen, num_heads_q + 2 * heads_kv, head_dim)"
@@ -228,20 +239,23 @@ def _check_hints(
     pack_gqa: bool | None,
     sm_margin: int,
 ) -> None:
-    """Arguments of flash-attn 3 that no kernel here serves yet."""
-    if not (isinstance(sm_margin, int) and 0 <= sm_margin <= MAX_SM_MARGIN):
-        raise ValueError(f"sm_margin must be between 0 and {MAX_SM_MARGIN}, got {sm_margin!r}")
-    if qv is q_descale is k_descale is v_descale is None and not pack_gqa:
-        if num_splits in (0, 1):
-            return
+    """Arguments of flash-attn 3 that only say how, or that no kernel here serves yet."""
+    arguments.integer("sm_margin", sm_margin, 0, MAX_SM_MARGIN)
+    if arguments.integer("num_splits", num_splits, 0) > 1:
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
+    if pack_gqa is not None and arguments.flag("pack_gqa", pack_gqa):
+        raise NotImplementedError("pack_gqa: not supported yet; use None or False")
+    if qv is q_descale is k_descale is v_descale is None:
+        return
     arguments.check_unsupported(
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        pack_gqa=pack_gqa or None,
+        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
     )
+
+
+def _with_lse(deterministic: bool, return_attn_probs: bool, return_lse: bool) -> bool:
+    arguments.flag("deterministic", deterministic)  # forward always is
+    probs = arguments.flag("return_attn_probs", return_attn_probs)
+    return arguments.flag("return_lse", return_lse) or probs
 
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
@@ -277,41 +291,27 @@ class Plan:
         return [values[name] for name in runtime.scalar_names(self.instance)]
 
 
-def _plan(*key: Any) -> Plan:
-    """As `_make_plan`, looked up where it was made before."""
-    try:
-        return _cached_plan(*key)
-    except TypeError:  # a list is as good a window as a tuple; what else has no hash is refused
-        return _make_plan(*key)
-
-
+@functools.lru_cache(maxsize=1024)
 def _make_plan(
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    options: Options,
     packed_q: bool,
     packed_k: bool,
     varlen: bool,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: WindowSize,
-    attention_chunk: int,
-    softcap: float,
 ) -> Plan:
     arguments.check_dtypes(*dtypes)
     q, k, v = shapes
     arguments.check_shapes(q, k, v, packed_q, packed_k)
-    scale = arguments.resolve_scale(softmax_scale, q[-1])
-    mask = arguments.resolve_mask(causal, window_size, attention_chunk, q[-3], k[-3])
-    cap = arguments.resolve_softcap(softcap)
+    mask = arguments.resolve_mask(options, q[-3], k[-3])
+    scale = 1.0 / math.sqrt(q[-1]) if options.softmax_scale is None else options.softmax_scale
+    softcap = options.softcap or None
     dtype = arguments.DTYPES[dtypes[0]]
-    has_cap = cap is not None
-    instance = dispatch.forward_instance(dtype, q[-1], v[-1], mask.kind, has_cap, varlen)
+    capped = softcap is not None
+    instance = dispatch.forward_instance(dtype, q[-1], v[-1], mask.kind, capped, varlen)
     *rows, heads, _ = q
     lse_shape = (heads, *rows) if packed_q else (rows[0], heads, rows[1])
-    return Plan(instance, scale, mask, cap, lse_shape, varlen)
-
-
-_cached_plan = functools.lru_cache(maxsize=1024)(_make_plan)
+    return Plan(instance, scale, mask, softcap, lse_shape, varlen)
 
 
 def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
@@ -322,10 +322,14 @@ def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
         cu_seqlens = lengths.cu_seqlens
         if cu_seqlens is None:
             counts[name] = tensor.shape[0]
-        elif isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0:
-            counts[f"cu_seqlens_{name}"] = cu_seqlens.shape[0] - 1
+        elif not isinstance(cu_seqlens, Tensor):
+            kind = type(cu_seqlens).__name__
+            raise TypeError(f"cu_seqlens_{name}: expected a torch.Tensor, got {kind}")
+        elif cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            shape = tuple(cu_seqlens.shape)
+            raise ValueError(f"cu_seqlens_{name} has shape {shape}; expected (batch + 1,)")
         else:
-            raise ValueError(f"cu_seqlens_{name}: expected an int32 vector of batch + 1")
+            counts[f"cu_seqlens_{name}"] = cu_seqlens.shape[0] - 1
     (first, batch), (second, other) = counts.items()
     if batch != other:
         raise ValueError(f"{second} has {other} sequences, {first} has {batch}")
@@ -363,7 +367,8 @@ def _forward(
             operands = (q, k, v, out, lse)
             runtime.launch(backend, plan.instance, operands, plan.scalars, sm_margin=sm_margin)
         return out, lse
-    if queries.seqused is not None:
+    # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass over out.
+    if queries.seqused is not None or not q.is_cuda:
         out.zero_()
         lse.fill_(-torch.inf)
     pointers = {

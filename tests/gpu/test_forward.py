@@ -1,40 +1,83 @@
-"""Every forward instance on hardware: against FP64, and bit for bit against the simulator."""
+"""Every forward instance on hardware: against FP64, and beside the simulator."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import SHAPES, TORCH_DTYPES, Shape, check_forward, forward_instances, random_inputs
+from cases import (
+    PACKED,
+    SHAPES,
+    Shape,
+    arguments_for,
+    check_forward,
+    check_packed,
+    forward_instances,
+    inputs_for,
+    offsets,
+)
 
-from hopper_attention import flash_attn_func, manifest, simulator
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
 
 pytestmark = pytest.mark.gpu
 
 LARGE = (Shape(2, 2048, 2048, 8, 2), Shape(1, 1023, 4097, 4, 4), Shape(1, 4097, 1023, 4, 1))
 
 
-def configuration(instance: str) -> tuple[int, torch.dtype, bool]:
-    config = manifest.instances()[instance].config
-    return config["head_dim"], TORCH_DTYPES[config["dtype"]], config["causal"]
-
-
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-@pytest.mark.parametrize("instance", forward_instances())
+@pytest.mark.parametrize("instance", forward_instances(varlen=False))
 def test_matches_fp64(instance, shape):
-    head_dim, dtype, causal = configuration(instance)
-    q, k, v = random_inputs(shape, head_dim, dtype, device="cuda")
-    out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True)
-    check_forward(q, k, v, out, lse, causal=causal)
-    again, lse_again = flash_attn_func(q, k, v, causal=causal, return_lse=True)
+    q, k, v = inputs_for(instance, shape, device="cuda")
+    arguments = arguments_for(instance, (SHAPES + LARGE).index(shape))
+    out, lse = flash_attn_func(q, k, v, **arguments, return_lse=True)
+    check_forward(q, k, v, out, lse, **arguments)
+    again, lse_again = flash_attn_func(q, k, v, **arguments, return_lse=True)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
-@pytest.mark.parametrize("instance", forward_instances())
+@pytest.mark.parametrize("lengths", PACKED, ids=["edges", "many"])
+@pytest.mark.parametrize("instance", forward_instances(varlen=True))
+def test_packed_sequences_match_fp64(instance, lengths):
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 4, 2), "cuda"))
+    cu_seqlens = (offsets(side, "cuda") for side in zip(*lengths))
+    arguments = arguments_for(instance, PACKED.index(lengths))
+    out, lse = flash_attn_varlen_func(
+        q, k, v, *cu_seqlens, None, None, **arguments, return_lse=True
+    )
+    check_packed(q, k, v, out, lse, lengths, **arguments)
+
+
+@pytest.mark.parametrize("instance", forward_instances(varlen=False))
 def test_simulator_agrees(instance):
     """The approximations of exp2, log2 and 1/x may differ in the last place, hence out's by one."""
-    head_dim, dtype, causal = configuration(instance)
-    q, k, v = random_inputs(Shape(1, 203, 333, 2, 1), head_dim, dtype)
+    q, k, v = inputs_for(instance, Shape(1, 203, 333, 2, 1))
+    arguments = arguments_for(instance, 0)
     with simulator.enabled():
-        simulated = flash_attn_func(q, k, v, causal=causal)
-    hardware = flash_attn_func(q.cuda(), k.cuda(), v.cuda(), causal=causal).cpu()
-    torch.testing.assert_close(hardware, simulated, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        simulated = flash_attn_func(q, k, v, **arguments)
+    hardware = flash_attn_func(q.cuda(), k.cuda(), v.cuda(), **arguments).cpu()
+    torch.testing.assert_close(hardware, simulated, rtol=2 * torch.finfo(q.dtype).eps, atol=1e-6)
+
+
+def test_expanded_heads_and_no_keys():
+    """Strides of 0 and extents of 0 in a tensor map."""
+    q, k, v = inputs_for("fwd_bf16_d128", Shape(2, 150, 210, 4, 1), "cuda")
+    expected = flash_attn_func(q, k, v)
+    expanded = flash_attn_func(q, k.expand(-1, -1, 4, -1), v.expand(-1, -1, 4, -1))
+    assert torch.equal(expanded, expected)
+    out, lse = flash_attn_func(q, k[:, :0], v[:, :0], return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_graph_replay_beside_another_stream():
+    q, k, v = inputs_for("fwd_bf16_d128_causal", Shape(4, 1024, 1024, 8, 2), "cuda")
+    expected = flash_attn_func(q, k, v, causal=True)
+    graph, out = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, causal=True)
+    out.zero_()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        beside = [flash_attn_func(q, k, v, causal=True) for _ in range(4)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected) and all(torch.equal(x, expected) for x in beside)

@@ -70,6 +70,13 @@ WRONG_TENSORS = {
     "head_dim 0": (NotImplementedError, "^head_dim 0 ", tensors(head_dim=0)),
     "head_dim_v 60": (NotImplementedError, "^head_dim 60 of v", (Q, K, V[..., :60])),
     "requires grad": (NotImplementedError, "^k requires grad", (Q, K.clone().requires_grad_(), V)),
+    "too long": (
+        ValueError,
+        "^k has shape",
+        (Q, *(x[:, :1].expand(1, 2**30, 2, 64) for x in (K, V))),
+    ),
+    "sparse": (ValueError, "^k: expected a plain", (Q, K.to_sparse(), V)),
+    "negated": (ValueError, "^q: expected a plain", (torch._neg_view(Q), K, V)),
     "meta device": (NotImplementedError, "^q is on meta", [x.to("meta") for x in (Q, K, V)]),
 }
 
@@ -88,9 +95,30 @@ OPTIONS = [
     (TypeError, {"softmax_scale": "1"}),
     (ValueError, {"window_size": 3}),
     (ValueError, {"window_size": (1, 2, 3)}),
-    (ValueError, {"window_size": ("a", 2)}),
+    (TypeError, {"window_size": ("a", 2)}),
     (ValueError, {"attention_chunk": -1}),
-    (ValueError, {"attention_chunk": 2.5}),
+    (TypeError, {"attention_chunk": 2.5}),
+    (TypeError, {"attention_chunk": True}),
+    (TypeError, {"attention_chunk": torch.tensor(8)}),
+    (TypeError, {"causal": "no"}),
+    (TypeError, {"causal": torch.tensor([True, False])}),
+    (TypeError, {"deterministic": "x"}),
+    (TypeError, {"return_attn_probs": torch.ones(2)}),
+    (TypeError, {"return_lse": 1.0}),
+    (ValueError, {"window_size": (-5, 3)}),
+    (TypeError, {"window_size": (2.7, 3)}),
+    (TypeError, {"window_size": (True, 3)}),
+    (TypeError, {"window_size": (float("inf"), 0)}),
+    (ValueError, {"window_size": "12"}),
+    (ValueError, {"window_size": torch.tensor([3, 4])}),
+    (ValueError, {"softmax_scale": 1e-46}),
+    (ValueError, {"softmax_scale": 10**400}),
+    (TypeError, {"softmax_scale": True}),
+    (TypeError, {"softcap": ""}),
+    (TypeError, {"softcap": torch.ones(2)}),
+    (ValueError, {"softcap": 1e6}),
+    (ValueError, {"learnable_sink": torch.full((4,), torch.inf)}),
+    (ValueError, {"learnable_sink": torch.ones(4).to_sparse()}),
     (ValueError, {"softcap": -1.0}),
     (ValueError, {"softcap": float("inf")}),
     (TypeError, {"softcap": "30"}),
@@ -107,7 +135,10 @@ OPTIONS = [
     (NotImplementedError, {"pack_gqa": True}),
     (ValueError, {"sm_margin": -1}),
     (ValueError, {"sm_margin": 101}),
-    (ValueError, {"sm_margin": 1.5}),
+    (TypeError, {"sm_margin": 1.5}),
+    (TypeError, {"sm_margin": None}),
+    (TypeError, {"num_splits": "1"}),
+    (TypeError, {"pack_gqa": "yes"}),
 ]
 
 
@@ -141,12 +172,14 @@ def packed(**changes):
     return call | changes
 
 
+META = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in packed().items()}
 WRONG_SEQUENCES = {
     "q with a batch": (ValueError, "^q has shape", packed(q=Q)),
     "q without cu_seqlens": (ValueError, "^q has shape", packed(cu_seqlens_q=None)),
     "k without cu_seqlens": (ValueError, "^k has shape", packed(cu_seqlens_k=None)),
     "total of v": (ValueError, "^v has total 15", packed(v=V[0, :15])),
-    "no list": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=[0, 16])),
+    "no list": (TypeError, "^cu_seqlens_q", packed(cu_seqlens_q=[0, 16])),
+    "not from 0": (ValueError, "^cu_seqlens_q must", packed(cu_seqlens_q=int32(1, 7, 16))),
     "int64": (ValueError, "^cu_seqlens_k has dtype", packed(cu_seqlens_k=int32(0, 7, 16).long())),
     "rank": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=int32(0, 7, 16)[None])),
     "empty": (ValueError, "^cu_seqlens_q", packed(cu_seqlens_q=int32())),
@@ -161,6 +194,9 @@ WRONG_SEQUENCES = {
     "seqused too long": (ValueError, "^seqused_k must", packed(seqused_k=int32(8, 2))),
     "seqused negative": (ValueError, "^seqused_q must", packed(seqused_q=int32(-1, 2))),
     "max_seqlen": (TypeError, "^max_seqlen_q", packed(max_seqlen_q="16")),
+    "negative max_seqlen": (ValueError, "^max_seqlen_k", packed(max_seqlen_k=-5)),
+    "max_seqlen tensor": (ValueError, "^max_seqlen_k", packed(max_seqlen_k=torch.ones(3))),
+    "meta": (NotImplementedError, "^q is on meta", META),
 }
 
 
@@ -184,7 +220,7 @@ def test_wrong_sequences(case):
     ids=["list", "four", "rank", "odd", "no keys", "no queries"],
 )
 def test_wrong_packed_qkv(qkv, num_heads_q):
-    with pytest.raises((TypeError, ValueError), match=r"^qkv"):
+    with pytest.raises((TypeError, ValueError), match=r"^qkv|^num_heads_q"):
         flash_attn_qkvpacked_func(qkv, num_heads_q=num_heads_q)
 
 
@@ -193,3 +229,12 @@ def test_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(NotImplementedError, match=r"cuda:7.*A100.*8\.0.*9\.0"):
         runtime.check_gpu(torch.device("cuda", 7))
+
+
+def test_equal_calls_are_checked_anew():
+    """Nothing that was decided for one call holds for another one with a changed argument."""
+    with pytest.raises(pytest.fail.Exception, match="not refused"):
+        flash_attn_func(Q, K, V, attention_chunk=4)
+    for wrong in (4.0, torch.tensor(4)):
+        with pytest.raises(TypeError, match="attention_chunk"):
+            flash_attn_func(Q, K, V, attention_chunk=wrong)

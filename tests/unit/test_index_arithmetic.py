@@ -8,6 +8,8 @@ from hopper_attention.cute_kernels.visibility import UNBOUNDED, BlockRange, Visi
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hopper_attention import arguments
+
 TILE_M, TILE_N = 12, 5
 
 sides = st.one_of(st.integers(0, 40), st.just(UNBOUNDED))
@@ -98,3 +100,12 @@ def test_sections_share_l2_and_run_longest_first():
 @pytest.mark.parametrize("seqlen_k", [0, 1, 2**31 - 1])
 def test_extreme_lengths_keep_a_section(seqlen_k):
     assert DenseScheduler.create(1, seqlen_k, 8, 1, 1, TILE_M, 1024).section >= 1
+
+
+def test_the_kernels_and_the_package_mean_the_same_by_unbounded():
+    assert UNBOUNDED == arguments.UNBOUNDED
+
+
+def test_sections_fit_32_bits():
+    scheduler = DenseScheduler.create(400, 1, 20000, 1, 1, 192, 512)
+    assert scheduler.section == 20000
