@@ -108,6 +108,8 @@ class Block:
 
     def hazard(self, instruction: Instruction, message: str, warps: object = None) -> None:
         """Report once a place and kind."""
+        if isinstance(warps, list):
+            warps = ", ".join(map(str, warps))
         at = "" if warps is None else f", warp {warps}"
         text = f"{message}\n  {instruction.where()}\n  block {self.ctaid}{at} of {self.kernel.name}"
         self.machine.report(instruction, message, text)

@@ -247,7 +247,9 @@ class Queue:
         if key not in self.values:
             if self.accumulators & shape.mask and self._overlaps(shape):
                 self.block.hazard(
-                    shape.instruction, "accumulators overlap those of a different shape under way"
+                    shape.instruction,
+                    "accumulators overlap those of a different shape under way",
+                    lanes.warps.tolist(),
                 )
             self.values[key] = lanes.U[shape.rows].copy()
             self.using[key] = 0
@@ -393,7 +395,9 @@ def _mma(instruction: Instruction):
         touched = unit.warpgroup.touched & (shape.mask | shape.a_mask)
         if touched:
             block.hazard(
-                instruction, "registers were used since the last wgmma.fence of this warpgroup"
+                instruction,
+                "registers were used since the last wgmma.fence of this warpgroup",
+                lanes.warps.tolist(),
             )
             unit.warpgroup.touched &= ~touched
         width = _BYTES[shape.kinds[0]]
