@@ -16,15 +16,18 @@ PROGRAMS = Path(__file__).parent / "programs"
 def compiled(tmp_path_factory):
     """name -> AotFunction; a program is compiled when first asked for."""
     folder = tmp_path_factory.mktemp("programs")
-    environment = {**os.environ, "CUTE_DSL_ARCH": "sm_90a", "PYTHONDONTWRITEBYTECODE": "1"}
     loaded: dict[str, simulator.AotFunction] = {}
 
     def get(name: str) -> simulator.AotFunction:
         if name not in loaded:
+            architecture = "sm_80" if name == "ampere" else "sm_90a"
+            environment = {
+                **os.environ, "CUTE_DSL_ARCH": architecture, "PYTHONDONTWRITEBYTECODE": "1",
+            }  # fmt: skip
             if not (folder / f"{name}.o").exists():
                 command = [sys.executable, PROGRAMS / f"{name.split('_')[0]}.py", folder]
                 subprocess.run(command, check=True, env=environment, cwd=folder, timeout=120)
-            files = (folder / f"{name}{end}" for end in (".o", ".h", ".sm_90a.ptx"))
+            files = (folder / f"{name}{end}" for end in (".o", ".h", f".{architecture}.ptx"))
             loaded[name] = simulator.load_aot(*files, name)
         return loaded[name]
 

@@ -58,6 +58,7 @@ def run(
     extra: tuple[np.ndarray, ...] = (),
     hazards: str = "raise",
     per_thread: bool = True,
+    fp8_accumulator_bits: int | None = None,
 ) -> np.ndarray:
     """Results as uint32, (threads, outputs).
 
@@ -81,6 +82,6 @@ def run(
         params=params,
         memory=memory,
         shared_memory_bytes=shared,
-        options=simulator.Options(seed, hazards),
+        options=simulator.Options(seed, hazards, fp8_accumulator_bits),
     )
     return result

@@ -331,3 +331,29 @@ def test_launches_that_a_device_would_refuse(changes, message):
     } | changes  # fmt: skip
     with pytest.raises(simulator.LaunchError, match=message):
         simulator.launch(module("mov.b32 %r1, 1;"), **arguments)
+
+
+def test_more_mbarriers_than_there_was_room_for():
+    """Each warp waits for a barrier of its own that another warp initialised and arrives on."""
+    body = """
+    mov.b32 %r1, memory;
+    mad.lo.s32 %r2, %r500, 8, %r1;
+    mbarrier.init.shared.b64 [%r2], 1;
+    bar.sync 0;
+    xor.b32 %r3, %r500, 64;
+    mad.lo.s32 %r4, %r3, 8, %r1;
+    mad.lo.s32 %r5, %r500, 4, %r1;
+    st.shared.b32 [%r5+1024], %r500;
+    mbarrier.arrive.shared.b64 _, [%r4];
+    { .reg .pred P; LOOP: mbarrier.try_wait.parity.shared.b64 P, [%r2], 0, 1000;
+      @P bra DONE; bra LOOP; DONE: }
+    mad.lo.s32 %r6, %r3, 4, %r1;
+    ld.shared.b32 %d0, [%r6+1024];
+    """
+    for seed in SEEDS:
+        got = run(body, threads=128, shared=2048, seed=seed)[:, 0]
+        assert got.tolist() == [thread ^ 64 for thread in range(128)]
+    wait = "mbarrier.try_wait.parity.shared.b64 P, [%r2], 0, 1000;"
+    unordered = body.replace(wait, "setp.eq.u32 P, 0, 0;")
+    with pytest.raises(simulator.HazardError, match="no barrier between"):
+        run(unordered, threads=128, shared=2048)

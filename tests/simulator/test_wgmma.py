@@ -1,5 +1,7 @@
 """WGMMA: operand and fragment layouts against loops written from the PTX documentation."""
 
+import re
+
 import numpy as np
 import pytest
 from simulator.snippets import run
@@ -8,7 +10,7 @@ from hopper_attention import simulator
 from hopper_attention.simulator.instructions.wgmma import fragment_a, fragment_d
 
 RNG = np.random.default_rng(0)
-BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1}
+BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}
 SWIZZLES = {0: 0, 128: 1, 64: 2, 32: 3}
 N = 24
 
@@ -20,6 +22,11 @@ def values(kind: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return (number.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16), number
     if kind == "f16":
         return number.astype(np.float16).view(np.uint16), number
+    if kind == "tf32":
+        return number.astype(np.float32).view(np.uint32), number
+    if kind in ("s8", "u8"):
+        number = np.abs(number) if kind == "u8" else number
+        return number.astype(np.int8).view(np.uint8), number
     codes = {"e4m3": {0: 0, 1: 0x38, 2: 0x40, 3: 0x44}, "e5m2": {0: 0, 1: 0x3C, 2: 0x40, 3: 0x42}}
     bits = np.vectorize(lambda x: codes[kind][abs(int(x))] | (0x80 if x < 0 else 0))(number)
     return bits.astype(np.uint8), number
@@ -93,6 +100,7 @@ def multiply(
     body: str = BODY,
     seed: int = 0,
     hazards: str = "raise",
+    bits: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(accumulator registers, exact product); accumulators start as 2."""
     width = BYTES[kinds[0]]
@@ -128,7 +136,7 @@ def multiply(
     )
     got = run(
         text, inputs, count, threads=128, shared=32768, extra=extra, per_thread=False, seed=seed,
-        hazards=hazards,
+        hazards=hazards, fp8_accumulator_bits=bits,
     )  # fmt: skip
     return got, sign * (a @ b.T) + (2 if accumulate else 0)
 
@@ -176,6 +184,37 @@ def test_a_from_registers(kinds):
     check(*multiply(kinds, registers=True))
     if kinds[0] == "bf16":
         check(*multiply(kinds, registers=True, b_mn=True))
+
+
+INTEGER = (
+    """wgmma.mma_async.sync.aligned.m64n{n}k32.s32.{types} {{{accumulators}}}, %rd2, %rd3, %p2;"""
+)
+
+
+@pytest.mark.parametrize("kinds", [("s8", "s8"), ("u8", "u8"), ("u8", "s8")], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_integers(kinds, accumulate):
+    body = re.sub(r"wgmma.mma_async[^;]*;", INTEGER, BODY.replace("{types}", "")).replace(
+        "{n}", "24"
+    )
+    body = body.replace("{types}", ".".join(kinds))
+    got, expected = multiply(kinds, accumulate=accumulate, body=body)
+    start = 0x40000000 - 2 if accumulate else 0  # accumulators hold the bits of 2.0
+    np.testing.assert_array_equal(matrix_of(got.view(np.int32)), expected + start)
+
+
+def test_tf32():
+    check(*multiply(("tf32", "tf32")))
+
+
+def test_fp8_accumulators_of_fewer_bits():
+    """Sums of up to 32 products of 9 need 9 bits; fewer are cut towards zero."""
+    got, exact = multiply(("e4m3", "e4m3"), bits=3)
+    rough = matrix_of(got.view(np.float32))
+    assert (rough != exact).any()
+    assert (np.abs(rough) <= np.abs(exact)).all()
+    assert (np.abs(rough - exact) <= np.abs(exact) / 4).all()
+    check(*multiply(("e4m3", "e4m3"), bits=14))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -256,6 +256,7 @@ class Events:
 class BulkGroups:
     """cp.async.bulk groups of one thread: operations not yet committed, then groups in order."""
 
+    thread: int = 0
     open: list[Event] = field(default_factory=list)
     groups: list[list[Event]] = field(default_factory=list)
 

@@ -89,21 +89,27 @@ class Block:
         last = self.kernel.instructions[-1]
         for warpgroup in self.warpgroups:
             if warpgroup.queue.groups or warpgroup.queue.open.items:
-                self.hazard(last, f"warpgroup {warpgroup.number} exits with wgmma not waited for")
+                first = warpgroup.first_thread // 32
+                self.hazard(last, "exit with wgmma not waited for", f"{first} to {first + 3}")
         for access in self.accesses.reads:
             if isinstance(access.owner, BulkGroups):
                 self.hazard(
-                    last, f"exit while a bulk store may still read shared memory: {access.text}"
+                    last,
+                    f"exit while a bulk store may still read shared memory: {access.text}",
+                    access.owner.thread // 32,
                 )
         if any(group for copies in self.copies.values() for group in copies.groups):
-            self.hazard(last, "exit with cp.async not waited for")
+            warps = [warp for warp, copies in self.copies.items() if any(copies.groups)]
+            self.hazard(last, "exit with cp.async not waited for", warps)
         for access in self.accesses.writes:
-            self.hazard(last, f"exit while a bulk load is under way: {access.text}")
+            self.hazard(last, f"exit while a bulk load is under way: {access.text}", "any")
 
     # --- services to instructions
 
     def hazard(self, instruction: Instruction, message: str, warps: object = None) -> None:
         """Report once a place and kind."""
+        if isinstance(warps, list):
+            warps = ", ".join(map(str, warps))
         at = "" if warps is None else f", warp {warps}"
         text = f"{message}\n  {instruction.where()}\n  block {self.ctaid}{at} of {self.kernel.name}"
         self.machine.report(instruction, message, text)
@@ -150,7 +156,7 @@ class Block:
         return found
 
     def bulk_groups(self, thread: int) -> BulkGroups:
-        return self.bulk.setdefault(thread, BulkGroups())
+        return self.bulk.setdefault(thread, BulkGroups(thread))
 
     def live_threads(self) -> int:
         """What barriers count: whole warps, as long as one lane is left."""

@@ -17,12 +17,18 @@ class Options:
         order); every other seed picks a schedule with skewed warps and early, late or random
         completion.  Results do not depend on it unless the kernel has a race.
     hazards: what to do about a missing wait or fence: "raise", "warn" or "off".
+    fp8_accumulator_bits: significant bits that FP8 WGMMA keeps of its sums, cut after every
+        instruction; Hopper keeps about 14.  None: sums in f32, as the PTX documentation reads.
     """
 
     seed: int = 0
     hazards: str = "raise"
+    fp8_accumulator_bits: int | None = None
 
     def __post_init__(self) -> None:
+        bits = self.fp8_accumulator_bits
+        if bits is not None and not 2 <= bits <= 24:
+            raise ValueError(f"fp8_accumulator_bits must be 2 to 24 or None, got {bits}")
         if self.hazards not in _HAZARDS:
             raise ValueError(f"hazards must be one of {_HAZARDS}, got {self.hazards!r}")
         if self.seed < 0:
@@ -35,9 +41,11 @@ _current: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def enabled(seed: int = 0, hazards: str = "raise") -> Iterator[Options]:
-    """Run launches on the simulator inside the ``with`` block."""
-    token = _current.set(Options(seed, hazards))
+def enabled(
+    seed: int = 0, hazards: str = "raise", fp8_accumulator_bits: int | None = None
+) -> Iterator[Options]:
+    """Run launches on the simulator inside the ``with`` block; arguments as for Options."""
+    token = _current.set(Options(seed, hazards, fp8_accumulator_bits))
     try:
         yield current_options()
     finally:

@@ -262,7 +262,8 @@ class Program:
             if control is not None:
                 region = None
                 start_of[number] = len(self.steps)
-                step = Control(len(self.steps), instruction, control(instruction))
+                handler = _translated(instruction, control)
+                step = Control(len(self.steps), instruction, handler)
                 self._append(step, instruction)
                 continue
             operations = self._translate(instruction)
@@ -299,10 +300,7 @@ class Program:
         translate = find(PURE, instruction)
         if translate is None:
             raise instruction.unknown(f"opcode {instruction.opcode}")
-        try:
-            operations = translate(instruction)
-        except (ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-            raise instruction.unknown(f"this operand form ({error})") from error
+        operations = _translated(instruction, translate)
         for operation in operations:
             for view, operand in operation.inputs:
                 if isinstance(operand, Symbol):
@@ -388,6 +386,13 @@ class Program:
         for region in regions:
             region.number()
         self.rows = numbering.rows
+
+
+def _translated(instruction: Instruction, translate: Callable):
+    try:
+        return translate(instruction)
+    except (ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise instruction.unknown(f"this operand form ({error})") from error
 
 
 _LANE_REGISTERS = {

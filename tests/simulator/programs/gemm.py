@@ -1,7 +1,7 @@
 """D[m, n] = sum_k A[m, k] B[n, k]: one TMA producer warp, one consumer warpgroup, two stages.
 
-Instances: bf16 with both operands K-major, bf16 with B MN-major, e4m3 (K-major).  D is f32, written
-with ordinary stores and bounds checks.
+Instances: f16, bf16, e4m3, e5m2 with both operands K-major; bf16 with A or B MN-major, and with A
+in registers.  D is f32, written with ordinary stores and bounds checks.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from cutlass.tensor_utils import LayoutEnum
 class Config:
     dtype: type
     b_mn_major: bool = False
+    a_mn_major: bool = False
+    a_in_registers: bool = False
     stages: int = 2
 
     @property
@@ -35,13 +37,21 @@ class Gemm:
     @cute.jit
     def __call__(self, mA: cute.Tensor, mB: cute.Tensor, mD: cute.Tensor, stream: cuda.CUstream):
         config, tile = self.config, self.config.tile
-        b_mode = OperandMajorMode.MN if config.b_mn_major else OperandMajorMode.K
-        b_layout = LayoutEnum.COL_MAJOR if config.b_mn_major else LayoutEnum.ROW_MAJOR
+        a_mode, b_mode = (
+            OperandMajorMode.MN if mn_major else OperandMajorMode.K
+            for mn_major in (config.a_mn_major, config.b_mn_major)
+        )
+        a_layout, b_layout = (
+            LayoutEnum.COL_MAJOR if mode == OperandMajorMode.MN else LayoutEnum.ROW_MAJOR
+            for mode in (a_mode, b_mode)
+        )
+        places = warpgroup.OperandSource
+        source = places.RMEM if config.a_in_registers else places.SMEM
         mma = sm90.make_trivial_tiled_mma(
-            config.dtype, config.dtype, OperandMajorMode.K, b_mode, cutlass.Float32, (1, 1, 1),
-            (64, tile[1]),
+            config.dtype, config.dtype, a_mode, b_mode, cutlass.Float32, (1, 1, 1), (64, tile[1]),
+            source,
         )  # fmt: skip
-        lA = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, config.dtype, config.stages)
+        lA = sm90.make_smem_layout_a(a_layout, tile, config.dtype, config.stages)
         lB = sm90.make_smem_layout_b(b_layout, tile, config.dtype, config.stages)
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_a = cpasync.make_tiled_tma_atom(load, mA, cute.select(lA, mode=[0, 1]), tile[::2])
@@ -98,17 +108,24 @@ class Gemm:
     @cute.jit
     def consume(self, pipeline, k_tiles, mma, sA, sB):
         thread = mma.get_slice(cute.arch.thread_idx()[0])
-        rA = mma.make_fragment_A(thread.partition_A(sA))
+        tA = thread.partition_A(sA)
+        if cutlass.const_expr(self.config.a_in_registers):
+            rA = mma.make_fragment_A(tA[None, None, None, 0])
+        else:
+            rA = mma.make_fragment_A(tA)
         rB = mma.make_fragment_B(thread.partition_B(sB))
         acc = cute.make_rmem_tensor(mma.partition_shape_C(self.config.tile[:2]), cutlass.Float32)
         state = pipe.make_pipeline_state(pipe.PipelineUserType.Consumer, self.config.stages)
         mma.set(warpgroup.Field.ACCUMULATE, False)
         for _ in cutlass.range(k_tiles, unroll=1):
             pipeline.consumer_wait(state)
+            if cutlass.const_expr(self.config.a_in_registers):
+                cute.autovec_copy(tA[None, None, None, state.index], rA)
             warpgroup.fence()
-            for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+            for k in cutlass.range_constexpr(cute.size(rB, mode=[2])):
                 at = (None, None, k, state.index)
-                cute.gemm(mma, acc, rA[at], rB[at], acc)
+                a_at = at[:3] if self.config.a_in_registers else at
+                cute.gemm(mma, acc, rA[a_at], rB[at], acc)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
             warpgroup.wait_group(0)
@@ -132,7 +149,12 @@ class Gemm:
 for name, config in {
     "gemm_bf16": Config(cutlass.BFloat16),
     "gemm_bf16_mn": Config(cutlass.BFloat16, b_mn_major=True),
+    "gemm_bf16_amn": Config(cutlass.BFloat16, a_mn_major=True),
+    "gemm_bf16_rs": Config(cutlass.BFloat16, a_in_registers=True),
+    "gemm_f16": Config(cutlass.Float16),
     "gemm_e4m3": Config(cutlass.Float8E4M3FN),
+    "gemm_e5m2": Config(cutlass.Float8E5M2),
 }.items():
-    operands = matrix(config.dtype), matrix(config.dtype, 0 if config.b_mn_major else 1)
+    majors = config.a_mn_major, config.b_mn_major
+    operands = (matrix(config.dtype, 0 if mn_major else 1) for mn_major in majors)
     export(Gemm(config), name, *operands, matrix(cutlass.Float32))

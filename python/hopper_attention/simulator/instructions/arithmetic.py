@@ -181,6 +181,7 @@ def _fma(instruction: Instruction) -> list[Operation]:
         require(instruction, "rn")
         return simple(instruction, "{0} * {1} + {2}", view, "DDD")
     if "wide" in instruction.parts:
+        require(instruction, "wide")
         wide, dtype = {
             "S": ("I", "np.int32"), "H": ("U", "np.uint32"),
             "I": ("J", "np.int64"), "U": ("W", "np.uint64"),
@@ -188,6 +189,7 @@ def _fma(instruction: Instruction) -> list[Operation]:
         text = f"np.multiply({{0}}, {{1}}, dtype={dtype}) + {{2}}"
         return simple(instruction, text, view, view * 2 + wide, wide)
     if "hi" in instruction.parts and view in "UI":
+        require(instruction, "hi")
         return simple(instruction, "high({0}, {1}) + {2}", view, view * 2 + "U", "U")
     require(instruction, "lo")
     return simple(instruction, "np.add(np.multiply({0}, {1}), {2}{out})", view, view * 3)
@@ -499,6 +501,13 @@ def _selp(instruction: Instruction) -> list[Operation]:
 
 @pure("mov", modifiers="")
 def _mov(instruction: Instruction) -> list[Operation]:
+    if instruction.parts[-1] == "b128":  # two 64-bit registers on either side
+        pairs = zip(*(operand.items for operand in instruction.operands), strict=True)
+        return [
+            Operation(instruction, "{0}", [("W", to)], [("W", source)], guard=instruction.guard)
+            for to, source in pairs
+            if to != SINK
+        ]
     view = {"F": "U", "D": "W", "E": "H", "I": "U", "J": "W", "S": "H"}.get(
         view_of(instruction), view_of(instruction)
     )

@@ -135,7 +135,11 @@ def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, w
     agent = block.first_agent + unit.lanes.threads[lane : lane + 1] // 32
     barrier = find_mbarrier(block, unit, instruction, where, agent)
     if barrier.unfenced_warp >= 0:
-        block.hazard(instruction, f"no fence.mbarrier_init since mbarrier.init of {where:#x}")
+        block.hazard(
+            instruction,
+            f"no fence.mbarrier_init since mbarrier.init of {where:#x}",
+            int(agent[0]) % block.warps,
+        )
     target.check_shared(instruction, low, low + nbytes, True, unit.lanes)
     if target.shadow is not None:
         conflict = target.shadow.bulk_write(

@@ -242,7 +242,7 @@ def _acquire(block, agents: np.ndarray, barrier, generation: int) -> None:
         block.trace.waited(agents.tolist(), barrier, generation)
 
 
-@control("bar.warp.sync")
+@control("bar.warp.sync", modifiers="")
 def _warp_barrier(instruction: Instruction):
     """The lanes of a warp run in lockstep and meet where branches join."""
     return lambda block, unit: True

@@ -33,7 +33,7 @@ from .conversion import FP8
 from .synchronisation import operand_values
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
-_BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4}
+_BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}
 _NAN = 0xFFFFFFFF
 _ONE_THREAD = 1 << 18  # multiplications of a product up to which OpenBLAS uses one thread
 
@@ -89,13 +89,15 @@ def chain_index(bits: tuple[int, ...], extent: int, width: int, mn_major: bool) 
 
 
 def widen(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of elements, contiguous along the last axis, as float32."""
+    """Bytes of elements, contiguous along the last axis, as float32; integers as float64."""
     if kind == "bf16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if kind == "f16":
         return raw.view(np.float16).astype(np.float32)
     if kind == "tf32":
         return (raw.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    if kind in ("s8", "u8"):
+        return raw.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
     return FP8[kind].take(raw.view(np.uint8))
 
 
@@ -122,7 +124,7 @@ def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     k, n = b.shape
     width = max(8, (_ONE_THREAD // (64 * k)) // 8 * 8)
-    result = np.empty((64, n), np.float32)
+    result = np.empty((64, n), a.dtype)
     for start in range(0, n, width):
         part = slice(start, start + width)
         np.matmul(a, b[:, part], out=result[:, part])
@@ -176,9 +178,10 @@ def parse_mma(instruction: Instruction) -> Shape:
     if (
         found is None
         or "sp" in parts
-        or d_kind not in ("f32", "f16")
+        or len(parts) != 8
         or a_kind not in _BYTES
         or b_kind not in _BYTES
+        or d_kind not in (("s32",) if a_kind in ("s8", "u8") else ("f32", "f16"))
     ):
         raise instruction.unknown(instruction.opcode)
     d, a, b, scale_d = operands[:4]
@@ -244,7 +247,9 @@ class Queue:
         if key not in self.values:
             if self.accumulators & shape.mask and self._overlaps(shape):
                 self.block.hazard(
-                    shape.instruction, "accumulators overlap those of a different shape under way"
+                    shape.instruction,
+                    "accumulators overlap those of a different shape under way",
+                    lanes.warps.tolist(),
                 )
             self.values[key] = lanes.U[shape.rows].copy()
             self.using[key] = 0
@@ -317,11 +322,22 @@ class Queue:
             a = _gather(shared, tuple(i.a for i in chain), 64, a_kind, shape.a_mn_major)
             a = a.T if shape.a_mn_major else a
         b = _gather(shared, tuple(item.b for item in chain), shape.n, b_kind, shape.b_mn_major)
-        product = fragment_d(multiply(a, b if shape.b_mn_major else b.T))
-        if shape.sign < 0:
-            product = -product
+        right = b if shape.b_mn_major else b.T
         key = shape.accumulator
-        self.values[key] = _accumulate(self.values[key], product, chain[0].accumulate, shape.half)
+        bits = self.block.machine.options.fp8_accumulator_bits
+        pieces = [slice(None)]
+        if bits is not None and a_kind in FP8:
+            step = a.shape[1] // len(chain)
+            pieces = [slice(k, k + step) for k in range(0, a.shape[1], step)]
+        add = chain[0].accumulate
+        for piece in pieces:
+            product = fragment_d(multiply(a[:, piece], right[piece]))
+            if shape.sign < 0:
+                product = -product
+            self.values[key] = _accumulate(self.values[key], product, add, shape)
+            if bits is not None and a_kind in FP8 and not shape.half:
+                self.values[key] &= np.uint32(0xFFFFFFFF << (24 - bits) & 0xFFFFFFFF)
+            add = True
         self.using[key] -= len(chain)
         if self.using[key] == 0:
             self.warpgroup.registers[32][shape.rows] = self.values.pop(key)
@@ -341,9 +357,12 @@ def _gather(shared, bits: tuple[int, ...], extent: int, kind: str, mn_major: boo
     return widen(raw.view(np.uint8), kind)
 
 
-def _accumulate(bits: np.ndarray, product: np.ndarray, add: bool, half: bool) -> np.ndarray:
+def _accumulate(bits: np.ndarray, product: np.ndarray, add: bool, shape: Shape) -> np.ndarray:
     """New accumulator registers, as uint32."""
-    if not half:
+    if shape.kinds[0] in ("s8", "u8"):
+        total = product.astype(np.int64) + (bits.view(np.int32) if add else 0)
+        return total.astype(np.int32).view(np.uint32)
+    if not shape.half:
         return (bits.view(np.float32) + product if add else product).view(np.uint32)
     if add:
         product = product.copy()
@@ -376,7 +395,9 @@ def _mma(instruction: Instruction):
         touched = unit.warpgroup.touched & (shape.mask | shape.a_mask)
         if touched:
             block.hazard(
-                instruction, "registers were used since the last wgmma.fence of this warpgroup"
+                instruction,
+                "registers were used since the last wgmma.fence of this warpgroup",
+                lanes.warps.tolist(),
             )
             unit.warpgroup.touched &= ~touched
         width = _BYTES[shape.kinds[0]]
