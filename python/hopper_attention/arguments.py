@@ -253,7 +253,7 @@ def real(name: str, value: Any, limits: tuple[float, float]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {_shown(value)}")
     low, high = limits
-    if not low <= value <= high:  # false for NaN
+    if not (value >= low and value <= high):  # type: ignore[operator]  # false for NaN
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {_shown(value)}")
     return float(value)
 

@@ -19,6 +19,8 @@ from hopper_attention import _cuda, _simulator, manifest, simulator
 COMPUTE_CAPABILITY = (9, 0)
 SIMULATED_SMS = 132
 """Of an H200."""
+NO_MORE_TILES = 1 << 30
+"""As a tile counter's first entry: blocks end after the tile they start with."""
 
 _intercept: Callable[..., None] | None = None
 
@@ -77,7 +79,7 @@ def launch(
         queue = (counter.data_ptr(), multiprocessors(device) - sm_margin)
         _cuda.launch(instance, device, stream, described, [*scalars, *queue])
         return
-    counter = simulated_counter()
+    counter = simulated_counter(tensors[0].device)
     scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
     reachable = [*tensors, *pointees, counter]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
@@ -112,9 +114,9 @@ def tile_counter(device: int, stream: int) -> Tensor:
     return counter
 
 
-def simulated_counter() -> Tensor:
+def simulated_counter(device: torch.device) -> Tensor:
     """A new one a launch: a kernel that failed would leave it anyhow."""
-    return torch.zeros(2, dtype=torch.int32)
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -126,8 +128,9 @@ def multiprocessors(device: int) -> int:
 def intercepted(handler: Callable[..., None]) -> Iterator[None]:
     """Inside, launches run the instance's host code only, for GPU tensors too.
 
-    What it asks for goes to `handler`: the tensors within reach, then kernel, grid, block, cluster,
-    bytes of shared memory and the addresses of the parameters, which hold during the call.
+    What it asks for goes to `handler`: the tensors within reach, the tile counter last, then kernel,
+    grid, block, cluster, bytes of shared memory and the addresses of the parameters, which hold
+    during the call.
     """
     global _intercept
     _intercept = handler

@@ -188,7 +188,7 @@ def test_dense_queries_with_packed_keys():
 def test_blocks_take_tile_after_tile(monkeypatch, head_dim, causal):
     """More tiles than blocks, some without keys; the counter ends as the next launch needs it."""
     counter = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(runtime, "simulated_counter", lambda: counter)
+    monkeypatch.setattr(runtime, "simulated_counter", lambda _device: counter)
     monkeypatch.setattr(runtime, "SIMULATED_SMS", 3)
     q, k, v = random_inputs(Shape(2, 420, 130, 2, 1), head_dim, torch.bfloat16)
     for seed in SEEDS:

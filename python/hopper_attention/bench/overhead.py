@@ -41,7 +41,7 @@ INCLUDED = (
 )
 NOT_INCLUDED = (
     "the driver's launch (cudaLaunchKernelExC)",
-    "looking up the current stream and device",
+    "looking up the current stream, device and tile counter",
     "the GPU's caching allocator in place of the CPU's",
 )
 
@@ -49,7 +49,7 @@ NOT_INCLUDED = (
 @contextmanager
 def null_launches() -> Iterator[None]:
     """Inside, calls on CPU tensors go where calls on GPU tensors go, up to the launch."""
-    launch = _simulator.launch
+    launch, counter = _simulator.launch, torch.zeros(2, dtype=torch.int32)
 
     def launch_on_device_0(name: str, _device: int, stream: int, *arguments: Any) -> None:
         launch(name, 0, stream, *arguments)  # a CPU tensor's index is -1
@@ -61,7 +61,7 @@ def null_launches() -> Iterator[None]:
             backend_for=lambda _tensor: runtime.Backend.CUDA,
             current_stream=lambda _device: 0,
             multiprocessors=lambda _device: runtime.SIMULATED_SMS,
-            _counters={(-1, 0): torch.zeros(2, dtype=torch.int32)},
+            tile_counter=lambda *_: counter,
             _cuda=SimpleNamespace(launch=launch_on_device_0),
         ):
             yield

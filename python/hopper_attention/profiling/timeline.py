@@ -108,7 +108,8 @@ def _simulate(
     blocks: int,
     *buffers: np.ndarray,
 ) -> None:
-    """The first blocks of a launch; the addresses of `buffers` are its last parameters."""
+    """The first tile of the first blocks; the addresses of `buffers` are the last parameters."""
+    tensors[-1][0] = runtime.NO_MORE_TILES
     memory = simulator.GlobalMemory()
     for index, tensor in enumerate(tensors):
         nbytes = tensor.numel() * tensor.element_size()
