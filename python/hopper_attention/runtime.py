@@ -128,7 +128,7 @@ def multiprocessors(device: int) -> int:
 def intercepted(handler: Callable[..., None]) -> Iterator[None]:
     """Inside, launches run the instance's host code only, for GPU tensors too.
 
-    What it asks for goes to `handler`: the tensors within reach, the tile counter last, then kernel,
+    What it asks for goes to `handler`: the tensors in reach, the tile counter last, then kernel,
     grid, block, cluster, bytes of shared memory and the addresses of the parameters, which hold
     during the call.
     """
