@@ -269,6 +269,8 @@ class Plan:
     scale: float
     mask: Mask
     softcap: float | None
+    out_shape: tuple[int, ...] | None
+    """None: q's."""
     lse_shape: tuple[int, ...]
     varlen: bool
 
@@ -311,7 +313,8 @@ def _make_plan(
     instance = dispatch.forward_instance(dtype, q[-1], v[-1], mask.kind, capped, varlen)
     *rows, heads, _ = q
     lse_shape = (heads, *rows) if packed_q else (rows[0], heads, rows[1])
-    return Plan(instance, scale, mask, softcap, lse_shape, varlen)
+    out_shape = None if v[-1] == q[-1] else (*rows, heads, v[-1])
+    return Plan(instance, scale, mask, softcap, out_shape, lse_shape, varlen)
 
 
 def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
@@ -360,7 +363,10 @@ def _forward(
             q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
             queries=queries, keys=keys,
         )  # fmt: skip
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    if plan.out_shape is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # quicker than by shape
+    else:
+        out = q.new_empty(plan.out_shape)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     if sink is None and not plan.varlen:
         if out.numel() > 0:
