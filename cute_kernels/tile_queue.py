@@ -8,7 +8,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64
 
 STAGES = 2
-"""Numbers on their way: the producer is at most one tile ahead of its K/V pipeline's depth."""
+"""A number is published at the start of a tile and read at its end; the producer may be ahead."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which tile of work a block takes: one tile a block."""
+"""Which tile of work has which number; tile_queue.py says who takes which number."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class DenseScheduler:
-    """Blocks in launch order walk through sections of (batch, head) pairs.
+    """Tiles in the order of their numbers walk through sections of (batch, head) pairs.
 
     Within a section the pair changes fastest and the row block slowest, last rows first: under a
     causal mask those see the most keys, and a long tile started last would leave the GPU idle.
@@ -45,14 +45,14 @@ class DenseScheduler:
         return DenseScheduler(ceil_div(seqlen_q, tile_m), heads, pairs, section)
 
     @property
-    def blocks(self):
-        """Size of the one-dimensional grid."""
+    def tiles(self):
+        """How many tiles there are: numbers 0 to tiles - 1."""
         return self.m_blocks * self.pairs
 
-    def tile(self, block) -> Tile:
+    def tile(self, number) -> Tile:
         section_blocks = self.section * self.m_blocks
-        first_pair = block // section_blocks * self.section
-        within = block % section_blocks
+        first_pair = number // section_blocks * self.section
+        within = number % section_blocks
         width = minimum(self.section, self.pairs - first_pair)  # the last section may be narrower
         pair = first_pair + within % width
         return Tile(self.m_blocks - 1 - within // width, pair % self.heads, pair // self.heads)
@@ -62,8 +62,8 @@ class DenseScheduler:
 class VarlenScheduler:
     """Sequences one after another; of each the row blocks, last first, and of each all heads.
 
-    The host does not know the lengths, so the grid has as many blocks as there could be row blocks;
-    those left over get a tile of batch entry `batch`, which does not exist.
+    The host does not know the lengths, so there are as many numbers as there could be row blocks;
+    those left over are of batch entry `batch`, which does not exist.
     """
 
     lengths: Lengths
@@ -74,13 +74,13 @@ class VarlenScheduler:
     tile_m: cutlass.Constexpr
 
     @property
-    def blocks(self):
+    def tiles(self):
         return (self.rows // self.tile_m + self.batch) * self.heads
 
     @cute.jit
-    def tile(self, block: Int32) -> Tile:
+    def tile(self, number: Int32) -> Tile:
         """By a whole warp: each lane looks at one sequence of 32."""
-        wanted = block // self.heads
+        wanted = number // self.heads
         lane = cute.arch.lane_idx()
         first = Int32(0)
         before = Int32(0)  # row blocks of the sequences before `first`
@@ -97,7 +97,7 @@ class VarlenScheduler:
         source = minimum(passed, 31)
         row_block = maximum(cute.arch.shuffle_sync(until, source) - 1 - wanted, 0)
         batch = first + passed if passed < 32 else self.batch
-        return Tile(row_block, block % self.heads, minimum(batch, self.batch))
+        return Tile(row_block, number % self.heads, minimum(batch, self.batch))
 
     @cute.jit
     def m_blocks(self, batch: Int32) -> Int32:

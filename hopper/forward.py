@@ -30,7 +30,7 @@ Timeline   of consumer w and tile, key blocks j from last to first ("token": nam
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
            them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
-           or narrower than Q it has a buffer of its own.  A warp whose rows end with a packed
+           than Q it has a buffer of its own.  A warp whose rows end with a packed
            sequence stores from registers: TMA would overwrite the next sequence.
 
 Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
@@ -243,7 +243,7 @@ class Forward:
             queries, keys, heads // heads_kv, scale * LOG2_E, capped, window, learnable_sink
         )
         self.kernel(tma, mO, mLSE, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
-            grid=[minimum(scheduler.blocks, max_blocks), 1, 1],
+            grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,
         )
@@ -320,7 +320,7 @@ class Forward:
             batch = minimum(batch, scheduler.batch - 1)
         queries, keys = problem.queries.of(batch), problem.keys.of(batch)
         if const_expr(cfg.varlen):
-            # A block left over: no rows.
+            # A number left over: no rows.
             rows = queries.length if tile.batch < scheduler.batch else Int32(0)
             queries = Sequence(queries.batch, queries.offset, rows)
         window = problem.window if const_expr(cfg.mask == "local") else ()
@@ -388,14 +388,14 @@ class Forward:
             for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
         )
         number = cute.arch.block_idx()[0]
-        while number < scheduler.blocks:
+        while number < scheduler.tiles:
             following = pipelines.tiles.publish(tile_state)
             work = self.find_work(problem, scheduler, number)
             k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             q_state.advance()
             tile_state.advance()
             number = following
-        # Leave no barrier with arrivals to come: the counter is given back when all is read.
+        # All that was loaded and published has been consumed before the block counts as finished.
         pipelines.q.producer_tail(q_state)
         pipelines.k.producer_tail(k_state.clone())
         pipelines.v.producer_tail(k_state)
@@ -485,7 +485,7 @@ class Forward:
             for stages in (cfg.q_stages, cfg.stages, TILE_STAGES)
         )
         number = cute.arch.block_idx()[0]
-        while number < scheduler.blocks:
+        while number < scheduler.tiles:
             work = self.find_work(problem, scheduler, number)
             first_row = work.tile.m_block * cfg.tile_m
             mask = Mask(work.visibility, coordinates, first_row, cfg.tile_n)

@@ -77,7 +77,7 @@ def test_every_tile_once(seqlen_q, seqlen_k, group, heads_kv, batch):
     scheduler = DenseScheduler.create(
         seqlen_q, seqlen_k, heads, heads_kv, batch, TILE_M, key_bytes=512
     )
-    tiles = [scheduler.tile(i) for i in range(scheduler.blocks)]
+    tiles = [scheduler.tile(i) for i in range(scheduler.tiles)]
     m_blocks = (seqlen_q + TILE_M - 1) // TILE_M
     everything = {(m, h, b) for m in range(m_blocks) for h in range(heads) for b in range(batch)}
     assert len(tiles) == len(everything)
@@ -88,7 +88,7 @@ def test_sections_share_l2_and_run_longest_first():
     seqlen_k, key_bytes = 16384, 512
     scheduler = DenseScheduler.create(4 * TILE_M, seqlen_k, 16, 4, 2, TILE_M, key_bytes)
     resident = L2_BYTES // (seqlen_k * key_bytes)
-    tiles = [scheduler.tile(i) for i in range(scheduler.blocks)]
+    tiles = [scheduler.tile(i) for i in range(scheduler.tiles)]
     section = resident * 4  # query heads of `resident` key heads
     for start in range(0, len(tiles), section * 4):
         of_section = tiles[start : start + section * 4]
