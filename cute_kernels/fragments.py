@@ -16,15 +16,6 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, layout)
 
 
-def as_a_operand(fragment: cute.Tensor) -> cute.Tensor:
-    """16-bit fragment in accumulator layout as the A operand of k16 WGMMAs: a view, no movement."""
-    (c, r, v), m, n = fragment.shape
-    (sc, sr, sv), sm, sn = fragment.stride
-    assert n == 1, "one N block"
-    layout = cute.make_layout(((c, r, 2), m, v // 2), stride=((sc, sr, sv), sm, 2 * sv))
-    return cute.make_tensor(fragment.iterator, layout)
-
-
 @dsl_user_op
 def _convert_pair(low, high, dtype, *, loc=None, ip=None) -> cutlass.Int32:
     ptx_type = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
@@ -111,3 +102,19 @@ def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
         loc=loc,
         ip=ip,
     )
+
+
+@dsl_user_op
+def opaque(value, *, loc=None, ip=None):
+    """The same Int32 or Int64, kept in a register: ptxas cannot compute it again in a loop."""
+    kind, letter = {32: (T.i32(), "r"), 64: (T.i64(), "l")}[value.width]
+    copy = llvm.inline_asm(
+        kind,
+        [value.ir_value(loc=loc, ip=ip)],
+        f"mov.b{value.width} $0, $1;",
+        f"={letter},{letter}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    return type(value)(copy)

@@ -53,7 +53,6 @@ from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
-    as_a_operand,
     finish_before,
     pin,
     rows_and_columns,
@@ -143,9 +142,9 @@ class Pipelines:
 class Fragments:
     """Of one consumer thread: descriptors of Q, K, V; registers of P, S, O."""
 
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
+    q: wgmma.Operand
+    k: wgmma.Operand
+    v: wgmma.Operand
     p: PackedFragment
     acc_s: cute.Tensor
     acc_o: cute.Tensor
@@ -469,9 +468,9 @@ class Forward:
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim_v))
         acc_s = cute.make_rmem_tensor(shape_s, Float32)
         fragments = Fragments(
-            q=mmas.qk.make_fragment_A(uniform_qk.partition_A(tiles.q)),
-            k=mmas.qk.make_fragment_B(uniform_qk.partition_B(tiles.k)),
-            v=mmas.pv.make_fragment_B(uniform_pv.partition_B(tiles.v)),
+            q=wgmma.Operand.of(uniform_qk.partition_A(tiles.q)),
+            k=wgmma.Operand.of(uniform_qk.partition_B(tiles.k)),
+            v=wgmma.Operand.of(uniform_pv.partition_B(tiles.v)),
             p=PackedFragment.like(acc_s, self.dtype),
             acc_s=acc_s,
             acc_o=cute.make_rmem_tensor(shape_o, Float32),
@@ -532,12 +531,12 @@ class Forward:
         """
         cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
-        q_block = fragments.q[None, None, None, q_state.index]
+        q_block = fragments.q.stage(q_state.index)
 
         last = blocks.end - 1
         pipelines.k.consumer_wait(k_state)
-        k_block = fragments.k[None, None, None, k_state.index]
-        wgmma.issue(mmas.qk, acc_s, q_block, k_block, accumulate=False)
+        k_block = fragments.k.stage(k_state.index)
+        wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         warpgroup.wait_group(0)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
@@ -560,8 +559,8 @@ class Forward:
                 k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
-        v_block = fragments.v[None, None, None, v_state.index]
-        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
+        v_block = fragments.v.stage(v_state.index)
+        wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
         factors = softmax.finish(sink_log2)
         warpgroup.wait_group(0)
         pin(acc_o)
@@ -586,13 +585,13 @@ class Forward:
     ):
         """S and softmax of one key block beside O += P V of the block before; states advanced."""
         acc_s, acc_o = fragments.acc_s, fragments.acc_o
-        k_block = fragments.k[None, None, None, k_state.index]
-        v_block = fragments.v[None, None, None, v_state.index]
+        k_block = fragments.k.stage(k_state.index)
+        v_block = fragments.v.stage(v_state.index)
         pipelines.k.consumer_wait(k_state)
         turns.wait()
-        wgmma.issue(mmas.qk, acc_s, q_block, k_block, accumulate=False)
+        wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state)
-        wgmma.issue(mmas.pv, acc_o, as_a_operand(fragments.p.view), v_block, accumulate=True)
+        wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
         turns.give()
         warpgroup.wait_group(1)
         pin(acc_s)

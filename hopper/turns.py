@@ -6,8 +6,7 @@ from enum import IntEnum
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
+from hopper_attention.cute_kernels.fragments import opaque
 
 
 class Barrier(IntEnum):
@@ -51,18 +50,3 @@ class Turns:
 
     def give(self):
         cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=256)
-
-
-@dsl_user_op
-def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
-    """The same value, which ptxas keeps in a register instead of computing it again in a loop."""
-    copy = llvm.inline_asm(
-        T.i32(),
-        [value.ir_value(loc=loc, ip=ip)],
-        "mov.b32 $0, $1;",
-        "=r,r",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-    return Int32(copy)
