@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.arithmetic import maximum, minimum
+from hopper_attention.cute_kernels.sequence import Rows
 from hopper_attention.cute_kernels.visibility import Visibility
 
 WORD = 32
@@ -21,8 +22,7 @@ class Mask:
     visibility: Visibility
     coordinates: cute.Tensor
     """(rows, columns) -> (row, column) in the tile, of this thread's fragment."""
-    first_row: Int32
-    """Query row of the tile's row 0."""
+    rows: Rows
     tile_n: cutlass.Constexpr
 
     @cute.jit
@@ -34,11 +34,11 @@ class Mask:
         base = n_block * self.tile_n + self.coordinates[0, 0][1]
         columns = cute.size(scores, mode=[1])
         for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            row = self.first_row + self.coordinates[i, 0][0]
-            end = columns_below(self.visibility.end(row) - base)
+            query = self.rows.position(self.coordinates[i, 0][0])
+            end = columns_below(self.visibility.end(query) - base)
             begin = Int32(0)
             if const_expr(self.visibility.kind == "local"):
-                begin = columns_below(self.visibility.begin(row) - base)
+                begin = columns_below(self.visibility.begin(query) - base)
             for start in cutlass.range_constexpr(0, columns, WORD):
                 seen = low_ones(columns_after(end, start))
                 if const_expr(self.visibility.kind == "local"):

@@ -18,6 +18,25 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which query each row of a tile is: `group` heads, which read the same keys, share tiles.
+
+    Row r of a sequence's tiles is position r // group of head first_head + r % group.
+    """
+
+    group: Any
+    first_head: Any
+    first_row: Any
+    """Of this tile, among the sequence's."""
+
+    def position(self, row):
+        return (self.first_row + row) // self.group
+
+    def head(self, row):
+        return self.first_head + (self.first_row + row) % self.group
+
+
+@dataclass(frozen=True)
 class EqualLengths:
     """Every batch entry's sequence is all of its rows."""
 

@@ -90,16 +90,17 @@ class OnlineSoftmax:
         return rescale
 
     @cute.jit
-    def finish(self, sink_log2: Float32) -> cute.Tensor:
+    def finish(self, sinks_log2: cute.Tensor) -> cute.Tensor:
         """The factors that normalise the rows (rows,); turns row_max into their LSE (`lse`).
 
-        `sink_log2`: a score (times log2(e)) that joins each row's sum without a value; -inf: none.
+        `sinks_log2` (rows,): scores (times log2(e)) that join the sums without a value; -inf: none.
         A row without keys or sink has row_sum 0 and row_max -inf: factor 0, LSE -inf.
         """
         factors = cute.make_rmem_tensor_like(self.row_sum)
         for i in cutlass.range_constexpr(cute.size(self.row_sum)):
             row_sum = cute.arch.warp_reduction(self.row_sum[i], add, threads_in_group=4)
             row_max = self.row_max[i] * self.scale_log2
+            sink_log2 = sinks_log2[i]
             top = cute.arch.fmax(row_max, sink_log2)
             finite_top = Float32(0.0) if top == -Float32.inf else top
             shrink = cute.math.exp2(row_max - finite_top, fastmath=True)

@@ -72,6 +72,8 @@ class VarlenScheduler:
     rows: Any
     """Rows of queries in all, used or not."""
     tile_m: cutlass.Constexpr
+    group: Any
+    """Rows a query; the heads are then groups of heads (`sequence.Rows`)."""
 
     @property
     def tiles(self):
@@ -104,7 +106,7 @@ class VarlenScheduler:
         length = Int32(0)
         if batch < self.batch:
             length = self.lengths.of(batch).length
-        return ceil_div(length, self.tile_m)
+        return ceil_div(length * self.group, self.tile_m)
 
 
 @cute.jit

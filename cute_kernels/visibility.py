@@ -55,10 +55,11 @@ class BlockRange:
     unmasked_end: Any
 
     @staticmethod
-    def of(visibility: Visibility, m_block, tile_m: int, tile_n: int) -> "BlockRange":
-        """For the queries [m_block * tile_m, (m_block + 1) * tile_m) of the sequence."""
-        top = m_block * tile_m
-        bottom = minimum(top + tile_m, visibility.seqlen_q) - 1
+    def of(visibility: Visibility, m_block, tile_m: int, tile_n: int, group=1) -> "BlockRange":
+        """For the rows [m_block * tile_m, (m_block + 1) * tile_m), `group` of them a query."""
+        first_row = m_block * tile_m
+        top = first_row // group
+        bottom = minimum((first_row + tile_m - 1) // group, visibility.seqlen_q - 1)
         any_begin = maximum(visibility.begin(top), 0)
         any_end = maximum(visibility.end(bottom), 0)
         all_begin = maximum(visibility.begin(bottom), 0)

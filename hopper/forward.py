@@ -59,7 +59,7 @@ from hopper_attention.cute_kernels.fragments import (
 )
 from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.memory import read
-from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Sequence
+from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Rows, Sequence
 from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, scale_rows
 from hopper_attention.cute_kernels.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.tile_queue import TileQueue
@@ -73,6 +73,10 @@ from hopper_attention.hopper.turns import Barrier, Turns, consumer_warpgroup
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
+GATHERS = 4
+"""Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What all roles know of the launch."""
@@ -80,7 +84,10 @@ class Problem:
     queries: Any
     """EqualLengths or Lengths, by `ForwardConfig.varlen`."""
     keys: Any
-    qhead_per_kvhead: Int32
+    group: Any
+    """Query heads whose rows share a tile (`Rows`): 1, or all of a key head."""
+    tiles_per_kvhead: Int32
+    """Tiles of the same positions that read the same keys: the others of the group."""
     scale_log2: Float32
     """Of the scores that softmax sees: after softcap if there is one."""
     softcap: Any
@@ -89,6 +96,18 @@ class Problem:
     """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
     sink: Int64
     """Address of a float32 score for each head, or 0."""
+    output_float32: Int32
+    """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What is read or written other than by TMA: (row, column, head, entry), LSE as passed."""
+
+    q: Any
+    """None where tiles are never packed."""
+    o: cute.Tensor
+    lse: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class Work:
     tile: Tile
     queries: Sequence
     keys: Sequence
+    rows: Rows
     visibility: Visibility
     blocks: BlockRange
 
@@ -173,10 +193,10 @@ class Forward:
         lse = make_fake_tensor(Float32, lse_shape, lse_stride, assumed_align=4)
         softcap = Float32(1.0) if self.cfg.softcap else None
         window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
+        lengths = (Int64(0),) * 4 + (Int32(1),) * 2 if self.cfg.varlen else (None,) * 6
         operands = (operand(), operand(), operand(), operand(), lse)
-        queue = (Int64(0), Int32(1))
-        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *queue)
+        rest = (Int32(0), Int64(0), Int32(1))
+        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *rest)
 
     @cute.jit
     def __call__(
@@ -197,6 +217,8 @@ class Forward:
         seqused_q: Optional[Int64],
         seqused_k: Optional[Int64],
         num_sequences: Optional[Int32],
+        qheads_per_tile: Optional[Int32],
+        output_float32: Int32,
         tile_counter: Int64,
         max_blocks: Int32,
         stream: cuda.CUstream,
@@ -224,9 +246,13 @@ class Forward:
         if const_expr(cfg.varlen):
             queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
             keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
-            rows = entries * seqlen_q
-            scheduler = VarlenScheduler(queries, num_sequences, heads, rows, cfg.tile_m)
+            group = qheads_per_tile
+            rows = entries * seqlen_q * group
+            scheduler = VarlenScheduler(
+                queries, num_sequences, heads // group, rows, cfg.tile_m, group
+            )
         else:
+            group = Int32(1)
             queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
             key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
             scheduler = DenseScheduler.create(
@@ -239,9 +265,18 @@ class Forward:
         if const_expr(cfg.mask == "local"):
             window = (window_left, window_right, attention_chunk)
         problem = Problem(
-            queries, keys, heads // heads_kv, scale * LOG2_E, capped, window, learnable_sink
+            queries=queries,
+            keys=keys,
+            group=group,
+            tiles_per_kvhead=heads // heads_kv // group,
+            scale_log2=scale * LOG2_E,
+            softcap=capped,
+            window=window,
+            sink=learnable_sink,
+            output_float32=output_float32,
         )
-        self.kernel(tma, mO, mLSE, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
+        tensors = Tensors(mQ if cfg.varlen else None, mO, mLSE)
+        self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
             grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,
@@ -277,8 +312,7 @@ class Forward:
     def kernel(
         self,
         tma: Tma,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
+        tensors: Tensors,
         problem: Problem,
         scheduler: Any,
         tile_counter: Int64,
@@ -308,7 +342,7 @@ class Forward:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             v_start = storage.v.data_ptr()
-            self.consume(mmas, tma.o, mO, mLSE, tiles, pipelines, problem, scheduler, v_start)
+            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, scheduler, v_start)
 
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
@@ -324,11 +358,13 @@ class Forward:
             queries = Sequence(queries.batch, queries.offset, rows)
         window = problem.window if const_expr(cfg.mask == "local") else ()
         visibility = Visibility(cfg.mask, queries.length, keys.length, *window)
-        blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n)
+        group = self.group(problem)
+        blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n, group)
         if const_expr(cfg.varlen):
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
-        return Work(tile, queries, keys, visibility, blocks)
+        rows = Rows(group, tile.head * group, tile.m_block * cfg.tile_m)
+        return Work(tile, queries, keys, rows, visibility, blocks)
 
     def shared_storage(self):
         cfg = self.cfg
@@ -390,8 +426,7 @@ class Forward:
         while number < scheduler.tiles:
             following = pipelines.tiles.publish(tile_state)
             work = self.find_work(problem, scheduler, number)
-            k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
-            q_state.advance()
+            q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             tile_state.advance()
             number = following
         # All that was loaded and published has been consumed before the block counts as finished.
@@ -412,12 +447,12 @@ class Forward:
         q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
     ):
-        """One tile: K(last), Q, then K(j), V(j + 1) downwards, then V(first); K's and V's state.
+        """One tile: K(last), Q, then K(j), V(j + 1) downwards, then V(first); the states of Q, K.
 
         Q is loaded for a tile without keys, too: its buffer is where O is staged.
         """
         cfg, queries, keys = self.cfg, work.queries, work.keys
-        head_kv = work.tile.head // problem.qhead_per_kvhead
+        head_kv = work.tile.head // problem.tiles_per_kvhead
         mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
         mK = tma.k.tma_tensor[None, None, head_kv, keys.batch]
         mV = tma.v.tma_tensor[None, None, head_kv, keys.batch]
@@ -435,7 +470,9 @@ class Forward:
         if last >= work.blocks.first:
             load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
             k_state.advance()
-        load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
+        if self.group(problem) == 1:
+            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
+            q_state.advance()
         for i in cutlass.range(last - work.blocks.first, unroll=1):
             load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
             k_state.advance()
@@ -443,15 +480,14 @@ class Forward:
             v_state.advance()
         if last >= work.blocks.first:
             load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
-        return k_state
+        return q_state, k_state
 
     @cute.jit
     def consume(
         self,
         mmas: Mmas,
         tma_o: cpasync.TmaInfo,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
+        tensors: Tensors,
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
@@ -486,25 +522,27 @@ class Forward:
         number = cute.arch.block_idx()[0]
         while number < scheduler.tiles:
             work = self.find_work(problem, scheduler, number)
-            first_row = work.tile.m_block * cfg.tile_m
-            mask = Mask(work.visibility, coordinates, first_row, cfg.tile_n)
-            sink_log2 = -Float32.inf
-            if problem.sink != 0:
-                sink_log2 = read(Float32, problem.sink, work.tile.head) * LOG2_E
+            mask = Mask(work.visibility, coordinates, work.rows, cfg.tile_n)
             softmax.reset()
             fragments.acc_o.fill(0.0)
-            pipelines.q.consumer_wait(q_state)
+            group = self.group(problem)
+            if const_expr(cfg.varlen):
+                if group != 1:
+                    self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
+            if group == 1:
+                pipelines.q.consumer_wait(q_state)
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
-                    mmas, fragments, pipelines, softmax, turns, mask, problem, work, sink_log2,
-                    v_start, q_state, k_state,
+                    fragments, pipelines, softmax, turns, mask, problem, work, v_start,
+                    q_state, k_state,
                 )  # fmt: skip
             else:
-                softmax.finish(sink_log2)
-            self.store_lse(softmax.lse, mLSE, coordinates, work)
+                softmax.finish(self.read_sinks(problem, coordinates, work))
+            self.store_lse(softmax.lse, tensors.lse, coordinates, work)
             sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
-            self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, mO, work)
-            pipelines.q.consumer_release(q_state)
+            self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
+            if group == 1:
+                pipelines.q.consumer_release(q_state)
             q_state.advance()
             number = pipelines.tiles.next(tile_state)
             tile_state.advance()
@@ -512,7 +550,6 @@ class Forward:
     @cute.jit
     def attend(
         self,
-        mmas: Mmas,
         fragments: Fragments,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
@@ -520,7 +557,6 @@ class Forward:
         mask: Mask,
         problem: Problem,
         work: Work,
-        sink_log2: Float32,
         v_start: cute.Pointer,
         q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
@@ -546,7 +582,7 @@ class Forward:
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
-        step = partial(self.step, mmas, fragments, q_block, pipelines, softmax, turns, problem)
+        step = partial(self.step, fragments, q_block, pipelines, softmax, turns, problem)
         unmasked_end = minimum(blocks.unmasked_end, last)
         unmasked_first = minimum(blocks.unmasked_first, last)
         if const_expr(cfg.mask != "full"):
@@ -561,7 +597,7 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         v_block = fragments.v.stage(v_state.index)
         wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
-        factors = softmax.finish(sink_log2)
+        factors = softmax.finish(self.read_sinks(problem, mask.coordinates, work))
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
@@ -571,7 +607,6 @@ class Forward:
     @cute.jit
     def step(
         self,
-        mmas: Mmas,
         fragments: Fragments,
         q_block: cute.Tensor,
         pipelines: Pipelines,
@@ -651,13 +686,63 @@ class Forward:
             cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=threads)
 
     @cute.jit
+    def read_sinks(self, problem: Problem, coordinates: cute.Tensor, work: Work) -> cute.Tensor:
+        """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
+        sinks_log2 = cute.make_rmem_tensor((cute.size(coordinates, mode=[0]),), Float32)
+        sinks_log2.fill(-Float32.inf)
+        if problem.sink != 0:
+            for i in cutlass.range_constexpr(cute.size(sinks_log2)):
+                head = work.rows.head(coordinates[i, 0][0])
+                sinks_log2[i] = read(Float32, problem.sink, head) * LOG2_E
+        return sinks_log2
+
+    def group(self, problem: Problem) -> Int32:
+        """Heads that share tiles; where there is one, TMA loads and stores them."""
+        return problem.group if self.cfg.varlen else Int32(1)
+
+    @cute.jit
+    def gather_queries(self, mQ: cute.Tensor, sQ: cute.Tensor, work: Work):
+        """Rows of a group's heads to where TMA would put a tile of Q; each warp its own 16."""
+        cfg = self.cfg
+        warpgroup_threads = partial(
+            cute.arch.barrier,
+            barrier_id=Barrier.QUERIES + consumer_warpgroup(),
+            number_of_threads=128,
+        )
+        warpgroup_threads()  # the GEMMs that read the tile before are done
+        chunks = cfg.head_dim // 8  # of 16 bytes
+        first_row = 16 * (cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4)
+        vectors = cute.zipped_divide(sQ, (1, 8))
+        for start in cutlass.range_constexpr(0, 16 * chunks, 32 * GATHERS):
+            places = [start + 32 * i for i in range(GATHERS) if start + 32 * i < 16 * chunks]
+            places = [place + cute.arch.lane_idx() for place in places]
+            places = [(first_row + place // chunks, place % chunks) for place in places]
+            loaded = [self.load_query(mQ, work, row, 8 * chunk) for row, chunk in places]
+            for place, values in zip(places, loaded):
+                cute.autovec_copy(values, vectors[(None, place)])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        warpgroup_threads()
+
+    @cute.jit
+    def load_query(self, mQ: cute.Tensor, work: Work, row: Int32, column: Int32) -> cute.Tensor:
+        """16 bytes of a tile's row, zeros where there are none."""
+        queries, position = work.queries, work.rows.position(row)
+        values = cute.make_rmem_tensor((8,), self.dtype)
+        values.fill(0.0)
+        if position < queries.length and column < mQ.shape[1]:
+            gQ = mQ[queries.offset + position, None, work.rows.head(row), queries.batch]
+            place = (gQ.iterator + column).align(16)
+            cute.autovec_copy(cute.make_tensor(place, cute.make_layout(8)), values)
+        return values
+
+    @cute.jit
     def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, coordinates: cute.Tensor, work: Work):
-        gLSE = mLSE[work.queries.batch, work.tile.head, None]
+        queries, rows = work.queries, work.rows
         for i in cutlass.range_constexpr(cute.size(lse)):
             row, column = coordinates[i, 0]
-            row += work.tile.m_block * self.cfg.tile_m
-            if column == 0 and row < work.queries.length:
-                gLSE[work.queries.offset + row] = lse[i]
+            position = rows.position(row)
+            if column == 0 and position < queries.length:
+                mLSE[queries.batch, rows.head(row), queries.offset + position] = lse[i]
 
     @cute.jit
     def store_output(
@@ -667,21 +752,27 @@ class Forward:
         sO: cute.Tensor,
         tma_o: cpasync.TmaInfo,
         mO: cute.Tensor,
+        problem: Problem,
         work: Work,
     ):
-        """Each warp its 16 rows: through shared memory by TMA, or, if not all exist, directly."""
+        """Each warp its 16 rows: through shared memory by TMA, or, where it cannot, directly.
+
+        It cannot where not all rows exist, where they are of several heads, and for float32.
+        """
         cfg = self.cfg
-        out = PackedFragment.like(acc_o, self.dtype)
-        out.convert(acc_o)
         rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
+        whole = problem.output_float32 == 0
         if const_expr(cfg.varlen):
-            end = work.tile.m_block * cfg.tile_m + 16 * rows + 16
-            if end <= work.queries.length:
-                self.store_rows(out, mma_pv, sO, tma_o, work, rows)
-            else:
-                self.store_elements(out, mma_pv, mO, work)
-        else:
+            end = work.rows.first_row + 16 * rows + 16
+            whole = whole and problem.group == 1 and end <= work.queries.length
+        if whole:
+            out = PackedFragment.like(acc_o, self.dtype)
+            out.convert(acc_o)
             self.store_rows(out, mma_pv, sO, tma_o, work, rows)
+        elif problem.output_float32 != 0:
+            self.store_elements(acc_o, mma_pv, mO, work, Float32)
+        else:
+            self.store_elements(acc_o, mma_pv, mO, work, self.dtype)
 
     @cute.jit
     def store_rows(
@@ -720,21 +811,31 @@ class Forward:
 
     @cute.jit
     def store_elements(
-        self, out: PackedFragment, mma_pv: cute.TiledMma, mO: cute.Tensor, work: Work
+        self,
+        acc_o: cute.Tensor,
+        mma_pv: cute.TiledMma,
+        mO: cute.Tensor,
+        work: Work,
+        dtype: cutlass.Constexpr,
     ):
         """Pairs of columns from registers, as far as rows and columns exist."""
-        cfg, tile, queries = self.cfg, work.tile, work.queries
+        cfg, queries, rows = self.cfg, work.queries, work.rows
         thread = cute.arch.thread_idx()[0] - 128
         identity = cute.make_identity_tensor((cfg.tile_m, cfg.head_dim_v))
         coordinates = rows_and_columns(mma_pv.get_slice(thread).partition_C(identity))
-        pairs = out.rows_and_pairs
-        columns = mO.shape[1]
-        for i in cutlass.range_constexpr(cute.size(pairs, mode=[0])):
-            row = tile.m_block * cfg.tile_m + coordinates[i, 0][0]
-            if row < queries.length:
-                gO = mO[queries.offset + row, None, tile.head, queries.batch]
-                for j in cutlass.range_constexpr(cute.size(pairs, mode=[1])):
-                    column = coordinates[i, 2 * j][1]
+        out = rows_and_columns(acc_o)
+        words = dtype.width // self.dtype.width  # 16-bit columns of mO for one of O
+        columns = mO.shape[1] // words
+        pair = cute.make_rmem_tensor((2,), dtype)
+        for i in cutlass.range_constexpr(cute.size(out, mode=[0])):
+            position = rows.position(coordinates[i, 0][0])
+            if position < queries.length:
+                head = rows.head(coordinates[i, 0][0])
+                gO = mO[queries.offset + position, None, head, queries.batch]
+                for j in cutlass.range_constexpr(0, cute.size(out, mode=[1]), 2):
+                    column = coordinates[i, j][1]
                     if column < columns:
-                        place = cute.recast_ptr((gO.iterator + column).align(4), dtype=Int32)
-                        cute.make_tensor(place, cute.make_layout(1))[0] = pairs[i, j]
+                        pair[0], pair[1] = out[i, j].to(dtype), out[i, j + 1].to(dtype)
+                        place = cute.recast_ptr(gO.iterator + column * words, dtype=dtype)
+                        place = place.align(2 * dtype.width // 8)
+                        cute.autovec_copy(pair, cute.make_tensor(place, cute.make_layout(2)))

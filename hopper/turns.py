@@ -16,6 +16,8 @@ class Barrier(IntEnum):
     """All consumer threads."""
     TURN = 2
     """TURN + w: consumer w may issue its GEMMs."""
+    QUERIES = 5
+    """QUERIES + w: the threads of consumer w."""
 
 
 def consumer_warpgroup() -> Int32:

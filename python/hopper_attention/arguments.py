@@ -291,6 +291,19 @@ def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask
     )
 
 
+def resolve_out_dtype(out_dtype: Any, dtype: torch.dtype) -> torch.dtype:
+    if out_dtype is None or out_dtype == dtype:
+        return dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype: expected a torch.dtype, got {_shown(out_dtype)}")
+    if out_dtype != torch.float32:
+        raise NotImplementedError(
+            f"out_dtype={out_dtype} is not supported with inputs of {dtype}; use {dtype} or "
+            "torch.float32"
+        )
+    return out_dtype
+
+
 def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
     """A float32 score for each head."""
     if learnable_sink is None:

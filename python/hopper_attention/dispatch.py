@@ -40,3 +40,31 @@ def forward_instance(
         f"head_dim {head_dim} with head_dim_v {head_dim_v} is not supported for {kind}; supported "
         f"up to one of {have} (nearest: {nearest[0]}/{nearest[1]})"
     )
+
+
+def packs_heads(
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    group: int,
+    seqlen_q: int,
+    wanted: bool | None,
+) -> bool:
+    """Whether the `group` query heads of a key head share tiles, of at most `seqlen_q` positions.
+
+    If it is left to us (`wanted` None): where that saves a third of the tiles.  Such tiles are
+    loaded and stored row by row, without TMA.
+    """
+    if group == 1 or wanted is False:
+        return False
+    if wanted:
+        return True
+    try:
+        name = forward_instance(dtype, head_dim, head_dim_v, mask, softcap, True)
+    except NotImplementedError:
+        return False  # not in this build
+    tile_m = manifest.instances()[name].config["tile_m"]
+    apart, together = group * -(-seqlen_q // tile_m), -(-group * seqlen_q // tile_m)
+    return 3 * together <= 2 * apart

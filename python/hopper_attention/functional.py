@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def flash_attn_func(
     *,
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Result:
     """softmax(softmax_scale * q k^T) v for every batch entry and head.
 
@@ -62,20 +64,23 @@ def flash_attn_func(
         softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling; up to 4096.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
         deterministic: accepted; forward is always deterministic.
+        pack_gqa: whether the query heads that read one key head share tiles, which saves tiles
+            where there are few queries; None: where that saves a third of them.
         sm_margin: multiprocessors to leave to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
             finite or -inf.
+        out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others.
 
     Returns:
-        out (batch, seqlen_q, heads, head_dim_v) in q's dtype, and if asked for lse (batch, heads,
+        out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
         seqlen_q), float32, natural logarithm, the sink included.  A query that sees no key has out
         0, and lse -inf or the sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, gradients, qv, descales, num_splits > 1, pack_gqa; a GPU that is not sm_90.
+            dims, gradients, qv, descales, num_splits > 1; a GPU that is not sm_90.
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
@@ -85,7 +90,8 @@ def flash_attn_func(
     options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    plan = _make_plan(shapes, dtypes, options, False, False, False)
+    layout = Layout(pack_gqa=pack_gqa, out_dtype=out_dtype)
+    plan = _make_plan(shapes, dtypes, options, layout)
     sink = arguments.resolve_sink(learnable_sink, q)
     out, lse = _forward(plan, q, k, v, sink, sm_margin)
     return (out, lse) if with_lse else out
@@ -118,6 +124,7 @@ def flash_attn_varlen_func(
     *,
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Result:
     """`flash_attn_func` for sequences of different lengths, packed or padded; no padding is read.
 
@@ -145,8 +152,17 @@ def flash_attn_varlen_func(
     options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    packed_q, packed_k = cu_seqlens_q is not None, cu_seqlens_k is not None
-    plan = _make_plan(shapes, dtypes, options, packed_q, packed_k, True)
+    _check_bounds(max_seqlen_q, max_seqlen_k)
+    layout = Layout(
+        varlen=True,
+        packed_q=cu_seqlens_q is not None,
+        packed_k=cu_seqlens_k is not None,
+        # Whatever is longer is the same to a plan, which is kept by its arguments.
+        max_seqlen_q=min(max_seqlen_q, LONG) if isinstance(max_seqlen_q, int) else LONG,
+        pack_gqa=pack_gqa,
+        out_dtype=out_dtype,
+    )
+    plan = _make_plan(shapes, dtypes, options, layout)
     runtime.backend_for(q)  # refuses other devices before their index tensors are read
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
     batch = _batch(q, k, queries, keys)
@@ -156,12 +172,6 @@ def flash_attn_varlen_func(
     arguments.check_index("seqused_k", seqused_k, batch, q)
     arguments.check_lengths("q", queries, q.shape[-3])
     arguments.check_lengths("k", keys, k.shape[-3])
-    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(bound, Tensor):
-            if bound.numel() != 1 or bound.dtype.is_floating_point:
-                raise ValueError(f"{name}: expected one integer, got a {bound.dtype} tensor")
-        elif bound is not None:
-            arguments.integer(name, bound, 0)
     sink = arguments.resolve_sink(learnable_sink, q)
     out, lse = _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
     return (out, lse) if with_lse else out
@@ -184,6 +194,7 @@ def flash_attn_qkvpacked_func(
     *,
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Result:
     """`flash_attn_func` on views of one tensor; nothing is copied.
 
@@ -227,6 +238,7 @@ def flash_attn_qkvpacked_func(
         return_attn_probs=return_attn_probs,
         return_lse=return_lse,
         learnable_sink=learnable_sink,
+        out_dtype=out_dtype,
     )
 
 
@@ -243,13 +255,22 @@ def _check_hints(
     arguments.integer("sm_margin", sm_margin, 0, MAX_SM_MARGIN)
     if arguments.integer("num_splits", num_splits, 0) > 1:
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
-    if pack_gqa is not None and arguments.flag("pack_gqa", pack_gqa):
-        raise NotImplementedError("pack_gqa: not supported yet; use None or False")
+    if pack_gqa is not None:
+        arguments.flag("pack_gqa", pack_gqa)
     if qv is q_descale is k_descale is v_descale is None:
         return
     arguments.check_unsupported(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
     )
+
+
+def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor | None) -> None:
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(bound, Tensor):
+            if bound.numel() != 1 or bound.dtype.is_floating_point:
+                raise ValueError(f"{name}: expected one integer, got a {bound.dtype} tensor")
+        elif bound is not None:
+            arguments.integer(name, bound, 0)
 
 
 def _with_lse(deterministic: bool, return_attn_probs: bool, return_lse: bool) -> bool:
@@ -259,6 +280,20 @@ def _with_lse(deterministic: bool, return_attn_probs: bool, return_lse: bool) ->
 
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
+LONG = 1024
+"""From so many queries on, packing the heads of a group cannot save a third of the tiles."""
+
+
+class Layout(NamedTuple):
+    """What a plan depends on beside shapes, dtypes and options."""
+
+    varlen: bool = False
+    packed_q: bool = False
+    packed_k: bool = False
+    max_seqlen_q: int | None = None
+    """None: the tensor's rows."""
+    pack_gqa: bool | None = None
+    out_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -269,10 +304,14 @@ class Plan:
     scale: float
     mask: Mask
     softcap: float | None
-    out_shape: tuple[int, ...] | None
-    """None: q's."""
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    like_q: bool
+    """Whether out has q's shape and dtype."""
     lse_shape: tuple[int, ...]
     varlen: bool
+    """Whether the instance looks up lengths; one that packs heads does."""
+    qheads_per_tile: int
 
     @functools.cached_property
     def scalars(self) -> list[float | int]:
@@ -288,6 +327,8 @@ class Plan:
             "window_left": self.mask.left,
             "window_right": self.mask.right,
             "attention_chunk": self.mask.chunk,
+            "qheads_per_tile": self.qheads_per_tile,
+            "output_float32": int(self.out_dtype == torch.float32),
             **tensors,
         }
         return [values[name] for name in runtime.scalar_names(self.instance)]
@@ -298,23 +339,34 @@ def _make_plan(
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     options: Options,
-    packed_q: bool,
-    packed_k: bool,
-    varlen: bool,
+    layout: Layout,
 ) -> Plan:
     arguments.check_dtypes(*dtypes)
     q, k, v = shapes
-    arguments.check_shapes(q, k, v, packed_q, packed_k)
+    arguments.check_shapes(q, k, v, layout.packed_q, layout.packed_k)
+    out_dtype = arguments.resolve_out_dtype(layout.out_dtype, dtypes[0])
     mask = arguments.resolve_mask(options, q[-3], k[-3])
     scale = 1.0 / math.sqrt(q[-1]) if options.softmax_scale is None else options.softmax_scale
     softcap = options.softcap or None
-    dtype = arguments.DTYPES[dtypes[0]]
-    capped = softcap is not None
-    instance = dispatch.forward_instance(dtype, q[-1], v[-1], mask.kind, capped, varlen)
     *rows, heads, _ = q
-    lse_shape = (heads, *rows) if packed_q else (rows[0], heads, rows[1])
-    out_shape = None if v[-1] == q[-1] else (*rows, heads, v[-1])
-    return Plan(instance, scale, mask, softcap, out_shape, lse_shape, varlen)
+    group = heads // k[-2]
+    problem = (arguments.DTYPES[dtypes[0]], q[-1], v[-1], mask.kind, softcap is not None)
+    seqlen_q = q[-3] if layout.max_seqlen_q is None else min(q[-3], layout.max_seqlen_q)
+    packs = dispatch.packs_heads(*problem, group, seqlen_q, layout.pack_gqa)
+    varlen = layout.varlen or packs
+    out_shape = (*rows, heads, v[-1])
+    return Plan(
+        instance=dispatch.forward_instance(*problem, varlen),
+        scale=scale,
+        mask=mask,
+        softcap=softcap,
+        out_shape=out_shape,
+        out_dtype=out_dtype,
+        like_q=out_shape == tuple(q) and out_dtype == dtypes[0],
+        lse_shape=(heads, *rows) if layout.packed_q else (rows[0], heads, rows[1]),
+        varlen=varlen,
+        qheads_per_tile=group if packs else 1,
+    )
 
 
 def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
@@ -361,16 +413,17 @@ def _forward(
     if backend is runtime.Backend.REFERENCE:
         return reference.attention(
             q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
-            queries=queries, keys=keys,
+            queries=queries, keys=keys, out_dtype=plan.out_dtype,
         )  # fmt: skip
-    if plan.out_shape is None:
+    if plan.like_q:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # quicker than by shape
     else:
-        out = q.new_empty(plan.out_shape)
+        out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    stored = out if out.dtype == q.dtype else out.view(q.dtype)  # float32 as pairs of q's dtype
     if sink is None and not plan.varlen:
         if out.numel() > 0:
-            operands = (q, k, v, out, lse)
+            operands = (q, k, v, stored, lse)
             runtime.launch(backend, plan.instance, operands, plan.scalars, sm_margin=sm_margin)
         return out, lse
     # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass over out.
@@ -386,8 +439,9 @@ def _forward(
     }
     given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
+    batch = batch or q.shape[0]  # unpacked, then
     scalars = plan.scalars_with(numbers | {"num_sequences": batch})
-    views = [*(_as_entry(x, 4) for x in (q, k, v, out)), _as_entry(lse, 3)]
+    views = [*(_as_entry(x, 4) for x in (q, k, v, stored)), _as_entry(lse, 3)]
     if out.numel() > 0 and (batch > 0 or not plan.varlen):
         pointees = tuple(given.values())
         runtime.launch(backend, plan.instance, views, scalars, pointees, sm_margin)

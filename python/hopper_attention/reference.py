@@ -25,15 +25,17 @@ def attention(
     queries: Lengths = WHOLE,
     keys: Lengths = WHOLE,
     compute_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of q (batch, seqlen_q, heads, d), k (batch, seqlen_k, heads_kv, d), v (.., dv).
 
     With `queries` and `keys`, either may be packed, (total, heads, d).  Everything is computed in
-    `compute_dtype`; out has q's dtype, or float64 if that is computed in; lse (batch, heads,
-    seqlen_q) or (heads, total_q) is `compute_dtype`.  Queries without keys: out 0, lse -inf or the
-    sink.
+    `compute_dtype`; out has `out_dtype`, by default q's, or float64 if that is computed in; lse
+    (batch, heads, seqlen_q) or (heads, total_q) is `compute_dtype`.  Queries without keys: out 0,
+    lse -inf or the sink.
     """
-    out_dtype = torch.float64 if compute_dtype == torch.float64 else q.dtype
+    if out_dtype is None:
+        out_dtype = torch.float64 if compute_dtype == torch.float64 else q.dtype
     *rows, heads, _ = q.shape
     out = q.new_zeros((*rows, heads, v.shape[-1]), dtype=out_dtype)
     lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])

@@ -18,7 +18,16 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, runtime, simulator
+from hopper_attention import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    manifest,
+    reference,
+    runtime,
+    simulator,
+)
+from hopper_attention.arguments import CAUSAL
+from hopper_attention.numerics import Error
 
 pytestmark = pytest.mark.simulator
 
@@ -27,9 +36,9 @@ EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
-def simulate(q, k, v, seed=0, **arguments):
+def simulate(q, k, v, seed=0, pack_gqa=False, **arguments):
     with simulator.enabled(seed=seed):
-        return flash_attn_func(q, k, v, return_lse=True, **arguments)
+        return flash_attn_func(q, k, v, pack_gqa=pack_gqa, return_lse=True, **arguments)
 
 
 def simulate_packed(q, k, v, lengths, seed=0, **arguments):
@@ -195,6 +204,63 @@ def test_blocks_take_tile_after_tile(monkeypatch, head_dim, causal):
         out, lse = simulate(q, k, v, seed, causal=causal)
         check_forward(q, k, v, out, lse, causal=causal)
         assert counter.tolist() == [0, 0]
+
+
+def assert_rounded_alike(out, expected):
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(out.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=True) if "bf16" in n])
+def test_heads_that_share_tiles(instance):
+    """What they are with tiles of their own; more tiles than blocks, unused rows.
+
+    But for rounding: the simulator's float32 products depend on where in a tile a row is.
+    """
+    lengths = ((37, 131), (0, 9), (150, 70), (1, 1))
+    q, k, v = packed_inputs(instance, lengths, heads=6, heads_kv=2)
+    arguments = arguments_for(instance, number=len(instance))
+    arguments["learnable_sink"] = torch.tensor([-1.0, 0.5, -torch.inf, 2.0, 0.0, 1.0])
+    arguments["seqused_q"] = torch.tensor([37, 0, 131, 1], dtype=torch.int32)
+    expected = simulate_packed(q, k, v, lengths, pack_gqa=False, **arguments)
+    for seed in SEEDS[:2]:
+        out, lse = simulate_packed(q, k, v, lengths, seed, pack_gqa=True, **arguments)
+        assert_rounded_alike(out, expected[0])
+        torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [Shape(2, 5, 300, 8, 1), Shape(1, 70, 70, 6, 2)], ids=str)
+def test_dense_heads_that_share_tiles(monkeypatch, shape):
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
+    q, k, v = random_inputs(shape, 120, torch.bfloat16)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = simulate(q, k, v, pack_gqa=True, causal=True)
+    check_forward(q, k, v, out, lse, causal=True)
+    assert_rounded_alike(out, simulate(q, k, v, pack_gqa=False, causal=True)[0])
+
+
+def test_few_queries_share_tiles_unasked():
+    q, k, v = random_inputs(Shape(1, 8, 64, 8, 2), 64, torch.bfloat16)
+    grids = []
+    for pack_gqa in (None, True, False):
+        with simulator.enabled(), runtime.intercepted(lambda _, *ask: grids.append(ask[1][0])):
+            flash_attn_func(q, k, v, pack_gqa=pack_gqa)
+    assert grids == [2, 2, 8]
+
+
+@pytest.mark.parametrize("instance", [n for n in manifest.instances() if "causal" in n])
+def test_float32_is_what_the_result_is_rounded_from(instance):
+    q, k, v = inputs_for(instance, EDGE_SHAPE)
+    config = manifest.instances()[instance].config
+    q, v = q[..., : config["head_dim"] - 8], v[..., : config["head_dim_v"] - 8]
+    k, pack_gqa = k[..., : q.shape[-1]], config["varlen"]
+    rounded, lse = simulate(q, k, v, pack_gqa=pack_gqa, causal=True)
+    out, same_lse = simulate(q, k, v, pack_gqa=pack_gqa, causal=True, out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert torch.equal(out.to(rounded.dtype), rounded) and torch.equal(same_lse, lse)
+    exact, _ = reference.attention(
+        q, k, v, softmax_scale=q.shape[-1] ** -0.5, mask=CAUSAL, compute_dtype=torch.float64
+    )
+    assert Error.of(out, exact).rms < Error.of(rounded, exact).rms
 
 
 def test_sm_margin():

@@ -22,6 +22,10 @@ def signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 else x
 
 
+def signed16(x: int) -> int:
+    return (x & 0x7FFF) - (x & 0x8000)
+
+
 def integers(columns: int) -> np.ndarray:
     return np.stack([RNG.permutation(INTEGERS) for _ in range(columns)], axis=1)
 
@@ -36,6 +40,10 @@ INTEGER_CASES = {
     "mul.lo.s32 %d0, %a0, %a1;": lambda a, b, c: a * b,
     "mul.hi.u32 %d0, %a0, %a1;": lambda a, b, c: a * b >> 32,
     "mul.hi.s32 %d0, %a0, %a1;": lambda a, b, c: signed(a) * signed(b) >> 32,
+    "{ .reg .b16 %p, %q; cvt.u16.u32 %p, %a0; cvt.u16.u32 %q, %a1; mul.hi.u16 %p, %p, %q;"
+    " cvt.u32.u16 %d0, %p; }": lambda a, b, c: (a & 0xFFFF) * (b & 0xFFFF) >> 16,
+    "{ .reg .b16 %p, %q; cvt.u16.u32 %p, %a0; cvt.u16.u32 %q, %a1; mul.hi.s16 %p, %p, %q;"
+    " cvt.s32.s16 %d0, %p; }": lambda a, b, c: signed16(a) * signed16(b) >> 16,
     "mad.lo.s32 %d0, %a0, %a1, %a2;": lambda a, b, c: a * b + c,
     "mul.wide.s32 %rd1, %a0, %a1; shr.u64 %rd1, %rd1, 20; cvt.u32.u64 %d0, %rd1;": (
         lambda a, b, c: (signed(a) * signed(b) & (2**64 - 1)) >> 20

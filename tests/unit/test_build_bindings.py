@@ -48,7 +48,7 @@ def launches():
     _simulator.set_launch_handler(None)
 
 
-def launch(arguments, scalars=(0.125, 0, 0, 132), name=NAME, device=0, module=_simulator):
+def launch(arguments, scalars=(0.125, 0, 0, 0, 132), name=NAME, device=0, module=_simulator):
     module.launch(name, device, 0, arguments, list(scalars))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hopper_attention.cute_kernels.sequence import Rows
 from hopper_attention.cute_kernels.tile_scheduler import L2_BYTES, DenseScheduler
 from hopper_attention.cute_kernels.visibility import UNBOUNDED, BlockRange, Visibility
 from hypothesis import given
@@ -44,11 +45,12 @@ def test_begin_and_end_bound_what_is_visible(mask):
         assert keys == list(range(max(mask.begin(row), 0), mask.end(row)))
 
 
-@given(visibilities)
-def test_blocks_cover_what_is_visible(mask):
-    for m_block in range((mask.seqlen_q + TILE_M - 1) // TILE_M):
-        found = BlockRange.of(mask, m_block, TILE_M, TILE_N)
-        rows = range(m_block * TILE_M, min((m_block + 1) * TILE_M, mask.seqlen_q))
+@given(visibilities, st.integers(1, 5))
+def test_blocks_cover_what_is_visible(mask, group):
+    for m_block in range((mask.seqlen_q * group + TILE_M - 1) // TILE_M):
+        found = BlockRange.of(mask, m_block, TILE_M, TILE_N, group)
+        tile_rows = range(m_block * TILE_M, min((m_block + 1) * TILE_M, mask.seqlen_q * group))
+        rows = {Rows(group, 0, m_block * TILE_M).position(r - tile_rows[0]) for r in tile_rows}
         blocks = range((mask.seqlen_k + TILE_N - 1) // TILE_N)
 
         def seen(block, rows=rows):

@@ -102,6 +102,10 @@ class Clocks:
         return self.known[agents, _GENERIC, agents]
 
 
+SWIZZLE_ATOM = 1024
+"""Bytes within which a swizzle permutes."""
+
+
 def _widen(array: np.ndarray, width: int) -> np.ndarray:
     padding = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
     return np.pad(array, padding)
@@ -221,9 +225,10 @@ class Shadow:
             return None
         for agent in np.unique(agents):
             mine = units[np.broadcast_to(agents, units.shape) == agent] * self.grain
-            found = self._unordered_past(int(mine.min()), int(mine.max()) + self.grain, agent)
-            if found:
-                return found
+            for low, high in _stretches(mine):
+                found = self._unordered_past(low, high + self.grain, agent)
+                if found:
+                    return found
         return None
 
     def _unseen(self, units: np.ndarray, seen: np.ndarray, agents: np.ndarray) -> Conflict:
@@ -299,6 +304,14 @@ class Shadow:
         owners = np.broadcast_to(agents[..., None], units.shape)
         mine = (self.writer[units] == owners) & (self.written[units] == _NEVER)
         self.written[units[mine]] = self.clocks.now(owners)[mine]
+
+
+def _stretches(addresses: np.ndarray) -> list[tuple[int, int]]:
+    """(first, last) of what lies together: a tile's swizzle spans may be far apart."""
+    addresses = np.unique(addresses)
+    gaps = np.flatnonzero(np.diff(addresses) >= SWIZZLE_ATOM)
+    firsts, lasts = np.append(0, gaps + 1), np.append(gaps, len(addresses) - 1)
+    return list(zip(addresses[firsts].tolist(), addresses[lasts].tolist()))
 
 
 def smallest_access(instructions) -> int:

@@ -163,6 +163,10 @@ def _add(instruction: Instruction) -> list[Operation]:
             return simple(instruction, "high({0}, {1})", view, view * 2, "U")
         if view == "W":
             return simple(instruction, "high64({0}, {1})", view, "WW")
+        if view in "SH":
+            wide, narrow = {"S": ("np.int32", "np.int16"), "H": ("np.uint32", "np.uint16")}[view]
+            text = f"(np.multiply({{0}}, {{1}}, dtype={wide}) >> 16).astype({narrow})"
+            return simple(instruction, text, view, view * 2)
         raise instruction.unknown(f"mul.hi.{parts[-1]}")
     require(instruction, "lo")
     return simple(instruction, _BINARY[name] + "({0}, {1}{out})", view, view * 2)
