@@ -207,7 +207,9 @@ def test_blocks_take_tile_after_tile(monkeypatch, head_dim, causal):
 
 
 def assert_rounded_alike(out, expected):
-    torch.testing.assert_close(out, expected, rtol=torch.finfo(out.dtype).eps, atol=1e-5)
+    """A probability rounded the other way changes out by eps times itself times a value of V."""
+    eps = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected, rtol=eps, atol=eps / 4)
 
 
 @pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=True) if "bf16" in n])

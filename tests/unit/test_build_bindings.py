@@ -136,14 +136,14 @@ def test_refuses_tensors_before_launching(tensors, arguments, launches, changes,
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"scalars": ("x", 0, 0, 132)}, TypeError, "softmax_scale: expected a number, not str"),
+        ({"scalars": ("x", 0, 0, 0, 132)}, TypeError, "softmax_scale: expected a number, not str"),
         (
-            {"scalars": (1.0, 0.5, 0, 132)},
+            {"scalars": (1.0, 0.5, 0, 0, 132)},
             TypeError,
             "learnable_sink: expected an integer, not float",
         ),
-        ({"scalars": ()}, TypeError, "expected 4 scalars, got 0"),
-        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 4 scalars, got 3"),
+        ({"scalars": ()}, TypeError, "expected 5 scalars, got 0"),
+        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 5 scalars, got 3"),
         ({"name": "nothing"}, KeyError, "no instance 'nothing'"),
         ({"device": -1}, RuntimeError, "invalid device"),
         ({"device": 64}, RuntimeError, "invalid device"),
