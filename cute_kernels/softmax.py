@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import Boolean, Float32, const_expr
 
 LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -57,37 +57,54 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def step(
-        self, scores: cute.Tensor, first: cutlass.Constexpr, masked: cutlass.Constexpr
-    ) -> cute.Tensor:
+    def step(self, scores: cute.Tensor, first: cutlass.Constexpr, masked: cutlass.Constexpr):
         """scores (rows, columns) <- exp2((scores - row_max) * scale_log2), statistics updated.
 
-        Returns the factors (rows,) by which what was accumulated before must be multiplied; they
-        are undefined if `first`.  With `masked`, a row may be all -inf so far: its maximum is
-        taken as 0, else -inf - -inf would give NaN.
+        Returns the factors (rows,) by which what was accumulated before must be multiplied, and
+        whether it must be at all, the same for a warp; neither means anything if `first`.  With
+        `masked`, a row may be all -inf so far: its maximum is taken as 0, else -inf - -inf would
+        give NaN.
         """
-        rescale = cute.make_rmem_tensor_like(self.row_max)
-        for i in cutlass.range_constexpr(cute.size(self.row_max)):
+        rows, columns = cute.size(self.row_max), cute.size(scores, mode=[1])
+        largest = cute.make_rmem_tensor_like(self.row_max)
+        grown = Boolean(False)
+        for i in cutlass.range_constexpr(rows):
             row_max = reduce_row(scores, i, cute.arch.fmax)
             if const_expr(not first):
                 row_max = cute.arch.fmax(row_max, self.row_max[i])
-            row_max = cute.arch.warp_reduction(row_max, cute.arch.fmax, threads_in_group=4)
-            finite_max = row_max
-            if const_expr(masked):
-                finite_max = Float32(0.0) if row_max == -Float32.inf else row_max
-            shift = finite_max * self.scale_log2
+            largest[i] = cute.arch.warp_reduction(row_max, cute.arch.fmax, threads_in_group=4)
             if const_expr(not first):
-                rescale[i] = cute.math.exp2(
-                    self.row_max[i] * self.scale_log2 - shift, fastmath=True
-                )
-            self.row_max[i] = row_max
-            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                grown = grown | (largest[i] > self.row_max[i])
+        rescale = cute.make_rmem_tensor_like(self.row_max)
+        if const_expr(first):
+            must_rescale = True
+            self.row_max.store(largest.load())
+        else:
+            must_rescale = cute.arch.vote_any_sync(grown)
+            if must_rescale:
+                for i in cutlass.range_constexpr(rows):
+                    top = self.finite(largest[i], masked)
+                    rescale[i] = cute.math.exp2(
+                        (self.row_max[i] - top) * self.scale_log2, fastmath=True
+                    )
+                    self.row_sum[i] = self.row_sum[i] * rescale[i]
+                    self.row_max[i] = largest[i]
+        for i in cutlass.range_constexpr(rows):
+            shift = self.finite(self.row_max[i], masked) * self.scale_log2
+            for j in cutlass.range_constexpr(columns):
                 scores[i, j] = cute.math.exp2(scores[i, j] * self.scale_log2 - shift, fastmath=True)
             row_sum = reduce_row(scores, i, add)
             if const_expr(not first):
-                row_sum = self.row_sum[i] * rescale[i] + row_sum
+                row_sum = self.row_sum[i] + row_sum
             self.row_sum[i] = row_sum
-        return rescale
+        return rescale, must_rescale
+
+    @cute.jit
+    def finite(self, row_max: Float32, masked: cutlass.Constexpr) -> Float32:
+        """Where a row may be all -inf, 0 for it."""
+        if const_expr(masked):
+            row_max = Float32(0.0) if row_max == -Float32.inf else row_max
+        return row_max
 
     @cute.jit
     def finish(self, sinks_log2: cute.Tensor) -> cute.Tensor:

@@ -54,6 +54,7 @@ from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     finish_before,
+    opaque,
     pin,
     rows_and_columns,
 )
@@ -586,12 +587,12 @@ class Forward:
         unmasked_end = minimum(blocks.unmasked_end, last)
         unmasked_first = minimum(blocks.unmasked_first, last)
         if const_expr(cfg.mask != "full"):
-            for i in cutlass.range(last - unmasked_end, unroll=1):
+            for i in cutlass.range(opaque(last - unmasked_end), unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, last - 1 - i)
-        for _ in cutlass.range(unmasked_end - unmasked_first, unroll=1):
+        for _ in cutlass.range(opaque(unmasked_end - unmasked_first), unroll=1):
             k_state, v_state = step(k_state, v_state, None, None)
         if const_expr(cfg.mask == "local"):
-            for i in cutlass.range(unmasked_first - blocks.first, unroll=1):
+            for i in cutlass.range(opaque(unmasked_first - blocks.first), unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
@@ -631,13 +632,16 @@ class Forward:
         warpgroup.wait_group(1)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
-        rescale = self.update_softmax(acc_s, softmax, problem, mask, n_block, first=False)
+        rescale, must_rescale = self.update_softmax(
+            acc_s, softmax, problem, mask, n_block, first=False
+        )
         finish_before(softmax.row_sum)
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
-        scale_rows(rows_and_columns(acc_o), rescale)
+        if must_rescale:
+            scale_rows(rows_and_columns(acc_o), rescale)
         following = k_state.clone()
         following.advance()
         return following, k_state
@@ -651,7 +655,7 @@ class Forward:
         mask: Optional[Mask],
         n_block: Optional[Int32],
         first: cutlass.Constexpr,
-    ) -> cute.Tensor:
+    ):
         """S of one key block, capped and masked, becomes P in place; the factors for O."""
         scores = rows_and_columns(acc_s)
         if const_expr(self.cfg.softcap):

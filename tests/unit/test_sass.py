@@ -82,6 +82,7 @@ def test_repetitions_of_a_wait_behind_the_kernel_are_no_part_of_a_pass():
     outer = flow.loops[0]
     assert flow.instructions(outer) == [0, 1, 2, 3, 5, 6, 7]
     assert flow.pass_of(outer) == [0, 1, 2, 3]
+    assert flow.skippable_of(outer) == []
 
 
 def test_a_skipped_block_stays_part_of_a_pass():
@@ -97,6 +98,7 @@ def test_a_skipped_block_stays_part_of_a_pass():
     )
     flow = ControlFlow(code)
     assert flow.pass_of(flow.loops[0]) == [0, 1, 2, 3, 4]
+    assert flow.skippable_of(flow.loops[0]) == [2]
 
 
 def test_rotated_loop_has_one_header():

@@ -70,6 +70,15 @@ class ControlFlow:
             if not any(self.dominates(header, block) for header in avoidable)
         )
 
+    def skippable_of(self, loop: Loop) -> list[int]:
+        """Those of `pass_of` that a branch goes around: not every pass issues them."""
+        skippable = {
+            block
+            for block in loop.blocks
+            if not any(self.dominates(block, latch) for latch in loop.latches)
+        }
+        return sorted(set(self._instructions(skippable)) & set(self.pass_of(loop)))
+
     def _instructions(self, blocks: Iterable[int]) -> list[int]:
         return [i for block in sorted(blocks) for i in self.graph.nodes[block]["range"]]
 

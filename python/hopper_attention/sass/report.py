@@ -12,7 +12,7 @@ from typing import Any
 
 from hopper_attention.refusal import Refusal
 from hopper_attention.sass import model
-from hopper_attention.sass.control_flow import ControlFlow
+from hopper_attention.sass.control_flow import ControlFlow, Loop
 from hopper_attention.sass.cubin import Kernel, find_cubins
 from hopper_attention.sass.disassembler import Instruction, disassemble
 from hopper_attention.sass.pipes import count_pipes
@@ -28,7 +28,9 @@ class MainLoop:
     """One main loop, as a consumer warp executes one pass of it."""
 
     instructions: int
-    """Issue slots; a wait that does not spin counts once."""
+    """Issue slots of every pass; a wait that does not spin counts once."""
+    skippable: int
+    """Instructions that branches go around: a pass may issue them as well."""
     pipes: dict[str, int]
     waits: int
     """WARPGROUP.DEPBAR: more than the source's means that ptxas serialised WGMMA."""
@@ -116,7 +118,7 @@ def row_of(kernel: Kernel, code: Sequence[Instruction], clock_ghz: float) -> Row
         if count_pipes(code[i] for i in flow.instructions(loop))["tensor"]
     ]
     loops = [
-        _main_loop([code[i] for i in flow.pass_of(loop)], warpgroups, clock_ghz)
+        _main_loop(code, flow, loop, warpgroups, clock_ghz)
         for loop in with_gemms
         if not any(inner.header in loop.blocks for inner in with_gemms if inner is not loop)
     ]
@@ -139,7 +141,11 @@ def _consumers(kernel: Kernel, code: Iterable[Instruction]) -> int:
     return max(kernel.threads // 128 - specialised, 1)
 
 
-def _main_loop(code: Sequence[Instruction], warpgroups: int, clock_ghz: float) -> MainLoop:
+def _main_loop(
+    kernel: Sequence[Instruction], flow: ControlFlow, loop: Loop, warpgroups: int, clock_ghz: float
+) -> MainLoop:
+    skippable = flow.skippable_of(loop)
+    code = [kernel[i] for i in flow.pass_of(loop) if i not in skippable]
     marks = [mark for mark in map(_mark, code) if mark]
     segments, arrived = [0], None
     for mark in marks:
@@ -152,6 +158,7 @@ def _main_loop(code: Sequence[Instruction], warpgroups: int, clock_ghz: float) -
     runs = [(mark, len(list(group))) for mark, group in itertools.groupby(marks)]
     return MainLoop(
         instructions=len(code),
+        skippable=len(skippable),
         pipes=count_pipes(code),
         waits=len(segments) - 1,
         ex2=segments,
