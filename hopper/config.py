@@ -83,6 +83,14 @@ class ForwardConfig:
         return 2 if self._shared_memory_bytes(2) <= SHARED_MEMORY_CAPACITY else 1
 
     @property
+    def releases_late(self) -> bool:
+        """Whether Q, where O is staged, is given back during the next tile, not at the end of its.
+
+        The store has read O by then, so nothing waits for it; the next tile has Q's other stage.
+        """
+        return self.output_over_q and self.q_stages == 2
+
+    @property
     def shared_memory_bytes(self) -> int:
         return self._shared_memory_bytes(self.q_stages)
 

@@ -45,7 +45,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -169,6 +169,13 @@ class Fragments:
     p: PackedFragment
     acc_s: cute.Tensor
     acc_o: cute.Tensor
+
+
+def other_stage(state: pipeline.PipelineState) -> pipeline.PipelineState:
+    """Of two."""
+    state = state.clone()
+    state.advance()
+    return state
 
 
 class Forward:
@@ -527,6 +534,7 @@ class Forward:
             softmax.reset()
             fragments.acc_o.fill(0.0)
             group = self.group(problem)
+            late = cfg.releases_late and group == 1 and number != cute.arch.block_idx()[0]
             if const_expr(cfg.varlen):
                 if group != 1:
                     self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
@@ -535,18 +543,25 @@ class Forward:
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
                     fragments, pipelines, softmax, turns, mask, problem, work, v_start,
-                    q_state, k_state,
+                    q_state, k_state, late,
                 )  # fmt: skip
             else:
+                if late:
+                    self.release_queries(pipelines.q, other_stage(q_state))
                 softmax.finish(self.read_sinks(problem, coordinates, work))
             self.store_lse(softmax.lse, tensors.lse, coordinates, work)
             sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
             self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
-            if group == 1:
-                pipelines.q.consumer_release(q_state)
+            if const_expr(not cfg.releases_late):
+                if group == 1:
+                    self.release_queries(pipelines.q, q_state)
             q_state.advance()
             number = pipelines.tiles.next(tile_state)
             tile_state.advance()
+        if const_expr(cfg.releases_late):
+            if self.group(problem) == 1 and cute.arch.block_idx()[0] < scheduler.tiles:
+                self.release_queries(pipelines.q, other_stage(q_state))
+        self.finish_store()  # shared memory is not the block's any more when it ends
 
     @cute.jit
     def attend(
@@ -561,9 +576,11 @@ class Forward:
         v_start: cute.Pointer,
         q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
+        late: Boolean,
     ):
         """All key blocks, last to first; leaves the normalised O in acc_o, the LSE in softmax.
 
+        `late`: the Q of the tile before is still to be released.
         Returns the state of K, and of V, behind the last block.
         """
         cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
@@ -574,6 +591,8 @@ class Forward:
         pipelines.k.consumer_wait(k_state)
         k_block = fragments.k.stage(k_state.index)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
+        if late:
+            self.release_queries(pipelines.q, other_stage(q_state))
         warpgroup.wait_group(0)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
@@ -700,6 +719,20 @@ class Forward:
                 sinks_log2[i] = read(Float32, problem.sink, head) * LOG2_E
         return sinks_log2
 
+    @cute.jit
+    def release_queries(self, pipe, state: pipeline.PipelineState):
+        """By each warp, when the store of the O that it staged there has read it."""
+        if const_expr(self.cfg.output_over_q):
+            self.finish_store()
+        pipe.consumer_release(state)
+
+    @cute.jit
+    def finish_store(self):
+        """Wait until this warp's store of O has read shared memory."""
+        with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
+
     def group(self, problem: Problem) -> Int32:
         """Heads that share tiles; where there is one, TMA loads and stores them."""
         return problem.group if self.cfg.varlen else Int32(1)
@@ -791,6 +824,8 @@ class Forward:
         """The warp's 16 rows through shared memory, one TMA store a swizzle span."""
         cfg, tile = self.cfg, work.tile
         thread = cute.arch.thread_idx()[0] - 128
+        if const_expr(not cfg.output_over_q):  # else the one before was waited for to release Q
+            self.finish_store()
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, mma_pv)
         cute.copy(copy, copy.retile(out.view), copy.get_slice(thread).partition_D(sO))
@@ -809,9 +844,6 @@ class Forward:
             for j in cutlass.range_constexpr(cfg.head_dim_v // self.store_tile[1]):
                 cute.copy(tma_o.atom, sO[None, j], gO[None, j])
             cute.arch.cp_async_bulk_commit_group()
-            # Before Q is released, or shared memory given up, the store must have read it.
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()
 
     @cute.jit
     def store_elements(
