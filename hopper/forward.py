@@ -7,13 +7,15 @@ Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d)
            dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
            seqlen_q) float32, natural log.  Query head h reads key head h // (heads / heads_kv).
            Columns beyond a tensor's d are loaded as zeros and not stored.
-           Packed sequences (varlen) are the rows of one batch entry.
+           Packed sequences (varlen) are the rows of one batch entry.  float32 O is passed as
+           pairs of 16-bit columns.  Where the heads of a group share tiles (`group`, varlen
+           instances only), a tile's rows are `group` heads of each position.
 
 Roles      warpgroup 0     producer; its first warp issues every load, the others idle
            warpgroup 1..W  consumers, 64 query rows each; registers by `setmaxnreg` (config.py)
 
 Pipelines  name  stages  full                   empty: 4 W arrivals, one a consumer warp
-           Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been stored
+           Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been read by its store
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
            tile  2       1 arrival              when read: the number of the next tile
 
@@ -21,8 +23,11 @@ Timeline   of consumer w and tile, key blocks j from last to first ("token": nam
 
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
              for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
-                     wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P, rescale O
-             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store, release Q
+                     wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P
+                     rescale O, if a maximum has grown
+             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
+
+           Q is released at the end, or, if it has two stages, during the next tile's first GEMM.
 
            The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
            Within a consumer, softmax of block j runs under O += P V(j+1).  Between tiles nothing
@@ -30,8 +35,9 @@ Timeline   of consumer w and tile, key blocks j from last to first ("token": nam
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
            them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
-           than Q it has a buffer of its own.  A warp whose rows end with a packed
-           sequence stores from registers: TMA would overwrite the next sequence.
+           than Q it has a buffer of its own.  From registers are stored: rows at the end of a
+           packed sequence (TMA would overwrite the next one), rows of several heads, and float32.
+           Rows of several heads are also loaded without TMA, by the consumers.
 
 Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
 """
