@@ -1,5 +1,6 @@
 """How a persistent block gets its next tile, and how the producer tells the consumers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cutlass
@@ -8,17 +9,21 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64
 
 STAGES = 2
-"""A number is published at the start of a tile and read at its end; the producer may be ahead."""
+"""The producer may be a tile ahead of the consumers."""
 
 
 @dataclass(frozen=True)
 class TileQueue:
-    """Block b starts with tile b; then tiles go to whoever is free first."""
+    """Block b starts with tile b; then tiles go to whoever is free first.
+
+    The producer finds out what a tile is and publishes it as a few words.  Consumers look them up
+    whenever they need them, which keeps registers free while they compute.
+    """
 
     counter: Int64
     """Address of two int32 in global memory, zero before and after the launch."""
     slots: cute.Tensor
-    """(STAGES,) int32 in shared memory."""
+    """(words, STAGES) int32 in shared memory."""
     pipe: pipeline.PipelineAsync
 
     @staticmethod
@@ -35,27 +40,32 @@ class TileQueue:
         return TileQueue(counter, slots, pipe)
 
     @cute.jit
-    def publish(self, state: pipeline.PipelineState) -> Int32:
-        """By the producer warp: the number of its next tile, for the consumers too."""
+    def take(self) -> Int32:
+        """By the producer warp: the number of its next tile."""
         following = Int32(0)
         if cute.arch.lane_idx() == 0:
             following = cute.arch.grid_dim()[0] + cute.arch.atomic_add(self.place(0), Int32(1))
-        following = cute.arch.shuffle_sync(following, 0)
-        self.pipe.producer_acquire(state)
-        with cute.arch.elect_one():
-            self.slots[state.index] = following
-            self.pipe.producer_commit(state)
-        return following
+        return cute.arch.shuffle_sync(following, 0)
 
     @cute.jit
-    def next(self, state: pipeline.PipelineState) -> Int32:
-        """By every consumer warp at the end of a tile: what the producer published at its start."""
-        self.pipe.consumer_wait(state)
-        following = self.slots[state.index]
+    def publish(self, state: pipeline.PipelineState, words: Sequence[Int32]):
+        """By the producer warp: the tile that the consumers do next."""
+        self.pipe.producer_acquire(state)
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(len(words)):
+                self.slots[i, state.index] = words[i]
+            self.pipe.producer_commit(state)
+
+    def words(self, state: pipeline.PipelineState) -> list[Int32]:
+        """By consumers, between `pipe.consumer_wait` and `release`."""
+        return [self.slots[i, state.index] for i in range(cute.size(self.slots, mode=[0]))]
+
+    @cute.jit
+    def release(self, state: pipeline.PipelineState):
+        """By every consumer warp: it will not look up this tile again."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             self.pipe.consumer_release(state)
-        return following
 
     @cute.jit
     def finish(self):

@@ -42,7 +42,7 @@ Store      each warp writes its 16 rows of O where its 16 rows of Q were (only i
 Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Optional
 
@@ -137,14 +137,34 @@ class Mmas:
 
 @dataclass(frozen=True)
 class Work:
-    """One tile: its place, its sequences, and the key blocks it attends to."""
+    """One tile: its place, its sequences, the key blocks it attends to, and its rows."""
 
     tile: Tile
     queries: Sequence
     keys: Sequence
-    rows: Rows
-    visibility: Visibility
     blocks: BlockRange
+    rows: Rows
+
+    def words(self) -> list[Int32]:
+        """For the queue; `m_block` first."""
+        parts = (self.tile, self.queries, self.keys, self.blocks)
+        return [Int32(value) for part in parts for value in vars(part).values()]
+
+    @staticmethod
+    def of(words: list[Int32], group: Int32, tile_m: int) -> "Work":
+        tile = Tile(*words[:3])
+        return Work(
+            tile,
+            Sequence(*words[3:6]),
+            Sequence(*words[6:9]),
+            BlockRange(*words[9:]),
+            Rows(group, tile.head * group, tile.m_block * tile_m),
+        )
+
+
+WORDS = 13
+NO_MORE = -1
+"""As m_block: the block is done."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +197,25 @@ class Fragments:
     acc_o: cute.Tensor
 
 
-def other_stage(state: pipeline.PipelineState) -> pipeline.PipelineState:
-    """Of two."""
-    state = state.clone()
-    state.advance()
-    return state
+def consumer_thread() -> Int32:
+    """Index among the consumers' threads.
+
+    Opaque, or else all that follows from it would be computed before the first tile and kept in
+    registers that the main loop needs.
+    """
+    return opaque(cute.arch.thread_idx()[0] - 128)
+
+
+def coordinates_of(mma: cute.TiledMma, tile: tuple[int, int]) -> cute.Tensor:
+    """(rows, columns) -> (row, column) in the tile, of this thread's accumulators."""
+    identity = cute.make_identity_tensor(tile)
+    return rows_and_columns(mma.get_slice(consumer_thread()).partition_C(identity))
+
+
+def state_after(count: Int32, stages: int) -> pipeline.PipelineState:
+    """A consumer's, after so many tiles: only the count has to be kept in a register."""
+    count = opaque(count)
+    return pipeline.PipelineState(stages, count, count % stages, count // stages % 2)
 
 
 class Forward:
@@ -313,8 +347,11 @@ class Forward:
         q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
         v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        stages = cfg.q_stages if cfg.output_over_q else 1
-        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v, stages), (0, 1, 2))
+        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v), (0, 1))
+        # Over Q its stages are as far apart as Q's, which may be wider.
+        stages, width = (cfg.q_stages, cfg.head_dim) if cfg.output_over_q else (1, cfg.head_dim_v)
+        shape, stride = (*o.outer.shape, stages), (*o.outer.stride, cfg.tile_m * width)
+        o = cute.make_composed_layout(o.inner, o.offset, cute.make_layout(shape, stride=stride))
         return q, k, v, o
 
     def swizzle_v(self):
@@ -356,10 +393,11 @@ class Forward:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             v_start = storage.v.data_ptr()
-            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, scheduler, v_start)
+            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start)
 
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
+        """By the producer warp."""
         cfg = self.cfg
         tile = scheduler.tile(number)
         batch = tile.batch
@@ -370,15 +408,28 @@ class Forward:
             # A number left over: no rows.
             rows = queries.length if tile.batch < scheduler.batch else Int32(0)
             queries = Sequence(queries.batch, queries.offset, rows)
-        window = problem.window if const_expr(cfg.mask == "local") else ()
-        visibility = Visibility(cfg.mask, queries.length, keys.length, *window)
+        visibility = self.visibility(problem, queries, keys)
         group = self.group(problem)
         blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n, group)
         if const_expr(cfg.varlen):
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
         rows = Rows(group, tile.head * group, tile.m_block * cfg.tile_m)
-        return Work(tile, queries, keys, rows, visibility, blocks)
+        return Work(tile, queries, keys, blocks, rows)
+
+    def visibility(self, problem: Problem, queries: Sequence, keys: Sequence) -> Visibility:
+        window = problem.window if self.cfg.mask == "local" else ()
+        return Visibility(self.cfg.mask, queries.length, keys.length, *window)
+
+    def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
+        """By consumers, of their tile number `count`: what the producer has found."""
+        words = queue.words(state_after(count, TILE_STAGES))
+        work = Work.of(words, self.group(problem), self.cfg.tile_m)
+        if self.cfg.mask == "local":
+            return work
+        first = Int32(0)  # known, it needs no register
+        blocks = BlockRange(first, work.blocks.end, first, work.blocks.unmasked_end)
+        return replace(work, blocks=blocks)
 
     def shared_storage(self):
         cfg = self.cfg
@@ -394,7 +445,7 @@ class Forward:
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
-            tile_numbers: cute.struct.MemRange[Int32, TILE_STAGES]
+            tile_words: cute.struct.MemRange[Int32, WORDS * TILE_STAGES]
             q: buffer(layout_q)
             k: buffer(layout_k)
             v: buffer(layout_v)
@@ -416,9 +467,9 @@ class Forward:
                 defer_sync=not last,  # the last one fences and synchronises for all
             )
 
-        numbers = storage.tile_numbers.get_tensor(cute.make_layout(TILE_STAGES))
+        words = storage.tile_words.get_tensor(cute.make_layout((WORDS, TILE_STAGES)))
         queue = TileQueue.create(
-            tile_counter, numbers, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
+            tile_counter, words, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
         )
         return Pipelines(
             make(storage.q_barriers, cfg.q_stages, cfg.tile_m * cfg.head_dim),
@@ -438,11 +489,14 @@ class Forward:
         )
         number = cute.arch.block_idx()[0]
         while number < scheduler.tiles:
-            following = pipelines.tiles.publish(tile_state)
+            following = pipelines.tiles.take()
             work = self.find_work(problem, scheduler, number)
+            pipelines.tiles.publish(tile_state, work.words())
             q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             tile_state.advance()
             number = following
+        pipelines.tiles.publish(tile_state, [Int32(NO_MORE)])
+        tile_state.advance()
         # All that was loaded and published has been consumed before the block counts as finished.
         pipelines.q.producer_tail(q_state)
         pipelines.k.producer_tail(k_state.clone())
@@ -505,12 +559,10 @@ class Forward:
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
-        scheduler: Any,
         v_start: cute.Pointer,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
-        thread = cute.arch.thread_idx()[0] - 128
         # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
         first = consumer_warpgroup() * 128
         uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
@@ -525,22 +577,18 @@ class Forward:
             acc_s=acc_s,
             acc_o=cute.make_rmem_tensor(shape_o, Float32),
         )
-        identity = cute.make_identity_tensor((cfg.tile_m, cfg.tile_n))
-        coordinates = rows_and_columns(mmas.qk.get_slice(thread).partition_C(identity))
         softmax = OnlineSoftmax.create(2, problem.scale_log2)
         turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
-        q_state, k_state, tile_state = (
-            pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
-            for stages in (cfg.q_stages, cfg.stages, TILE_STAGES)
-        )
-        number = cute.arch.block_idx()[0]
-        while number < scheduler.tiles:
-            work = self.find_work(problem, scheduler, number)
-            mask = Mask(work.visibility, coordinates, work.rows, cfg.tile_n)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
+        queue, count = pipelines.tiles, Int32(0)
+        late = Boolean(False)  # whether the Q of the tile before is still to be released
+        queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
+        while queue.words(state_after(count, TILE_STAGES))[0] != NO_MORE:
+            q_state = state_after(count, cfg.q_stages)
+            work = self.current_work(problem, queue, count)
             softmax.reset()
             fragments.acc_o.fill(0.0)
             group = self.group(problem)
-            late = cfg.releases_late and group == 1 and number != cute.arch.block_idx()[0]
             if const_expr(cfg.varlen):
                 if group != 1:
                     self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
@@ -548,39 +596,46 @@ class Forward:
                 pipelines.q.consumer_wait(q_state)
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
-                    fragments, pipelines, softmax, turns, mask, problem, work, v_start,
-                    q_state, k_state, late,
+                    mmas, fragments, pipelines, softmax, turns, problem, work, v_start, count,
+                    k_state, late,
                 )  # fmt: skip
             else:
                 if late:
-                    self.release_queries(pipelines.q, other_stage(q_state))
-                softmax.finish(self.read_sinks(problem, coordinates, work))
-            self.store_lse(softmax.lse, tensors.lse, coordinates, work)
+                    self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
+                softmax.finish(self.read_sinks(mmas, problem, work))
+
+            # Looked up again, and not kept in registers that the main loop needs.
+            work, q_state = (
+                self.current_work(problem, queue, count),
+                state_after(count, cfg.q_stages),
+            )
+            self.store_lse(softmax.lse, tensors.lse, mmas, work)
             sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
             self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
-            if const_expr(not cfg.releases_late):
-                if group == 1:
-                    self.release_queries(pipelines.q, q_state)
-            q_state.advance()
-            number = pipelines.tiles.next(tile_state)
-            tile_state.advance()
-        if const_expr(cfg.releases_late):
-            if self.group(problem) == 1 and cute.arch.block_idx()[0] < scheduler.tiles:
-                self.release_queries(pipelines.q, other_stage(q_state))
+            if const_expr(cfg.releases_late):
+                late = group == 1
+            elif group == 1:
+                self.release_queries(pipelines.q, q_state)
+            queue.release(state_after(count, TILE_STAGES))
+            count += 1
+            queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
+        queue.release(state_after(count, TILE_STAGES))
+        if late:
+            self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
         self.finish_store()  # shared memory is not the block's any more when it ends
 
     @cute.jit
     def attend(
         self,
+        mmas: Mmas,
         fragments: Fragments,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
         turns: Turns,
-        mask: Mask,
         problem: Problem,
         work: Work,
         v_start: cute.Pointer,
-        q_state: pipeline.PipelineState,
+        count: Int32,
         k_state: pipeline.PipelineState,
         late: Boolean,
     ):
@@ -591,14 +646,17 @@ class Forward:
         """
         cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
-        q_block = fragments.q.stage(q_state.index)
+        q_block = fragments.q.stage(state_after(count, cfg.q_stages).index)
+        visibility = self.visibility(problem, work.queries, work.keys)
+        coordinates = coordinates_of(mmas.qk, (cfg.tile_m, cfg.tile_n))
+        mask = Mask(visibility, coordinates, work.rows, cfg.tile_n)
 
         last = blocks.end - 1
         pipelines.k.consumer_wait(k_state)
         k_block = fragments.k.stage(k_state.index)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         if late:
-            self.release_queries(pipelines.q, other_stage(q_state))
+            self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
         warpgroup.wait_group(0)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
@@ -617,13 +675,15 @@ class Forward:
         for _ in cutlass.range(opaque(unmasked_end - unmasked_first), unroll=1):
             k_state, v_state = step(k_state, v_state, None, None)
         if const_expr(cfg.mask == "local"):
+            blocks = self.current_work(problem, pipelines.tiles, count).blocks
             for i in cutlass.range(opaque(unmasked_first - blocks.first), unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
         v_block = fragments.v.stage(v_state.index)
         wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
-        factors = softmax.finish(self.read_sinks(problem, mask.coordinates, work))
+        work = self.current_work(problem, pipelines.tiles, count)
+        factors = softmax.finish(self.read_sinks(mmas, problem, work))
         warpgroup.wait_group(0)
         pin(acc_o)
         pipelines.v.consumer_release(v_state)
@@ -715,12 +775,13 @@ class Forward:
             cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=threads)
 
     @cute.jit
-    def read_sinks(self, problem: Problem, coordinates: cute.Tensor, work: Work) -> cute.Tensor:
+    def read_sinks(self, mmas: Mmas, problem: Problem, work: Work) -> cute.Tensor:
         """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
-        sinks_log2 = cute.make_rmem_tensor((cute.size(coordinates, mode=[0]),), Float32)
+        sinks_log2 = cute.make_rmem_tensor((2,), Float32)
         sinks_log2.fill(-Float32.inf)
         if problem.sink != 0:
-            for i in cutlass.range_constexpr(cute.size(sinks_log2)):
+            coordinates = coordinates_of(mmas.qk, (self.cfg.tile_m, self.cfg.tile_n))
+            for i in cutlass.range_constexpr(2):
                 head = work.rows.head(coordinates[i, 0][0])
                 sinks_log2[i] = read(Float32, problem.sink, head) * LOG2_E
         return sinks_log2
@@ -756,9 +817,10 @@ class Forward:
         chunks = cfg.head_dim // 8  # of 16 bytes
         first_row = 16 * (cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4)
         vectors = cute.zipped_divide(sQ, (1, 8))
+        lane = opaque(cute.arch.lane_idx())  # as `consumer_thread`
         for start in cutlass.range_constexpr(0, 16 * chunks, 32 * GATHERS):
             places = [start + 32 * i for i in range(GATHERS) if start + 32 * i < 16 * chunks]
-            places = [place + cute.arch.lane_idx() for place in places]
+            places = [place + lane for place in places]
             places = [(first_row + place // chunks, place % chunks) for place in places]
             loaded = [self.load_query(mQ, work, row, 8 * chunk) for row, chunk in places]
             for place, values in zip(places, loaded):
@@ -779,8 +841,9 @@ class Forward:
         return values
 
     @cute.jit
-    def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, coordinates: cute.Tensor, work: Work):
+    def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, mmas: Mmas, work: Work):
         queries, rows = work.queries, work.rows
+        coordinates = coordinates_of(mmas.qk, (self.cfg.tile_m, self.cfg.tile_n))
         for i in cutlass.range_constexpr(cute.size(lse)):
             row, column = coordinates[i, 0]
             position = rows.position(row)
@@ -829,12 +892,12 @@ class Forward:
     ):
         """The warp's 16 rows through shared memory, one TMA store a swizzle span."""
         cfg, tile = self.cfg, work.tile
-        thread = cute.arch.thread_idx()[0] - 128
         if const_expr(not cfg.output_over_q):  # else the one before was waited for to release Q
             self.finish_store()
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, mma_pv)
-        cute.copy(copy, copy.retile(out.view), copy.get_slice(thread).partition_D(sO))
+        thread_copy = copy.get_slice(consumer_thread())
+        cute.copy(copy, copy.retile(out.view), thread_copy.partition_D(sO))
         cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
         cute.arch.sync_warp()
 
@@ -862,9 +925,7 @@ class Forward:
     ):
         """Pairs of columns from registers, as far as rows and columns exist."""
         cfg, queries, rows = self.cfg, work.queries, work.rows
-        thread = cute.arch.thread_idx()[0] - 128
-        identity = cute.make_identity_tensor((cfg.tile_m, cfg.head_dim_v))
-        coordinates = rows_and_columns(mma_pv.get_slice(thread).partition_C(identity))
+        coordinates = coordinates_of(mma_pv, (cfg.tile_m, cfg.head_dim_v))
         out = rows_and_columns(acc_o)
         words = dtype.width // self.dtype.width  # 16-bit columns of mO for one of O
         columns = mO.shape[1] // words
