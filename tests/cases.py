@@ -148,6 +148,7 @@ def check_forward(
     _, torch_lse = reference.attention(q, k, v, **problem, compute_dtype=torch.float32)
     largest = exact_lse[~empty].abs().max().item() if (~empty).any() else 0.0
     allowed = 2 * Error.of(torch_lse[~empty], exact_lse[~empty]).maximum + 2e-6 * max(1.0, largest)
+    allowed += 2**-22 * softcap  # tanh x as 1 - 2 / (1 + e^2x): digits of 1 are lost
     worst = Error.of(lse[~empty], exact_lse[~empty]).maximum
     assert worst <= allowed, f"lse error {worst}, allowed {allowed}"
 
