@@ -127,6 +127,7 @@ def check_forward(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """At most twice PyTorch's error in the same dtype, for out and for lse."""
     left, right = (UNBOUNDED if w in (-1, None) else w for w in window_size)
@@ -137,7 +138,7 @@ def check_forward(
         "sink": learnable_sink,
     }
     exact, exact_lse = reference.attention(q, k, v, **problem, compute_dtype=torch.float64)
-    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.dtype == q.dtype
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.dtype == (out_dtype or q.dtype)
     ours, torchs = Error.of(out, exact), Error.of(pytorch_attention(q, k, v, **problem), exact)
     assert ours.within_twice(torchs), f"error {ours}, PyTorch's {torchs}"
 

@@ -48,6 +48,7 @@ class Problem:
     """Query heads of a key head."""
     lengths: tuple[tuple[int, int], ...]
     """(seqlen_q, seqlen_k) of each sequence; all the same where nothing is packed or padded."""
+    pack_gqa: bool | None
     options: dict[str, Any]
     sink: tuple[float, ...] | None
     places: tuple[str, str, str]
@@ -134,6 +135,8 @@ def _options(draw: st.DrawFn, longest: int) -> dict[str, Any]:
         options["softcap"] = draw(st.sampled_from((0.5, 3.0, 50.0)))
     if draw(st.integers(0, 3)) == 0:
         options["softmax_scale"] = draw(st.sampled_from((0.01, 0.3, 1.0)))
+    if draw(st.integers(0, 3)) == 0:
+        options["out_dtype"] = torch.float32
     return options
 
 
@@ -162,6 +165,7 @@ def problems(
         heads_kv=heads_kv,
         group=group,
         lengths=lengths * count if same_lengths else lengths,
+        pack_gqa=draw(st.sampled_from((None, True, False))),
         options=draw(_options(longest)),
         sink=sink,
         places=(draw(place), draw(place), draw(place)),
@@ -175,7 +179,7 @@ def check_dense(problem: Problem, device: str) -> None:
     batch, (seqlen_q, seqlen_k) = len(problem.lengths), problem.lengths[0]
     q, k, v = problem.operands((batch, seqlen_q), (batch, seqlen_k), device)
     arguments = problem.arguments(device)
-    out, lse = flash_attn_func(q, k, v, return_lse=True, **arguments)
+    out, lse = flash_attn_func(q, k, v, pack_gqa=problem.pack_gqa, return_lse=True, **arguments)
     check_forward(q, k, v, out, lse, **arguments)
 
 
@@ -276,8 +280,9 @@ def check_varlen(problem: Problem, queries: Side, keys: Side, device: str) -> No
     )
     arguments = problem.arguments(device)
     out, lse = flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, used_q, used_k, return_lse=True, **arguments
-    )
+        q, k, v, cu_q, cu_k, max_q, max_k, used_q, used_k, pack_gqa=problem.pack_gqa,
+        return_lse=True, **arguments,
+    )  # fmt: skip
     for b, (length_q, length_k) in enumerate(problem.lengths):
         at_q, at_k = queries.rows(b, length_q), keys.rows(b, length_k)
         lse_rows = (slice(None), *at_q) if queries.packed else (b, slice(None), at_q[1])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     check_dense,
@@ -29,9 +29,6 @@ multiprocessors = st.sampled_from((1, 2, runtime.SIMULATED_SMS))
 
 @contextmanager
 def simulated(problem, count):
-    # Until O's second stage stops reaching into Q's first: test_forward_regressions.py.
-    narrower_output = 128 < problem.head_dim <= 192 and problem.head_dim_v <= 128
-    assume(count == runtime.SIMULATED_SMS or not narrower_output)
     with patch.object(runtime, "SIMULATED_SMS", count), simulator.enabled(seed=problem.seed):
         yield
 

@@ -17,7 +17,6 @@ from cases import (
     offsets,
     random_inputs,
 )
-from hopper_attention.hopper.config import ForwardConfig
 
 from hopper_attention import (
     flash_attn_func,
@@ -128,26 +127,13 @@ def test_max_seqlen_is_an_upper_bound():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def tile_after_tile():
-    """fp16 shares everything but conversions."""
-    for name in forward_instances(varlen=False) + forward_instances(varlen=True):
-        config = ForwardConfig(**manifest.instances()[name].config)
-        if config.dtype == "bf16":
-            yield pytest.param(name, marks=[staged_over_next_q] if overlaps(config) else [])
+# fp16 shares everything but conversions.
+BF16 = [
+    name for varlen in (False, True) for name in forward_instances(varlen=varlen) if "bf16" in name
+]
 
 
-staged_over_next_q = pytest.mark.xfail(
-    reason="O has narrower stages than the Q it is staged over, and its second one reaches into "
-    "the first of Q, which by then is the next tile's",
-    raises=simulator.HazardError,
-)
-
-
-def overlaps(config):
-    return config.output_over_q and config.q_stages > 1 and config.head_dim_v < config.head_dim
-
-
-@pytest.mark.parametrize("instance", list(tile_after_tile()))
+@pytest.mark.parametrize("instance", BF16)
 def test_every_instance_takes_tile_after_tile(monkeypatch, instance):
     """Q of the next tile must not meet O, staged over a Q, before it has been stored."""
     monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
