@@ -23,7 +23,7 @@ class Registers:
 REGISTERS = {2: Registers(240, 24), 3: Registers(160, 32)}
 """By number of consumer warpgroups; the producer is one warpgroup more."""
 BUSY_PRODUCER = {2: Registers(232, 40), 3: Registers(152, 56)}
-"""Where the producer works out windows of packed sequences: 24 and 32 spill."""
+"""Where the producer looks up lengths, and windows besides: 24 and 32 spill."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ForwardConfig:
 
     @property
     def registers(self) -> Registers:
-        busy = self.mask == "local" and self.varlen
+        busy = self.varlen and (self.mask == "local" or self.warpgroups == 2)
         return (BUSY_PRODUCER if busy else REGISTERS)[self.warpgroups]
 
     @property
