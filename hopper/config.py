@@ -110,3 +110,94 @@ FORWARD_TILES = {
     (64, 256): {"full": (128, 96), "causal": (128, 96), "local": (128, 64)},
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); "softcap" if it differs from "local"."""
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One backward kernel: `tile_n` keys, 64 a consumer warpgroup, by `tile_m` query rows."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str
+    softcap: bool
+    varlen: bool
+    tile_m: int
+    q_stages: int
+    tile_n: int = 128
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.mask in MASKS, self.mask
+        assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
+        assert self.tile_m in (64, 128), "dQ is split by rows or by columns between 2 warpgroups"
+        assert self.tile_n == 64 * self.warpgroups, self.tile_n
+        assert self.q_stages >= 2, "Q of the block before is read beside the next one's"
+        assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
+
+    @property
+    def warpgroups(self) -> int:
+        return 2
+
+    @property
+    def registers(self) -> Registers:
+        return REGISTERS[2]
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Barriers and row statistics (padded), Q and dO stages, K, V, two dS, one dQ in float32."""
+        q = self.q_stages * self.tile_m * 2 * self.head_dim
+        do = DO_STAGES * self.tile_m * 2 * self.head_dim_v
+        keys = self.tile_n * 2 * (self.head_dim + self.head_dim_v)
+        ds, dq = DS_STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
+        statistics = 4 * self.tile_m * (self.q_stages + DO_STAGES)
+        return -(-(256 + statistics) // 1024) * 1024 + q + do + keys + ds + dq
+
+
+DO_STAGES = 2
+DS_STAGES = 2
+
+
+BACKWARD_TILES = {
+    (64, 64): (128, 2),
+    (96, 96): (64, 3),
+    (128, 128): (64, 3),
+}
+"""(head_dim, head_dim_v) -> (tile_m, q_stages)."""
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Statistics of query rows, any head dim."""
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    threads: int = 256
+    shared_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """dQ from the workspace, `tile_m` rows of the backward kernel's block."""
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    @property
+    def threads(self) -> int:
+        return 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.tile_m * 2 * self.head_dim
