@@ -111,3 +111,27 @@ def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
         loc=loc,
         ip=ip,
     )
+
+
+@dsl_user_op
+def compute_before(fragment: cute.Tensor, positive: cutlass.Float32, *, loc=None, ip=None) -> None:
+    """`finish_before` for a fragment of which every element matters; four cost one instruction.
+
+    They are stored, never: if `positive` is negative.  ptxas must not be able to tell: it knows
+    that exp2 is not, so the predicate must come from elsewhere.
+    """
+    n = cute.size(fragment)
+    values = [fragment[i].ir_value(loc=loc, ip=ip) for i in range(n)]
+    stores = " ".join(
+        f"@p st.shared.v4.f32 [a], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};" for i in range(0, n, 4)
+    )
+    test = f"mov.b32 a, ${n}; setp.lt.f32 p, ${n}, 0f00000000;"
+    llvm.inline_asm(
+        None,
+        [*values, positive.ir_value(loc=loc, ip=ip)],
+        "{ .reg .pred p; .reg .b32 a; " + test + " " + stores + " }",
+        ",".join(["f"] * (n + 1)),
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )

@@ -20,7 +20,7 @@ Roles      warp 0          issues every load              warp 1   adds dQ to gl
 
 Pipelines  name    stages    full                         empty
            K, V    1         1 arrival + bytes            never
-           Q       q_stages  1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
+           Q       2         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
            dO      2         the same, with delta         8 arrivals: dV of the block is done
            dS      2         8 arrivals, one a warp       by itself: see below
            dQ w    1         barrier DQ_FULL + w          barrier DQ_EMPTY + w; 128 + 32 threads
@@ -30,12 +30,14 @@ Pipelines  name    stages    full                         empty
 
 Timeline   of a consumer and row block i ("|" where it waits):
 
-             issue S(i) | dV(i-1), release dO(i-1) | dS(i-1) of all warps
-             issue dQ(i-1), dK(i-1) | S(i) | P(i) = exp | dQ(i-1), store
-             issue dP(i), dV(i) | dK(i-1), release Q(i-1) | dP(i) | dS(i), store
+             issue S(i) | dS(i-1) of all warps, issue dQ(i-1), dK(i-1)
+             | S(i), P(i) = exp | dQ(i-1), store | dK(i-1), release Q(i-1), round P(i)
+             issue dP(i), dV(i) | both, release dO(i) | dS(i), round, store
 
-           The exponentials run under dQ and dK of the block before, dS under dV of its own: the
-           consumer always has WGMMAs under way while it computes.
+           The exponentials run under dQ and dK of the block before; where one consumer computes
+           dS, the other has WGMMAs under way.  More at a time would be better and does not
+           fit: ptxas keeps a fragment that WGMMA has touched alive as a whole, and if they
+           exceed the registers it waits after every WGMMA (docs/tuning.md).
 
 Turns      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
            the result has the same bits every time.  Blocks start in ascending order, so
@@ -63,6 +65,7 @@ from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     as_a_operand,
+    compute_before,
     pin,
     rows_and_columns,
 )
@@ -75,12 +78,12 @@ from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenS
 from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
 from hopper_attention.hopper import wgmma
-from hopper_attention.hopper.config import DO_STAGES, DS_STAGES, BackwardConfig
+from hopper_attention.hopper.config import STAGES, BackwardConfig
 from hopper_attention.hopper.dq_tile import DqTile
 from hopper_attention.hopper.row_store import RowStore, swizzle_atom, widest_span
 from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import add_bulk, load_row, load_stage, partition, permute
-from hopper_attention.hopper.turns import consumer_warpgroup
+from hopper_attention.hopper.turns import consumer_warpgroup, opaque
 
 
 class Barrier(IntEnum):
@@ -178,6 +181,8 @@ class Tiles:
     dq: cute.Pointer
     lse: cute.Tensor
     delta: cute.Tensor
+    keys: cute.Tensor
+    """Int32: where dK and dV go, kept here because the main loop has no registers to spare."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,11 @@ class Thread:
     copy_ds: cute.TiledCopy
     ds: cute.Tensor
     """Where its part of dS^T goes, with stages."""
+
+
+def stage_of(number: Int32) -> pipeline.PipelineState:
+    """Where row block `number` is, in every pipeline of two stages, for its consumers."""
+    return pipeline.PipelineState(STAGES, Int32(0), number & 1, number >> 1 & 1)
 
 
 class Backward:
@@ -314,7 +324,7 @@ class Backward:
         )
         saved = Workspace(lse_workspace, delta_workspace, dq_workspace)
         self.kernel(tma, saved, gradients, problem, scheduler, self.tiled_mmas()).launch(
-            grid=[scheduler.tiles, 1, 1], block=[cfg.threads, 1, 1], stream=stream
+            grid=[scheduler.tiles, 1, 1], block=[cfg.threads, 1, 1], min_blocks_per_mp=1, stream=stream
         )
 
     def load_tma(self, tensor: cute.Tensor, name: str) -> cpasync.TmaInfo:
@@ -337,11 +347,11 @@ class Backward:
         """(rows, columns, stages) of the 16-bit tiles in shared memory."""
         cfg = self.cfg
         return {
-            "q": (cfg.tile_m, cfg.head_dim, cfg.q_stages),
-            "do": (cfg.tile_m, cfg.head_dim_v, DO_STAGES),
+            "q": (cfg.tile_m, cfg.head_dim, STAGES),
+            "do": (cfg.tile_m, cfg.head_dim_v, STAGES),
             "k": (cfg.tile_n, cfg.head_dim, 1),
             "v": (cfg.tile_n, cfg.head_dim_v, 1),
-            "ds": (cfg.tile_m, cfg.tile_n, DS_STAGES),
+            "ds": (cfg.tile_m, cfg.tile_n, STAGES),
         }
 
     def shared_layouts(self) -> dict[str, Any]:
@@ -366,13 +376,14 @@ class Backward:
 
         @cute.struct
         class Storage:
-            q_barriers: barriers(2 * cfg.q_stages)
-            do_barriers: barriers(2 * DO_STAGES)
+            q_barriers: barriers(2 * STAGES)
+            do_barriers: barriers(2 * STAGES)
             k_barriers: barriers(2)
             v_barriers: barriers(2)
-            ds_barriers: barriers(DS_STAGES)
-            lse: buffer(Float32, cfg.tile_m * cfg.q_stages, 128)
-            delta: buffer(Float32, cfg.tile_m * DO_STAGES, 128)
+            ds_barriers: barriers(STAGES)
+            keys: cute.struct.MemRange[Int32, 5]
+            lse: buffer(Float32, cfg.tile_m * STAGES, 128)
+            delta: buffer(Float32, cfg.tile_m * STAGES, 128)
             q: tile("q")
             do: tile("do")
             k: tile("k")
@@ -401,8 +412,10 @@ class Backward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-        pipelines = self.make_pipelines(storage, warp_index)
         work = self.find_work(problem, scheduler)
+        if warp_index == 0:
+            self.note_keys(tiles.keys, work)
+        pipelines = self.make_pipelines(storage, warp_index)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
@@ -425,7 +438,8 @@ class Backward:
 
         return Tiles(
             tile("q"), tile("do"), tile("k"), tile("v"), tile("ds"), storage.dq.data_ptr(),
-            statistics(storage.lse, self.cfg.q_stages), statistics(storage.delta, DO_STAGES),
+            statistics(storage.lse, STAGES), statistics(storage.delta, STAGES),
+            storage.keys.get_tensor(cute.make_layout(5)),
         )  # fmt: skip
 
     def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
@@ -453,7 +467,7 @@ class Backward:
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
         if warp_index == 0:
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(DS_STAGES):
+                for stage in cutlass.range_constexpr(STAGES):
                     cute.arch.mbarrier_init(ds_barriers + stage, 4 * self.cfg.warpgroups)
 
     @cute.jit
@@ -487,6 +501,12 @@ class Backward:
         row = workspace.first_row(packed, queries, batch)
         return Work(n_block, tile.head, queries, keys, visibility, order, row)
 
+    def note_keys(self, note: cute.Tensor, work: Work) -> None:
+        keys = work.keys
+        values = (work.n_block, work.head_kv, keys.batch, keys.offset, keys.length)
+        for i, value in enumerate(values):
+            note[i] = Int32(value)
+
     @cute.jit
     def load(
         self,
@@ -511,7 +531,7 @@ class Backward:
         sV, gV = partition(tma.v, tiles.v, v_source)
         q_state, do_state, once = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
-            for stages in (cfg.q_stages, DO_STAGES, 1)
+            for stages in (STAGES, STAGES, 1)
         )
         load_stage(pipelines.k, once, tma.k.atom, gK, sK)
         for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
@@ -591,7 +611,9 @@ class Backward:
             self.differentiate(mmas, tiles, pipelines, problem, work, fragments, thread)
         for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
             fragments.acc_dk[i] = fragments.acc_dk[i] * problem.scale
-        place = (work.n_block, work.head_kv, work.keys)
+        # Not the index from above: nothing derived from it shall occupy registers in the main loop.
+        index, note = opaque(index), tiles.keys
+        place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
         # dV where the same 16 rows of V were: only this warp read them.
         sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
         self.store_dv.store(
@@ -651,27 +673,28 @@ class Backward:
         """All row blocks of all heads of the group; dK (unscaled) and dV are complete after it."""
         cfg, order = self.cfg, work.order
         mask = Mask(work.visibility.viewers, thread.coordinates, work.n_block * cfg.tile_n, cfg.tile_m)
-        q_state, do_state, once = (
-            pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
-            for stages in (cfg.q_stages, DO_STAGES, 1)
-        )
+        once = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         pipelines.k.consumer_wait(once)
         if const_expr(cfg.varlen):
             self.clear(tiles.k, "k", 0, work.keys.length - work.n_block * cfg.tile_n, thread)
         step = partial(self.step, mmas, tiles, pipelines, problem, work, fragments, thread, once)
-        states = step((q_state, do_state, q_state, do_state), mask, order.block(Int32(0)), first=True)
+        step(Int32(0), mask, order.block(Int32(0)), first=True)
+        number = Int32(1)
         start = Int32(1)
         for _ in cutlass.range(problem.qhead_per_kvhead, unroll=1):
             if const_expr(cfg.mask == "local"):
                 for i in cutlass.range(start, order.unmasked_begin, unroll=1):
-                    states = step(states, mask, order.block(i), first=False)
+                    step(number, mask, order.block(i), first=False)
+                    number += 1
             for i in cutlass.range(maximum(start, order.unmasked_begin), order.unmasked_end, unroll=1):
                 m_block = order.block(i) if const_expr(cfg.varlen) else None
-                states = step(states, None, m_block, first=False)
+                step(number, None, m_block, first=False)
+                number += 1
             for i in cutlass.range(maximum(start, order.unmasked_end), order.count, unroll=1):
-                states = step(states, mask, order.block(i), first=False)
+                step(number, mask, order.block(i), first=False)
+                number += 1
             start = Int32(0)
-        self.finish(mmas, tiles, pipelines, fragments, thread, states)
+        self.finish(mmas, tiles, pipelines, fragments, thread, number - 1)
 
     @cute.jit
     def step(
@@ -684,63 +707,67 @@ class Backward:
         fragments: Fragments,
         thread: Thread,
         once: pipeline.PipelineState,
-        states: tuple,
+        number: Int32,
         mask: Optional[Mask],
         m_block: Optional[Int32],
         first: cutlass.Constexpr,
     ):
         """Row block i, and dQ, dK of row block i - 1 unless `first`.
 
-        states: of Q and of dO (and dS) for row block i, and for row block i - 1; advanced.
+        number: i, counted over all heads.
         """
-        cfg, fr = self.cfg, fragments
-        q_state, do_state, q_before, do_before = states
+        cfg, fr, state, before = self.cfg, fragments, stage_of(number), stage_of(number - 1)
         acc = cute.make_rmem_tensor(mmas.sdp.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
         rows = None
         if const_expr(cfg.varlen):
             rows = work.queries.length - m_block * cfg.tile_m
-        pipelines.q.consumer_wait(q_state)
+        pipelines.q.consumer_wait(state)
         if const_expr(cfg.varlen):
-            self.clear(tiles.q, "q", q_state.index, rows, thread)
-        wgmma.issue(mmas.sdp, acc, fr.k, fr.q[None, None, None, q_state.index], accumulate=False)
+            self.clear(tiles.q, "q", state.index, rows, thread)
+        wgmma.issue(mmas.sdp, acc, fr.k, fr.q[None, None, None, state.index], accumulate=False)
         if const_expr(not first):
-            warpgroup.wait_group(1)
-            pipelines.do.consumer_release(do_before)
-            acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, q_before, do_before)
+            acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, before)
             warpgroup.wait_group(2)
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        self.exponentiate(acc, fr.p, tiles.lse[None, q_state.index], problem, thread, mask, m_block)
+        exponentiate = partial(
+            self.exponentiate, acc, fr.p, tiles.lse[None, state.index], problem, thread, mask, m_block
+        )
+        if const_expr(not cfg.softcap):
+            exponentiate()
         if const_expr(not first):
+            if const_expr(not cfg.softcap):
+                compute_before(acc, problem.scale_log2)
             warpgroup.wait_group(1)
             pin(acc_dq)
             self.hand_over_dq(acc_dq, tiles, thread)
+            warpgroup.wait_group(0)
+            pipelines.q.consumer_release(before)
+        if const_expr(cfg.softcap):
+            exponentiate()  # only now: there are registers for it since dQ is gone
         else:
+            fr.p.convert(acc)
+        if const_expr(first):
             pipelines.v.consumer_wait(once)
             if const_expr(cfg.varlen):
                 self.clear(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n, thread)
-        pipelines.do.consumer_wait(do_state)
+        pipelines.do.consumer_wait(state)
         if const_expr(cfg.varlen):
-            self.clear(tiles.do, "do", do_state.index, rows, thread)
+            self.clear(tiles.do, "do", state.index, rows, thread)
         acc_dp = cute.make_rmem_tensor_like(acc)
-        self.start_with_delta(acc_dp, tiles.delta[None, do_state.index], thread)
-        do_block = fr.do[None, None, None, do_state.index]
+        self.start_with_delta(acc_dp, tiles.delta[None, state.index], thread)
+        do_block = fr.do[None, None, None, state.index]
         wgmma.issue(mmas.sdp, acc_dp, fr.v, do_block, accumulate=True)
-        do_columns = fr.do_columns[None, None, None, do_state.index]
+        do_columns = fr.do_columns[None, None, None, state.index]
         wgmma.issue(mmas.dv, fr.acc_dv, as_a_operand(fr.p.view), do_columns, accumulate=True)
-        if const_expr(not first):
-            warpgroup.wait_group(2)
-            pipelines.q.consumer_release(q_before)
-        warpgroup.wait_group(1)
+        warpgroup.wait_group(0)
         pin(acc_dp)
+        pipelines.do.consumer_release(state)
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc_dp[i] = acc[i] * acc_dp[i]
-        self.hand_over_ds(acc_dp, pipelines, fragments, thread, do_state)
-        next_q, next_do = q_state.clone(), do_state.clone()
-        next_q.advance()
-        next_do.advance()
-        return next_q, next_do, q_state, do_state
+        fr.packed_ds.convert(acc_dp)
+        self.hand_over_ds(pipelines, fragments, thread, state)
 
     @cute.jit
     def issue_dq_dk(
@@ -748,15 +775,14 @@ class Backward:
         mmas: Mmas,
         pipelines: Pipelines,
         fragments: Fragments,
-        q_before: pipeline.PipelineState,
-        do_before: pipeline.PipelineState,
+        state: pipeline.PipelineState,
     ) -> cute.Tensor:
         """dQ and dK of a row block whose dS is on its way; returns dQ's accumulator."""
         fr, acc_dq = fragments, self.dq_tile.accumulator()
-        cute.arch.mbarrier_wait(pipelines.ds + do_before.index, do_before.phase)
-        ds_block = fr.ds[None, None, None, do_before.index]
+        cute.arch.mbarrier_wait(pipelines.ds + state.index, state.phase)
+        ds_block = fr.ds[None, None, None, state.index]
         wgmma.issue(mmas.dq, acc_dq, ds_block, fr.k_columns, accumulate=False)
-        q_columns = fr.q_columns[None, None, None, q_before.index]
+        q_columns = fr.q_columns[None, None, None, state.index]
         wgmma.issue(mmas.dk, fr.acc_dk, as_a_operand(fr.packed_ds.view), q_columns, accumulate=True)
         return acc_dq
 
@@ -771,7 +797,7 @@ class Backward:
         mask: Optional[Mask],
         m_block: Optional[Int32],
     ):
-        """S^T becomes P^T, rounded in `p`; in acc times the derivative of softcap if there is one."""
+        """S^T becomes P^T in place; with softcap it goes to `p`, and stays here times the slope."""
         scores = rows_and_columns(acc)
         lse_of_columns = self.load_columns(lse, thread)
         if const_expr(self.cfg.softcap):
@@ -784,8 +810,8 @@ class Backward:
             for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
                 exponent = scores[i, j] * problem.scale_log2 - lse_of_columns[j]
                 scores[i, j] = cute.math.exp2(exponent, fastmath=True)
-        p.convert(acc)
         if const_expr(self.cfg.softcap):
+            p.convert(acc)
             inverse = cute.arch.rcp_approx(problem.softcap[1])
             for i in cutlass.range_constexpr(cute.size(acc)):
                 tanh = capped[i] * inverse
@@ -812,14 +838,12 @@ class Backward:
     @cute.jit
     def hand_over_ds(
         self,
-        ds: cute.Tensor,
         pipelines: Pipelines,
         fragments: Fragments,
         thread: Thread,
         state: pipeline.PipelineState,
     ):
         """dS^T, rounded, stays in registers for dK and goes to shared memory for dQ."""
-        fragments.packed_ds.convert(ds)
         source = thread.copy_ds.retile(fragments.packed_ds.view)
         cute.copy(thread.copy_ds, source, thread.ds[None, None, None, state.index])
         cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
@@ -844,11 +868,10 @@ class Backward:
         pipelines: Pipelines,
         fragments: Fragments,
         thread: Thread,
-        states: tuple,
+        number: Int32,
     ):
         """dQ and dK of the last row block; everything is waited for."""
-        _, _, q_before, do_before = states
-        acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, q_before, do_before)
+        acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, stage_of(number))
         warpgroup.wait_group(1)
         pin(acc_dq)
         self.hand_over_dq(acc_dq, tiles, thread)

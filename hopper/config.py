@@ -123,7 +123,6 @@ class BackwardConfig:
     softcap: bool
     varlen: bool
     tile_m: int
-    q_stages: int
     tile_n: int = 128
 
     def __post_init__(self) -> None:
@@ -132,7 +131,6 @@ class BackwardConfig:
         assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
         assert self.tile_m in (64, 128), "dQ is split by rows or by columns between 2 warpgroups"
         assert self.tile_n == 64 * self.warpgroups, self.tile_n
-        assert self.q_stages >= 2, "Q of the block before is read beside the next one's"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
 
     @property
@@ -150,24 +148,23 @@ class BackwardConfig:
     @property
     def shared_memory_bytes(self) -> int:
         """Barriers and row statistics (padded), Q and dO stages, K, V, two dS, one dQ in float32."""
-        q = self.q_stages * self.tile_m * 2 * self.head_dim
-        do = DO_STAGES * self.tile_m * 2 * self.head_dim_v
-        keys = self.tile_n * 2 * (self.head_dim + self.head_dim_v)
-        ds, dq = DS_STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
-        statistics = 4 * self.tile_m * (self.q_stages + DO_STAGES)
-        return -(-(256 + statistics) // 1024) * 1024 + q + do + keys + ds + dq
+        dims = self.head_dim + self.head_dim_v
+        queries, keys = STAGES * self.tile_m * 2 * dims, self.tile_n * 2 * dims
+        ds, dq = STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
+        statistics = STAGES * 2 * 4 * self.tile_m
+        return -(-(256 + statistics) // 1024) * 1024 + queries + keys + ds + dq
 
 
-DO_STAGES = 2
-DS_STAGES = 2
+STAGES = 2
+"""Of Q, dO and dS in the backward kernels."""
 
 
 BACKWARD_TILES = {
-    (64, 64): (128, 2),
-    (96, 96): (64, 3),
-    (128, 128): (64, 3),
+    (64, 64): 64,
+    (96, 96): 64,
+    (128, 128): 64,
 }
-"""(head_dim, head_dim_v) -> (tile_m, q_stages)."""
+"""(head_dim, head_dim_v) -> tile_m."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _backward(
         name=_name("bwd", dtype, dims, mask, softcap, varlen),
         family="backward",
         kernel="hopper_attention.hopper.backward:Backward",
-        config=BackwardConfig(dtype, *dims, mask, softcap, varlen, *BACKWARD_TILES[dims]),
+        config=BackwardConfig(dtype, *dims, mask, softcap, varlen, BACKWARD_TILES[dims]),
         claims=("HGMMA", "UTMALDG", "UBLKRED"),
     )
 
@@ -86,7 +86,7 @@ BACKWARD = tuple(
     for varlen in (False, True)
 )
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
-DQ_TILES = {dims[0]: tiles[0] for dims, tiles in BACKWARD_TILES.items()}
+DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 INSTANCES = (
     *FORWARD,
     *BACKWARD,

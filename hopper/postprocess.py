@@ -81,7 +81,7 @@ class Postprocess:
             out = PackedFragment.like(acc, self.dtype)
             out.convert(acc)
 
-            atom = swizzle_atom(self.dtype, widest_span(head_dim))
+            atom = swizzle_atom(self.dtype, widest_span(self.tile.columns))
             layout = cute.tile_to_shape(atom, (tile_m, head_dim), (0, 1))
             shared = SmemAllocator().allocate_tensor(
                 self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner
