@@ -478,7 +478,8 @@ class Backward:
         if const_expr(cfg.varlen):
             batch = minimum(batch, scheduler.batch - 1)
         queries, keys = problem.queries.of(batch), problem.keys.of(batch)
-        n_block = ceil_div(keys.length, cfg.tile_n) - 1 - tile.m_block  # first keys first
+        # First keys first; not below 0 for a number left over, whatever sequence it looks at.
+        n_block = maximum(ceil_div(keys.length, cfg.tile_n) - 1 - tile.m_block, 0)
         packed = False
         if const_expr(cfg.varlen):
             # A number left over: no keys.

@@ -163,6 +163,11 @@ def _add(instruction: Instruction) -> list[Operation]:
             return simple(instruction, "high({0}, {1})", view, view * 2, "U")
         if view == "W":
             return simple(instruction, "high64({0}, {1})", view, "WW")
+        if view in "SH":
+            wide = "np.int32" if view == "S" else "np.uint32"
+            return simple(
+                instruction, f"np.multiply({{0}}, {{1}}, dtype={wide}) >> 16", view, view * 2, view
+            )
         raise instruction.unknown(f"mul.hi.{parts[-1]}")
     require(instruction, "lo")
     return simple(instruction, _BINARY[name] + "({0}, {1}{out})", view, view * 2)
