@@ -7,7 +7,7 @@
 A block takes `tile_n` keys of one key head, and for every query head of its group the blocks of
 `tile_m` query rows that see them: dK and dV stay in registers over all of these, so that grouped
 heads cost no workspace and no atomics.  dQ is summed over the key blocks in a float32 workspace
-(cute_kernels/workspace.py, hopper/dq_tile.py); hopper/preprocess.py goes before, postprocess.py after.
+(cute_kernels/workspace.py, dq_tile.py).  hopper/preprocess.py goes before, postprocess.py after.
 
 Layouts    Q, dO (batch, seqlen_q, heads, d); K, V, dK, dV (batch, seqlen_k, heads_kv, d); 16 bits,
            last dimension contiguous, other strides any multiple of 16 bytes.
@@ -58,10 +58,8 @@ import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
-from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels import workspace
-from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum
+from hopper_attention.cute_kernels.arithmetic import maximum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
     as_a_operand,
@@ -70,19 +68,22 @@ from hopper_attention.cute_kernels.fragments import (
     rows_and_columns,
 )
 from hopper_attention.cute_kernels.mask import Mask
-from hopper_attention.cute_kernels.row_order import RowOrder
-from hopper_attention.cute_kernels.semaphore import Semaphore
-from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Sequence
-from hopper_attention.cute_kernels.softmax import LOG2_E, cap
-from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
-from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
+from hopper_attention.cute_kernels.scores import Scores
+from hopper_attention.cute_kernels.sequence import Sequence
+from hopper_attention.cute_kernels.visibility import BlockRange
 from hopper_attention.hopper import wgmma
+from hopper_attention.hopper.backward_parts import (
+    Arguments,
+    Gradients,
+    Parts,
+    Problem,
+    Tma,
+    Work,
+    Workspace,
+    stage_of,
+)
 from hopper_attention.hopper.config import STAGES, BackwardConfig
-from hopper_attention.hopper.dq_tile import DqTile
-from hopper_attention.hopper.row_store import RowStore, swizzle_atom, widest_span
-from hopper_attention.hopper.tails import clear_tail
-from hopper_attention.hopper.tma import add_bulk, load_row, load_stage, partition, permute
+from hopper_attention.hopper.tma import add_bulk, permute
 from hopper_attention.hopper.turns import consumer_warpgroup, opaque
 
 
@@ -98,54 +99,6 @@ class Barrier(IntEnum):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What all roles know of the launch."""
-
-    queries: Any
-    """EqualLengths or Lengths, by `BackwardConfig.varlen`."""
-    keys: Any
-    qhead_per_kvhead: Int32
-    scale: Float32
-    """softmax_scale."""
-    scale_log2: Float32
-    """Of the scores that exp sees: after softcap if there is one."""
-    softcap: Any
-    """(inner, outer) of `softmax.cap`, or None."""
-    window: Any
-    """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
-    turns: Semaphore
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """As cute_kernels/workspace.py describes; dQ (entries, heads, row blocks, elements)."""
-
-    lse: cute.Tensor
-    delta: cute.Tensor
-    dq: cute.Tensor
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """dK (seqlen_k, d, heads_kv, batch) and dV, and the descriptors of their stores."""
-
-    dk: cute.Tensor
-    dv: cute.Tensor
-    tma_dk: cpasync.TmaInfo
-    tma_dv: cpasync.TmaInfo
-
-
-@dataclass(frozen=True)
-class Tma:
-    """Descriptors of the loads, with their atoms."""
-
-    q: cpasync.TmaInfo
-    do: cpasync.TmaInfo
-    k: cpasync.TmaInfo
-    v: cpasync.TmaInfo
-
-
-@dataclass(frozen=True)
 class Mmas:
     sdp: cute.TiledMma
     """S^T = K Q^T and dP^T = V dO^T, from shared memory."""
@@ -153,20 +106,6 @@ class Mmas:
     """dV = P^T dO with P^T from registers."""
     dk: cute.TiledMma
     dq: cute.TiledMma
-
-
-@dataclass(frozen=True)
-class Work:
-    """One block: its keys, and the rows that see them."""
-
-    n_block: Int32
-    head_kv: Int32
-    queries: Sequence
-    keys: Sequence
-    visibility: Visibility
-    order: RowOrder
-    workspace_row: Int32
-    """Where the sequence's rows start in the workspace."""
 
 
 @dataclass(frozen=True)
@@ -228,41 +167,17 @@ class Thread:
     """Where its part of dS^T goes, with stages."""
 
 
-def stage_of(number: Int32) -> pipeline.PipelineState:
-    """Where row block `number` is, in every pipeline of two stages, for its consumers."""
-    return pipeline.PipelineState(STAGES, Int32(0), number & 1, number >> 1 & 1)
-
-
 class Backward:
     """The kernel of one `BackwardConfig`: `__call__` on the host, `kernel` and roles on a GPU."""
 
     def __init__(self, config: BackwardConfig):
         self.cfg = config
-        self.dtype = DTYPES[config.dtype]
-        self.dq_tile = DqTile(self.dtype, config.tile_m, config.head_dim)
-        # K is read by rows and, for dQ, by columns of one warpgroup's share.
-        self.spans = {
-            "q": widest_span(config.head_dim),
-            "do": widest_span(config.head_dim_v),
-            "k": widest_span(self.dq_tile.columns),
-            "v": widest_span(config.head_dim_v),
-        }
-        rows = config.tile_n
-        self.store_dk = RowStore(self.dtype, rows, config.head_dim, self.spans["k"])
-        self.store_dv = RowStore(self.dtype, rows, config.head_dim_v, self.spans["v"])
+        self.parts = Parts(config)
+        self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
-        shape = tuple(cute.sym_int32() for _ in range(3)) + (2 * self.dq_tile.elements,)
-        stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
-        dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
-        operands = tuple(strided(self.dtype, 4) for _ in range(4))
-        gradients = (strided(self.dtype, 4), strided(self.dtype, 4))
-        softcap = Float32(1.0) if self.cfg.softcap else None
-        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
-        saved = (row_statistics(4), row_statistics(4), dq)
-        return (*operands, *saved, *gradients, Float32(1.0), softcap, *window, *lengths, Int64(0))
+        return self.parts.example_arguments()
 
     @cute.jit
     def __call__(
@@ -289,48 +204,21 @@ class Backward:
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        cfg = self.cfg
-        _, seqlen_q, heads, _ = mQ.shape
-        entries, seqlen_k, heads_kv, _ = mK.shape
-        group = heads // heads_kv
-        mQ, mK, mV, mdO, mdK, mdV = (  # (s, d, h, b)
-            permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mV, mdO, mdK, mdV)
-        )
-        tma = Tma(
-            self.load_tma(mQ, "q"), self.load_tma(mdO, "do"),
-            self.load_tma(mK, "k"), self.load_tma(mV, "v"),
+        window = (window_left, window_right, attention_chunk)
+        given = Arguments(
+            mQ, mK, mV, mdO, lse_workspace, delta_workspace, dq_workspace, mdK, mdV,
+            softmax_scale, softcap, window, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+            num_sequences, dq_semaphore,
         )  # fmt: skip
-        gradients = Gradients(mdK, mdV, self.store_dk.tma(mdK), self.store_dv.tma(mdV))
-        if const_expr(cfg.varlen):
-            queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
-            keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
-            rows = entries * seqlen_k
-            scheduler = VarlenScheduler(keys, num_sequences, heads_kv, rows, cfg.tile_n)
-        else:
-            queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
-            row_bytes = (cfg.head_dim + cfg.head_dim_v) * 2 + cfg.head_dim * 4
-            scheduler = DenseScheduler.create(
-                seqlen_k, seqlen_q * group, heads_kv, heads_kv, entries, cfg.tile_n, row_bytes
-            )
-        capped, scale = None, softmax_scale
-        if const_expr(cfg.softcap):
-            capped, scale = (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
-        window = None
-        if const_expr(cfg.mask == "local"):
-            window = (window_left, window_right, attention_chunk)
-        turns = Semaphore(dq_semaphore, heads, dq_workspace.shape[2])
-        problem = Problem(
-            queries, keys, group, softmax_scale, scale * LOG2_E, capped, window, turns
-        )
-        saved = Workspace(lse_workspace, delta_workspace, dq_workspace)
-        self.kernel(tma, saved, gradients, problem, scheduler, self.tiled_mmas()).launch(
-            grid=[scheduler.tiles, 1, 1], block=[cfg.threads, 1, 1], min_blocks_per_mp=1, stream=stream
-        )
-
-    def load_tma(self, tensor: cute.Tensor, name: str) -> cpasync.TmaInfo:
-        layout = cute.select(self.shared_layouts()[name], mode=[0, 1])
-        op, (rows, columns, _) = cpasync.CopyBulkTensorTileG2SOp(), self.tile_shapes()[name]
-        return cpasync.make_tiled_tma_atom(op, tensor, layout, (rows, columns))
+        launch = self.parts.prepare(given)
+        self.kernel(
+            launch.tma, launch.saved, launch.gradients, launch.problem, launch.scheduler,
+            self.tiled_mmas(),
+        ).launch(
+            # Without the bound on blocks ptxas may ignore setmaxnreg (C7508).
+            grid=[launch.scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1],
+            min_blocks_per_mp=1, stream=stream,
+        )  # fmt: skip
 
     def tiled_mmas(self) -> Mmas:
         cfg, dtype, k, mn = self.cfg, self.dtype, OperandMajorMode.K, OperandMajorMode.MN
@@ -343,52 +231,24 @@ class Backward:
             self.dq_tile.mma,
         )
 
-    def tile_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """(rows, columns, stages) of the 16-bit tiles in shared memory."""
-        cfg = self.cfg
-        return {
-            "q": (cfg.tile_m, cfg.head_dim, STAGES),
-            "do": (cfg.tile_m, cfg.head_dim_v, STAGES),
-            "k": (cfg.tile_n, cfg.head_dim, 1),
-            "v": (cfg.tile_n, cfg.head_dim_v, 1),
-            "ds": (cfg.tile_m, cfg.tile_n, STAGES),
-        }
-
-    def shared_layouts(self) -> dict[str, Any]:
-        """Swizzled layouts, rows of columns that are contiguous within a span."""
-        spans = {**self.spans, "ds": 64}  # what one warpgroup writes of dS
-        return {
-            name: cute.tile_to_shape(swizzle_atom(self.dtype, spans[name]), shape, (0, 1, 2))
-            for name, shape in self.tile_shapes().items()
-        }
-
     def shared_storage(self):
-        cfg, layouts = self.cfg, self.shared_layouts()
-
-        def barriers(stages):
-            return cute.struct.MemRange[cutlass.Int64, stages]
-
-        def buffer(dtype, size, align=1024):
-            return cute.struct.Align[cute.struct.MemRange[dtype, size], align]
-
-        def tile(name):
-            return buffer(self.dtype, cute.cosize(layouts[name]))
+        parts, buffer = self.parts, self.parts.buffer
 
         @cute.struct
         class Storage:
-            q_barriers: barriers(2 * STAGES)
-            do_barriers: barriers(2 * STAGES)
-            k_barriers: barriers(2)
-            v_barriers: barriers(2)
-            ds_barriers: barriers(STAGES)
+            q_barriers: parts.barriers("q")
+            do_barriers: parts.barriers("do")
+            k_barriers: parts.barriers("k")
+            v_barriers: parts.barriers("v")
+            ds_barriers: cute.struct.MemRange[cutlass.Int64, STAGES]
             keys: cute.struct.MemRange[Int32, 5]
-            lse: buffer(Float32, cfg.tile_m * STAGES, 128)
-            delta: buffer(Float32, cfg.tile_m * STAGES, 128)
-            q: tile("q")
-            do: tile("do")
-            k: tile("k")
-            v: tile("v")
-            ds: tile("ds")
+            lse: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            delta: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            q: parts.tile("q")
+            do: parts.tile("do")
+            k: parts.tile("k")
+            v: parts.tile("v")
+            ds: parts.tile("ds")
             dq: buffer(Float32, 2 * self.dq_tile.elements)
 
         return Storage
@@ -412,15 +272,15 @@ class Backward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-        work = self.find_work(problem, scheduler)
+        work = self.parts.find_work(problem, scheduler)
         if warp_index == 0:
-            self.note_keys(tiles.keys, work)
+            self.parts.note_keys(tiles.keys, work)
         pipelines = self.make_pipelines(storage, warp_index)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
                 if work.order.count > 0:
-                    self.load(tma, tiles, pipelines, problem, saved, work)
+                    self.parts.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
                 self.add_dq(tiles, problem, saved, work)
         else:
@@ -428,40 +288,14 @@ class Backward:
             self.consume(mmas, tiles, pipelines, problem, work, gradients)
 
     def make_tiles(self, storage) -> Tiles:
-        layouts = self.shared_layouts()
-
-        def tile(name):
-            return getattr(storage, name).get_tensor(layouts[name].outer, swizzle=layouts[name].inner)
-
-        def statistics(buffer, stages):
-            return buffer.get_tensor(cute.make_layout((self.cfg.tile_m, stages)))
-
-        return Tiles(
-            tile("q"), tile("do"), tile("k"), tile("v"), tile("ds"), storage.dq.data_ptr(),
-            statistics(storage.lse, STAGES), statistics(storage.delta, STAGES),
-            storage.keys.get_tensor(cute.make_layout(5)),
-        )  # fmt: skip
+        layout = self.parts.shared_layouts()["ds"]
+        ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
+        return Tiles(**self.parts.input_tiles(storage), ds=ds, dq=storage.dq.data_ptr())
 
     def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
-        cfg = self.cfg
-        group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
-
-        def make(name, extra=0, last=False):
-            rows, columns, stages = self.tile_shapes()[name]
-            return pipeline.PipelineTmaAsync.create(
-                num_stages=stages,
-                producer_group=group(thread),
-                consumer_group=group(thread, 4 * cfg.warpgroups),
-                tx_count=rows * columns * 2 + extra,
-                barrier_storage=getattr(storage, f"{name}_barriers").data_ptr(),
-                defer_sync=not last,  # the last one fences and synchronises for all
-            )
-
         ds = storage.ds_barriers.data_ptr()
         self.initialise(ds, warp_index)
-        statistics = 4 * cfg.tile_m
-        q, do, k = make("q", statistics), make("do", statistics), make("k")
-        return Pipelines(q, do, k, make("v", last=True), ds)
+        return Pipelines(**self.parts.input_pipelines(storage), ds=ds)
 
     @cute.jit
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
@@ -471,94 +305,8 @@ class Backward:
                     cute.arch.mbarrier_init(ds_barriers + stage, 4 * self.cfg.warpgroups)
 
     @cute.jit
-    def find_work(self, problem: Problem, scheduler: Any) -> Work:
-        cfg = self.cfg
-        tile = scheduler.tile(cute.arch.block_idx()[0])
-        batch = tile.batch
-        if const_expr(cfg.varlen):
-            batch = minimum(batch, scheduler.batch - 1)
-        queries, keys = problem.queries.of(batch), problem.keys.of(batch)
-        # First keys first; not below 0 for a number left over, whatever sequence it looks at.
-        n_block = maximum(ceil_div(keys.length, cfg.tile_n) - 1 - tile.m_block, 0)
-        packed = False
-        if const_expr(cfg.varlen):
-            # A number left over: no keys.
-            length = keys.length if tile.batch < scheduler.batch else Int32(0)
-            keys = Sequence(keys.batch, keys.offset, length)
-            packed = problem.queries.cu_seqlens != 0
-        window = problem.window if const_expr(cfg.mask == "local") else ()
-        visibility = Visibility(cfg.mask, queries.length, keys.length, *window)
-        blocks = BlockRange.of_viewers(visibility.viewers, n_block, cfg.tile_n, cfg.tile_m)
-        if const_expr(cfg.varlen):
-            end = blocks.end if keys.length > 0 else blocks.first
-            blocks = BlockRange(
-                blocks.first, end, minimum(blocks.unmasked_first, end),
-                minimum(blocks.unmasked_end, end),
-            )  # fmt: skip
-        shift = n_block * (cfg.tile_n // cfg.tile_m) % maximum(
-            blocks.unmasked_end - blocks.unmasked_first, 1
-        )
-        order = RowOrder(blocks, shift if problem.turns.address == 0 else Int32(0))
-        row = workspace.first_row(packed, queries, batch)
-        return Work(n_block, tile.head, queries, keys, visibility, order, row)
-
-    def note_keys(self, note: cute.Tensor, work: Work) -> None:
-        keys = work.keys
-        values = (work.n_block, work.head_kv, keys.batch, keys.offset, keys.length)
-        for i, value in enumerate(values):
-            note[i] = Int32(value)
-
-    @cute.jit
-    def load(
-        self,
-        tma: Tma,
-        tiles: Tiles,
-        pipelines: Pipelines,
-        problem: Problem,
-        saved: Workspace,
-        work: Work,
-    ):
-        """Producer warp: K and Q of the first rows, V and dO, then Q and dO row block by row block."""
-        cfg, queries, keys = self.cfg, work.queries, work.keys
-        head_kv, first_block = work.head_kv, work.workspace_row // cfg.tile_m
-
-        def source(info, sequence, head, columns, rows, block):
-            m = cute.domain_offset((sequence.offset, 0), info.tma_tensor[None, None, head, sequence.batch])
-            return cute.local_tile(m, (rows, columns), (block, 0))
-
-        k_source = source(tma.k, keys, head_kv, cfg.head_dim, cfg.tile_n, work.n_block)
-        v_source = source(tma.v, keys, head_kv, cfg.head_dim_v, cfg.tile_n, work.n_block)
-        sK, gK = partition(tma.k, tiles.k, k_source)
-        sV, gV = partition(tma.v, tiles.v, v_source)
-        q_state, do_state, once = (
-            pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
-            for stages in (STAGES, STAGES, 1)
-        )
-        load_stage(pipelines.k, once, tma.k.atom, gK, sK)
-        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
-            head = head_kv * problem.qhead_per_kvhead + h
-            q_source = source(tma.q, queries, head, cfg.head_dim, cfg.tile_m, None)
-            do_source = source(tma.do, queries, head, cfg.head_dim_v, cfg.tile_m, None)
-            sQ, gQ = partition(tma.q, tiles.q, q_source)
-            sdO, gdO = partition(tma.do, tiles.do, do_source)
-            lse = cute.local_tile(saved.lse[queries.batch, head, None], (cfg.tile_m,), (None,))
-            delta = cute.local_tile(saved.delta[queries.batch, head, None], (cfg.tile_m,), (None,))
-            for i in cutlass.range(work.order.count, unroll=1):
-                m_block = work.order.block(i)
-                load_stage(pipelines.q, q_state, tma.q.atom, gQ[None, m_block], sQ)
-                full = pipelines.q.producer_get_barrier(q_state)
-                load_row(lse[None, first_block + m_block], tiles.lse[None, q_state.index], full)
-                q_state.advance()
-                if i == 0 and h == 0:
-                    load_stage(pipelines.v, once, tma.v.atom, gV, sV)
-                load_stage(pipelines.do, do_state, tma.do.atom, gdO[None, m_block], sdO)
-                full = pipelines.do.producer_get_barrier(do_state)
-                load_row(delta[None, first_block + m_block], tiles.delta[None, do_state.index], full)
-                do_state.advance()
-
-    @cute.jit
     def add_dq(self, tiles: Tiles, problem: Problem, saved: Workspace, work: Work):
-        """Second warp: what the consumers leave of dQ is added to the workspace, in turns or not."""
+        """Second warp: adds what the consumers leave of dQ to the workspace, in turns or not."""
         cfg, tile = self.cfg, self.dq_tile
         first_block = work.workspace_row // cfg.tile_m
         lane = cute.arch.lane_idx()
@@ -617,12 +365,12 @@ class Backward:
         place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
         # dV where the same 16 rows of V were: only this warp read them.
         sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
-        self.store_dv.store(
+        self.parts.store_dv.store(
             fragments.acc_dv, mmas.dv, sV, gradients.tma_dv, gradients.dv, place, index, cfg.varlen
         )
         # dK where K was, which both warpgroups read for dQ.
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=256)
-        self.store_dk.store(
+        self.parts.store_dk.store(
             fragments.acc_dk, mmas.dk, sK, gradients.tma_dk, gradients.dk, place, index, cfg.varlen
         )
 
@@ -673,11 +421,13 @@ class Backward:
     ):
         """All row blocks of all heads of the group; dK (unscaled) and dV are complete after it."""
         cfg, order = self.cfg, work.order
-        mask = Mask(work.visibility.viewers, thread.coordinates, work.n_block * cfg.tile_n, cfg.tile_m)
+        first_key = work.n_block * cfg.tile_n
+        mask = Mask(work.visibility.viewers, thread.coordinates, first_key, cfg.tile_m)
+        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
         once = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         pipelines.k.consumer_wait(once)
         if const_expr(cfg.varlen):
-            self.clear(tiles.k, "k", 0, work.keys.length - work.n_block * cfg.tile_n, thread)
+            clear(tiles.k, "k", 0, work.keys.length - first_key)
         step = partial(self.step, mmas, tiles, pipelines, problem, work, fragments, thread, once)
         step(Int32(0), mask, order.block(Int32(0)), first=True)
         number = Int32(1)
@@ -687,7 +437,8 @@ class Backward:
                 for i in cutlass.range(start, order.unmasked_begin, unroll=1):
                     step(number, mask, order.block(i), first=False)
                     number += 1
-            for i in cutlass.range(maximum(start, order.unmasked_begin), order.unmasked_end, unroll=1):
+            begin = maximum(start, order.unmasked_begin)
+            for i in cutlass.range(begin, order.unmasked_end, unroll=1):
                 m_block = order.block(i) if const_expr(cfg.varlen) else None
                 step(number, None, m_block, first=False)
                 number += 1
@@ -719,12 +470,13 @@ class Backward:
         """
         cfg, fr, state, before = self.cfg, fragments, stage_of(number), stage_of(number - 1)
         acc = cute.make_rmem_tensor(mmas.sdp.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
+        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
         rows = None
         if const_expr(cfg.varlen):
             rows = work.queries.length - m_block * cfg.tile_m
         pipelines.q.consumer_wait(state)
         if const_expr(cfg.varlen):
-            self.clear(tiles.q, "q", state.index, rows, thread)
+            clear(tiles.q, "q", state.index, rows)
         wgmma.issue(mmas.sdp, acc, fr.k, fr.q[None, None, None, state.index], accumulate=False)
         if const_expr(not first):
             acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, before)
@@ -732,9 +484,9 @@ class Backward:
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        exponentiate = partial(
-            self.exponentiate, acc, fr.p, tiles.lse[None, state.index], problem, thread, mask, m_block
-        )
+        lse = tiles.lse[None, state.index]
+        scores = Scores(acc, fr.p, thread.coordinates, cfg.tile_m)
+        exponentiate = partial(scores.exponentiate, lse, problem, mask, m_block)
         if const_expr(not cfg.softcap):
             exponentiate()
         if const_expr(not first):
@@ -752,12 +504,13 @@ class Backward:
         if const_expr(first):
             pipelines.v.consumer_wait(once)
             if const_expr(cfg.varlen):
-                self.clear(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n, thread)
+                clear(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n)
         pipelines.do.consumer_wait(state)
         if const_expr(cfg.varlen):
-            self.clear(tiles.do, "do", state.index, rows, thread)
+            clear(tiles.do, "do", state.index, rows)
         acc_dp = cute.make_rmem_tensor_like(acc)
-        self.start_with_delta(acc_dp, tiles.delta[None, state.index], thread)
+        dp = Scores(acc_dp, fr.packed_ds, thread.coordinates, cfg.tile_m)
+        dp.start_with(tiles.delta[None, state.index])
         do_block = fr.do[None, None, None, state.index]
         wgmma.issue(mmas.sdp, acc_dp, fr.v, do_block, accumulate=True)
         do_columns = fr.do_columns[None, None, None, state.index]
@@ -786,55 +539,6 @@ class Backward:
         q_columns = fr.q_columns[None, None, None, state.index]
         wgmma.issue(mmas.dk, fr.acc_dk, as_a_operand(fr.packed_ds.view), q_columns, accumulate=True)
         return acc_dq
-
-    @cute.jit
-    def exponentiate(
-        self,
-        acc: cute.Tensor,
-        p: PackedFragment,
-        lse: cute.Tensor,
-        problem: Problem,
-        thread: Thread,
-        mask: Optional[Mask],
-        m_block: Optional[Int32],
-    ):
-        """S^T becomes P^T in place; with softcap it goes to `p`, and stays here times the slope."""
-        scores = rows_and_columns(acc)
-        lse_of_columns = self.load_columns(lse, thread)
-        if const_expr(self.cfg.softcap):
-            cap(scores, *problem.softcap)
-        if const_expr(mask is not None):
-            mask.apply(scores, m_block)
-        capped = cute.make_rmem_tensor_like(acc)
-        capped.store(acc.load())
-        for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                exponent = scores[i, j] * problem.scale_log2 - lse_of_columns[j]
-                scores[i, j] = cute.math.exp2(exponent, fastmath=True)
-        if const_expr(self.cfg.softcap):
-            p.convert(acc)
-            inverse = cute.arch.rcp_approx(problem.softcap[1])
-            for i in cutlass.range_constexpr(cute.size(acc)):
-                tanh = capped[i] * inverse
-                # Not below 0: a masked score is -inf.
-                acc[i] = acc[i] * cute.arch.fmax(1.0 - tanh * tanh, Float32(0.0))
-
-    @cute.jit
-    def start_with_delta(self, acc_dp: cute.Tensor, delta: cute.Tensor, thread: Thread):
-        """dP accumulates onto delta: adding it costs nothing."""
-        sums, of_columns = rows_and_columns(acc_dp), self.load_columns(delta, thread)
-        for i in cutlass.range_constexpr(cute.size(sums, mode=[0])):
-            for j in cutlass.range_constexpr(cute.size(sums, mode=[1])):
-                sums[i, j] = of_columns[j]
-        pin(acc_dp)  # copies come before the fence of the WGMMA
-
-    def load_columns(self, statistics: cute.Tensor, thread: Thread) -> cute.Tensor:
-        """What is known of this thread's columns: pairs of adjacent ones, every 8."""
-        layout = cute.make_layout((2, self.cfg.tile_m // 8), stride=(1, 8))
-        start = (statistics.iterator + thread.coordinates[0, 0][1]).align(8)
-        values = cute.make_rmem_tensor((2, self.cfg.tile_m // 8), Float32)
-        cute.autovec_copy(cute.make_tensor(start, layout), values)
-        return values
 
     @cute.jit
     def hand_over_ds(
@@ -879,11 +583,3 @@ class Backward:
         warpgroup.wait_group(0)
         pin(fragments.acc_dv)
         pin(fragments.acc_dk)
-
-    @cute.jit
-    def clear(self, tile: cute.Tensor, name: cutlass.Constexpr, stage, valid: Int32, thread: Thread):
-        rows, columns, _ = self.tile_shapes()[name]
-        start = tile.iterator + stage * (rows * columns)
-        clear_tail(
-            start, (rows, columns), self.spans[name], valid, thread.index, 256, Barrier.CONSUMERS
-        )

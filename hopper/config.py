@@ -147,12 +147,55 @@ class BackwardConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        """Barriers and row statistics (padded), Q and dO stages, K, V, two dS, one dQ in float32."""
+        """Barriers and row statistics (padded), Q, dO, K, V, dS, and dQ in float32."""
         dims = self.head_dim + self.head_dim_v
         queries, keys = STAGES * self.tile_m * 2 * dims, self.tile_n * 2 * dims
         ds, dq = STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
         statistics = STAGES * 2 * 4 * self.tile_m
         return -(-(256 + statistics) // 1024) * 1024 + queries + keys + ds + dq
+
+
+@dataclass(frozen=True)
+class WideBackwardConfig:
+    """One backward kernel for wide heads: 64 keys by 64 query rows, dK and dV a warpgroup each."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str
+    softcap: bool
+    varlen: bool
+    tile_m: int = 64
+    tile_n: int = 64
+
+    @property
+    def gradient_stays_under_way(self) -> bool:
+        """Whether dK of a row block runs while the next one begins: 208 registers too many."""
+        return self.head_dim <= 192
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.mask in MASKS, self.mask
+        assert self.head_dim % 64 == 0 and self.head_dim_v % 64 == 0, "half of dQ's columns"
+        assert self.head_dim <= 256 and self.head_dim_v <= 256, "N of one WGMMA"
+        assert (self.tile_m, self.tile_n) == (64, 64), "M of one WGMMA, on either side"
+        assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
+
+    @property
+    def registers(self) -> Registers:
+        return REGISTERS[2]
+
+    @property
+    def threads(self) -> int:
+        return 384
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Barriers and row statistics (padded), Q, dO, K, V, dS, and P in float32."""
+        inputs = (STAGES * self.tile_m + self.tile_n) * 2 * (self.head_dim + self.head_dim_v)
+        scores = self.tile_m * self.tile_n * (STAGES * 2 + 4)
+        statistics = STAGES * 2 * 4 * self.tile_m
+        return -(-(256 + statistics) // 1024) * 1024 + inputs + scores
 
 
 STAGES = 2

@@ -46,7 +46,9 @@ class DqTile:
         """A = dS (tile_m, keys), keys contiguous; B = K (head_dim, keys), head_dim contiguous."""
         k, mn = OperandMajorMode.K, OperandMajorMode.MN
         shape = (64, self.columns)
-        return sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k, mn, Float32, self.split, shape)
+        return sm90.make_trivial_tiled_mma(
+            self.dtype, self.dtype, k, mn, Float32, self.split, shape
+        )
 
     def accumulator(self) -> cute.Tensor:
         shape = self.mma.partition_shape_C((self.tile_m, self.head_dim))

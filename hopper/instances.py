@@ -9,14 +9,16 @@ from hopper_attention.hopper.config import (
     ForwardConfig,
     PostprocessConfig,
     PreprocessConfig,
+    WideBackwardConfig,
 )
 
 # What changes the inner loop is an instance; scale, window, chunk, softcap's value, sinks, lengths
 # and strides are arguments.  Softcap costs two more MUFU an element and is therefore apart; models
 # that use it (Gemma 2) have windows, and a window can be causal or full as well.
+WIDE_BACKWARD = ((192, 128), (192, 192), (256, 256))
+"""(head_dim, head_dim_v) whose dK and dV do not fit into the registers of one warpgroup."""
 VARIANTS = (("full", False), ("causal", False), ("local", False), ("local", True))
 """(mask, softcap)"""
-
 
 
 def _name(kind: str, dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen: bool):
@@ -48,6 +50,18 @@ def _backward(
         kernel="hopper_attention.hopper.backward:Backward",
         config=BackwardConfig(dtype, *dims, mask, softcap, varlen, BACKWARD_TILES[dims]),
         claims=("HGMMA", "UTMALDG", "UBLKRED"),
+    )
+
+
+def _wide_backward(
+    dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen: bool
+) -> Instance:
+    return Instance(
+        name=_name("bwd", dtype, dims, mask, softcap, varlen),
+        family="backward",
+        kernel="hopper_attention.hopper.backward_wide:BackwardWide",
+        config=WideBackwardConfig(dtype, *dims, mask, softcap, varlen),
+        claims=("HGMMA", "UTMALDG", "REDG"),
     )
 
 
@@ -85,11 +99,20 @@ BACKWARD = tuple(
     for mask, softcap in VARIANTS
     for varlen in (False, True)
 )
+WIDE = tuple(
+    _wide_backward(dtype, dims, mask, softcap, varlen)
+    for dtype in DTYPES
+    for dims in WIDE_BACKWARD
+    for mask, softcap in VARIANTS
+    for varlen in (False, True)
+)
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
+DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
 INSTANCES = (
     *FORWARD,
     *BACKWARD,
+    *WIDE,
     *(_preprocess(dtype) for dtype in DTYPES),
     *(_postprocess(dtype, *tile) for dtype in DTYPES for tile in DQ_TILES.items()),
 )
