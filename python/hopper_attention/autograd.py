@@ -21,7 +21,7 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         compute: Callable[..., tuple[Tensor, Tensor]],
         differentiate: Callable[..., Gradients],
@@ -42,16 +42,14 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink, *index = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 9
         if dout is None:
             dout = torch.zeros_like(out)
         queries, keys = Lengths(*index[:2]), Lengths(*index[2:])
-        gradients = ctx.differentiate(
-            q, k, v, out, lse, sink, queries, keys, ctx.batch, dout, dlse
-        )
+        gradients = ctx.differentiate(q, k, v, out, lse, sink, queries, keys, ctx.batch, dout, dlse)
         needed = ctx.needs_input_grad[2:6]
         kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
         return (None, None, *kept, None, None, None)

@@ -52,18 +52,21 @@ class Workspace:
     turns: Tensor | None
 
     @staticmethod
-    def like(q: Tensor, instances: BackwardInstances, saved: Saved, deterministic: bool) -> Workspace:
+    def like(
+        q: Tensor, instances: BackwardInstances, saved: Saved, deterministic: bool
+    ) -> Workspace:
         shape = statistics_shape(q, saved.sequences, saved.queries.cu_seqlens is not None)
-        new = {"dtype": torch.float32, "device": q.device}
+        float32 = torch.float32
         if saved.varlen:  # gaps between sequences are read for the sinks
-            lse, delta = torch.full(shape, torch.inf, **new), torch.zeros(shape, **new)
+            lse = q.new_full(shape, torch.inf, dtype=float32)
+            delta = q.new_zeros(shape, dtype=float32)
         else:
-            lse, delta = torch.empty(shape, **new), torch.empty(shape, **new)
-        dq = torch.empty((*shape, instances.head_dim), **new)
+            lse, delta = q.new_empty(shape, dtype=float32), q.new_empty(shape, dtype=float32)
+        dq = q.new_empty((*shape, instances.head_dim), dtype=float32)
         turns = None
         if deterministic:
             blocks = (*shape[:2], shape[2] // instances.tile_m)
-            turns = torch.zeros(blocks, dtype=torch.int32, device=q.device)
+            turns = q.new_zeros(blocks, dtype=torch.int32)
         return Workspace(lse, delta, dq, turns)
 
 
@@ -80,8 +83,8 @@ def workspace_bytes(
 ) -> int:
     """Bytes that backward allocates beside the gradients: float32 dQ, two floats a query row.
 
-    q, v: as for the forward functions; only shapes and dtype count.  With `deterministic`, a counter
-    for every block of rows is added.
+    q, v: as for the forward functions; only shapes and dtype count.  With `deterministic`, a
+    counter for every block of rows is added.
     """
     dtype = arguments.DTYPES[q.dtype]
     found = dispatch.backward_instances(dtype, q.shape[-1], v.shape[-1], "full", False, False)
@@ -102,9 +105,8 @@ def run(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink); `values` are the scalar arguments of the kernels by name."""
-    q, k, v = (
-        arguments.addressable(name, x) for name, x in (("q", saved.q), ("k", saved.k), ("v", saved.v))
-    )
+    given = (("q", saved.q), ("k", saved.k), ("v", saved.v))
+    q, k, v = (arguments.addressable(name, x) for name, x in given)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass.
     nothing = q.numel() * k.numel() * v.numel() == 0
@@ -125,25 +127,25 @@ def run(
         "seqused_k": saved.keys.seqused,
         "dq_semaphore": workspace.turns,
     }
-    given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
+    present = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     values = {
         **values,
         **dict.fromkeys(pointers, 0),
-        **{name: tensor.data_ptr() for name, tensor in given.items()},
+        **{name: tensor.data_ptr() for name, tensor in present.items()},
         "num_sequences": saved.sequences,
         "with_dlse": int(dlse is not None),
     }
 
     def launch(instance: str, tensors: tuple[Tensor, ...]) -> None:
         scalars = [values[name] for name in runtime.scalar_names(instance)]
-        runtime.launch(backend, instance, tensors, scalars, tuple(given.values()))
+        runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
 
     q, k, v, dout, out = (_as_entry(x, 4) for x in (q, k, v, dout, out))
     lse = _as_entry(saved.lse, 3)
     statistics = (workspace.lse, workspace.delta)
     dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
     launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
-    entries, heads, rows, head_dim = workspace.dq.shape
+    entries, heads, rows, _ = workspace.dq.shape
     tiles = workspace.dq.view(entries, heads, rows // instances.tile_m, -1)
     gradients = (_as_entry(dk, 4), _as_entry(dv, 4))
     launch(instances.main, (q, k, v, dout, *statistics, tiles, *gradients))

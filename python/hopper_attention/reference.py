@@ -77,10 +77,7 @@ def gradients(
 
     In the inputs' dtype, or float64 if that is computed in.  Rows without keys or sink have none.
     """
-    exact = compute_dtype == torch.float64
-    dq, dk, dv = (
-        torch.zeros(x.shape, dtype=compute_dtype, device=x.device) for x in (q, k, v)
-    )
+    dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype, device=x.device) for x in (q, k, v))
     heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
     dsink = None if sink is None else torch.zeros(heads, dtype=compute_dtype, device=q.device)
     for b in range(_sequences(q, queries)):
@@ -88,25 +85,26 @@ def gradients(
         for h in range(heads):
             rows = (h, at_q) if q.dim() == 3 else (b, h, at_q[1])
             parts = _one_head_gradients(
-                *(x[at][:, i].to(compute_dtype) for x, at, i in (
-                    (q, at_q, h), (k, at_k, h // group), (v, at_k, h // group), (dout, at_q, h)
-                )),
+                q[at_q][:, h].to(compute_dtype),
+                k[at_k][:, h // group].to(compute_dtype),
+                v[at_k][:, h // group].to(compute_dtype),
+                dout[at_q][:, h].to(compute_dtype),
                 None if dlse is None else dlse[rows].to(compute_dtype),
-                softmax_scale, mask, softcap,
+                softmax_scale,
+                mask,
+                softcap,
                 None if sink is None else sink[h].to(compute_dtype),
-            )  # fmt: skip
+            )
             dq[at_q][:, h] = parts[0]
             dk[at_k][:, h // group] += parts[1]
             dv[at_k][:, h // group] += parts[2]
             if dsink is not None:
                 dsink[h] += parts[3]
-    results = (dq, dk, dv, dsink)
-    if exact:
-        return results
-    of_inputs = (q, k, v, sink)
-    return tuple(  # type: ignore[return-value]
-        None if g is None or x is None else g.to(x.dtype) for g, x in zip(results, of_inputs)
-    )
+    if compute_dtype == torch.float64:
+        return dq, dk, dv, dsink
+    if dsink is not None and sink is not None:
+        dsink = dsink.to(sink.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
 def _one_head_gradients(
@@ -121,7 +119,8 @@ def _one_head_gradients(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dsink) of one head; dsink 0 without a sink."""
-    dq, dk, dv, dsink = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), q.new_zeros(())
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dsink = q.new_zeros(())
     for start in range(0, len(q), QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, len(q)))
         scores, slope = q[rows] @ k.T * softmax_scale, None
