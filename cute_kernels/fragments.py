@@ -60,6 +60,15 @@ class PackedFragment:
         layout = cute.make_layout((2, cute.size(self.words) // 2))
         return cute.make_tensor(self.words.iterator, layout)
 
+    def part(self, index: int, parts: int) -> "PackedFragment":
+        """The columns of one of `parts` equal shares: the same registers."""
+        size = cute.size(self.words) // parts
+        words = cute.make_tensor(self.words.iterator + index * size, cute.make_layout(size))
+        (c, r, v), m, n = self.view.shape
+        iterator = cute.recast_tensor(words, self.view.element_type).iterator
+        layout = cute.make_layout(((c, r, v // parts), m, n))
+        return PackedFragment(words, cute.make_tensor(iterator, layout))
+
     def convert(self, acc: cute.Tensor) -> None:
         """Round a float32 accumulator into this fragment, two elements an instruction."""
         for i in range(cute.size(self.words)):

@@ -33,6 +33,7 @@ Timeline   of a consumer and row block i ("|" where it waits):
              issue S(i) | dS(i-1) of all warps, issue dQ(i-1), dK(i-1)
              | S(i), P(i) = exp | dQ(i-1), store | dK(i-1), release Q(i-1), round P(i)
              issue dP(i), dV(i) | both, release dO(i) | dS(i), round, store
+             (of 128 rows first 64, with dV; then issue dP(i) of the others | dS(i), ...)
 
            The exponentials run under dQ and dK of the block before; where one consumer computes
            dS, the other has WGMMAs under way.  More at a time would be better and does not
@@ -86,6 +87,9 @@ from hopper_attention.hopper.config import STAGES, BackwardConfig
 from hopper_attention.hopper.tma import add_bulk, permute
 from hopper_attention.hopper.turns import consumer_warpgroup, opaque
 
+PART = 64
+"""Rows of dP that are in registers at a time."""
+
 
 class Barrier(IntEnum):
     """Named barriers of a block; 0 is __syncthreads."""
@@ -100,8 +104,10 @@ class Barrier(IntEnum):
 
 @dataclass(frozen=True)
 class Mmas:
-    sdp: cute.TiledMma
-    """S^T = K Q^T and dP^T = V dO^T, from shared memory."""
+    s: cute.TiledMma
+    """S^T = K Q^T, from shared memory."""
+    dp: cute.TiledMma
+    """dP^T = V dO^T, the same for PART rows of dO."""
     dv: cute.TiledMma
     """dV = P^T dO with P^T from registers."""
     dk: cute.TiledMma
@@ -141,7 +147,8 @@ class Fragments:
     k: cute.Tensor
     v: cute.Tensor
     q: cute.Tensor
-    do: cute.Tensor
+    do: tuple
+    """Of PART rows each."""
     do_columns: cute.Tensor
     """dO as the B operand of dV: rows are the K mode."""
     q_columns: cute.Tensor
@@ -226,6 +233,7 @@ class Backward:
         registers = warpgroup.OperandSource.RMEM
         return Mmas(
             make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_m)),
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, PART)),
             make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim_v), registers),
             make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim), registers),
             self.dq_tile.mma,
@@ -377,9 +385,9 @@ class Backward:
     def make_thread(self, index: Int32, mmas: Mmas, tiles: Tiles) -> Thread:
         cfg = self.cfg
         identity = cute.make_identity_tensor((cfg.tile_n, cfg.tile_m))
-        coordinates = rows_and_columns(mmas.sdp.get_slice(index).partition_C(identity))
+        coordinates = rows_and_columns(mmas.s.get_slice(index).partition_C(identity))
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.dtype)
-        copy = cute.make_tiled_copy_C(stmatrix, mmas.sdp)
+        copy = cute.make_tiled_copy_C(stmatrix, mmas.dp)
         target = copy.get_slice(index).partition_D(permute(tiles.ds, (1, 0, 2)))
         return Thread(index, consumer_warpgroup(), coordinates, copy, target)
 
@@ -387,17 +395,21 @@ class Backward:
         cfg = self.cfg
         # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
         first = consumer_warpgroup() * 128
-        sdp, dv, dk, dq = (m.get_slice(first) for m in (mmas.sdp, mmas.dv, mmas.dk, mmas.dq))
+        s, dp, dv, dk, dq = (
+            m.get_slice(first) for m in (mmas.s, mmas.dp, mmas.dv, mmas.dk, mmas.dq)
+        )
+        shape_do = (PART, cfg.head_dim_v, STAGES)
+        parts_do = [cute.local_tile(tiles.do, shape_do, (i, 0, 0)) for i in range(cfg.parts)]
         sK, sV = tiles.k[None, None, 0], tiles.v[None, None, 0]
         transposed = (1, 0, 2)
-        acc = cute.make_rmem_tensor(mmas.sdp.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
+        acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
         shape_dk = mmas.dk.partition_shape_C((cfg.tile_n, cfg.head_dim))
         shape_dv = mmas.dv.partition_shape_C((cfg.tile_n, cfg.head_dim_v))
         return Fragments(
-            k=mmas.sdp.make_fragment_A(sdp.partition_A(sK)),
-            v=mmas.sdp.make_fragment_A(sdp.partition_A(sV)),
-            q=mmas.sdp.make_fragment_B(sdp.partition_B(tiles.q)),
-            do=mmas.sdp.make_fragment_B(sdp.partition_B(tiles.do)),
+            k=mmas.s.make_fragment_A(s.partition_A(sK)),
+            v=mmas.dp.make_fragment_A(dp.partition_A(sV)),
+            q=mmas.s.make_fragment_B(s.partition_B(tiles.q)),
+            do=tuple(mmas.dp.make_fragment_B(dp.partition_B(part)) for part in parts_do),
             do_columns=mmas.dv.make_fragment_B(dv.partition_B(permute(tiles.do, transposed))),
             q_columns=mmas.dk.make_fragment_B(dk.partition_B(permute(tiles.q, transposed))),
             k_columns=mmas.dq.make_fragment_B(dq.partition_B(permute(sK, (1, 0)))),
@@ -469,7 +481,7 @@ class Backward:
         number: i, counted over all heads.
         """
         cfg, fr, state, before = self.cfg, fragments, stage_of(number), stage_of(number - 1)
-        acc = cute.make_rmem_tensor(mmas.sdp.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
+        acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
         clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
         rows = None
         if const_expr(cfg.varlen):
@@ -477,7 +489,7 @@ class Backward:
         pipelines.q.consumer_wait(state)
         if const_expr(cfg.varlen):
             clear(tiles.q, "q", state.index, rows)
-        wgmma.issue(mmas.sdp, acc, fr.k, fr.q[None, None, None, state.index], accumulate=False)
+        wgmma.issue(mmas.s, acc, fr.k, fr.q[None, None, None, state.index], accumulate=False)
         if const_expr(not first):
             acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, before)
             warpgroup.wait_group(2)
@@ -508,20 +520,46 @@ class Backward:
         pipelines.do.consumer_wait(state)
         if const_expr(cfg.varlen):
             clear(tiles.do, "do", state.index, rows)
-        acc_dp = cute.make_rmem_tensor_like(acc)
-        dp = Scores(acc_dp, fr.packed_ds, thread.coordinates, cfg.tile_m)
-        dp.start_with(tiles.delta[None, state.index])
-        do_block = fr.do[None, None, None, state.index]
-        wgmma.issue(mmas.sdp, acc_dp, fr.v, do_block, accumulate=True)
-        do_columns = fr.do_columns[None, None, None, state.index]
-        wgmma.issue(mmas.dv, fr.acc_dv, as_a_operand(fr.p.view), do_columns, accumulate=True)
+        for part in cutlass.range_constexpr(cfg.parts):
+            self.differentiate_part(mmas, tiles, fragments, thread, state, acc, part)
+            if const_expr(part == cfg.parts - 1):
+                pipelines.do.consumer_release(state)
+            ds = fr.packed_ds.part(part, cfg.parts)
+            target = thread.ds[None, None, part, state.index]
+            cute.copy(thread.copy_ds, thread.copy_ds.retile(ds.view)[None, None, 0], target)
+        self.hand_over_ds(pipelines, state)
+
+    @cute.jit
+    def differentiate_part(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        fragments: Fragments,
+        thread: Thread,
+        state: pipeline.PipelineState,
+        p: cute.Tensor,
+        part: cutlass.Constexpr,
+    ):
+        """dP and dS of PART rows, dS rounded; with the first ones dV of all rows.
+
+        In parts, because S, dP and what is rounded of them would not fit for 128 rows.
+        """
+        cfg, fr = self.cfg, fragments
+        acc = cute.make_rmem_tensor(mmas.dp.partition_shape_C((cfg.tile_n, PART)), Float32)
+        ds = fr.packed_ds.part(part, cfg.parts)
+        delta = cute.local_tile(tiles.delta[None, state.index], (PART,), (part,))
+        Scores(acc, ds, thread.coordinates, PART).start_with(delta)
+        do_block = fr.do[part][None, None, None, state.index]
+        wgmma.issue(mmas.dp, acc, fr.v, do_block, accumulate=True)
+        if const_expr(part == 0):
+            do_columns = fr.do_columns[None, None, None, state.index]
+            wgmma.issue(mmas.dv, fr.acc_dv, as_a_operand(fr.p.view), do_columns, accumulate=True)
         warpgroup.wait_group(0)
-        pin(acc_dp)
-        pipelines.do.consumer_release(state)
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            acc_dp[i] = acc[i] * acc_dp[i]
-        fr.packed_ds.convert(acc_dp)
-        self.hand_over_ds(pipelines, fragments, thread, state)
+        pin(acc)
+        n = cute.size(acc)
+        for i in cutlass.range_constexpr(n):
+            acc[i] = p[part * n + i] * acc[i]
+        ds.convert(acc)
 
     @cute.jit
     def issue_dq_dk(
@@ -541,16 +579,8 @@ class Backward:
         return acc_dq
 
     @cute.jit
-    def hand_over_ds(
-        self,
-        pipelines: Pipelines,
-        fragments: Fragments,
-        thread: Thread,
-        state: pipeline.PipelineState,
-    ):
-        """dS^T, rounded, stays in registers for dK and goes to shared memory for dQ."""
-        source = thread.copy_ds.retile(fragments.packed_ds.view)
-        cute.copy(thread.copy_ds, source, thread.ds[None, None, None, state.index])
+    def hand_over_ds(self, pipelines: Pipelines, state: pipeline.PipelineState):
+        """dS^T, which stays in registers for dK, is in shared memory for dQ."""
         cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
         cute.arch.sync_warp()
         with cute.arch.elect_one():

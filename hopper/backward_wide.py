@@ -320,8 +320,10 @@ class BackwardWide:
             once = self.prepare_keys(tiles, pipelines, work, index)
             pipelines.k.consumer_wait(once)
             step = partial(self.step_values, mmas, tiles, pipelines, problem, saved, work, consumer)
-            before = self.walk(step, problem, work, consumer)
-            number, address = before
+            first_key = work.n_block * self.cfg.tile_n
+            viewers, coordinates = work.visibility.viewers, consumer.coordinates
+            mask = Mask(viewers, coordinates, first_key, self.cfg.tile_m)
+            number, address = self.walk(step, problem, work, mask)
             self.add_dq(mmas, pipelines, problem, consumer, stage_of(number), address)
             warpgroup.wait_group(0)
             pin(consumer.acc)
@@ -353,7 +355,7 @@ class BackwardWide:
             once = self.prepare_keys(tiles, pipelines, work, index + 128)
             pipelines.v.consumer_wait(once)
             step = partial(self.step_keys, mmas, tiles, pipelines, problem, saved, work, consumer)
-            self.walk(step, problem, work, consumer)
+            self.walk(step, problem, work, None)
             warpgroup.wait_group(0)
             pin(consumer.acc)
         for i in cutlass.range_constexpr(cute.size(consumer.acc)):
@@ -406,26 +408,29 @@ class BackwardWide:
         return once
 
     @cute.jit
-    def walk(self, step, problem: Problem, work: Work, consumer: Consumer):
-        """`step` for all row blocks of all heads; returns the number and dQ address of the last."""
-        cfg, order = self.cfg, work.order
-        first_key = work.n_block * cfg.tile_n
-        mask = Mask(work.visibility.viewers, consumer.coordinates, first_key, cfg.tile_m)
-        head = work.head_kv * problem.qhead_per_kvhead
+    def walk(self, step, problem: Problem, work: Work, mask: Optional[Mask]):
+        """`step` for all row blocks of all heads; returns the number and dQ address of the last.
+
+        Who has a mask gets it where it hides anything.
+        """
+        order, head = work.order, work.head_kv * problem.qhead_per_kvhead
         address = step(Int32(0), Int64(0), head, Int32(0), mask, first=True)
         number, start = Int32(1), Int32(1)
         for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
-            if const_expr(cfg.mask == "local"):
+            begin, end = start, order.count
+            if const_expr(mask is not None):
+                begin, end = maximum(start, order.unmasked_begin), order.unmasked_end
+            if const_expr(mask is not None and self.cfg.mask == "local"):
                 for i in cutlass.range(start, order.unmasked_begin, unroll=1):
                     address = step(number, address, head + h, i, mask, first=False)
                     number += 1
-            begin = maximum(start, order.unmasked_begin)
-            for i in cutlass.range(begin, order.unmasked_end, unroll=1):
+            for i in cutlass.range(begin, end, unroll=1):
                 address = step(number, address, head + h, i, None, first=False)
                 number += 1
-            for i in cutlass.range(maximum(start, order.unmasked_end), order.count, unroll=1):
-                address = step(number, address, head + h, i, mask, first=False)
-                number += 1
+            if const_expr(mask is not None):
+                for i in cutlass.range(maximum(start, end), order.count, unroll=1):
+                    address = step(number, address, head + h, i, mask, first=False)
+                    number += 1
             start = Int32(0)
         return number - 1, address
 

@@ -138,6 +138,11 @@ class BackwardConfig:
         return 2
 
     @property
+    def parts(self) -> int:
+        """dP is in registers for 64 rows at a time."""
+        return self.tile_m // 64
+
+    @property
     def registers(self) -> Registers:
         return REGISTERS[2]
 
@@ -203,7 +208,7 @@ STAGES = 2
 
 
 BACKWARD_TILES = {
-    (64, 64): 64,
+    (64, 64): 128,
     (96, 96): 64,
     (128, 128): 64,
 }
