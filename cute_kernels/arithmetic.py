@@ -1,6 +1,8 @@
 """Integer arithmetic on Python integers and traced values alike: host tests run the same code."""
 
 import cutlass
+from cutlass import Int32
+from cutlass.cutlass_dsl import select_
 
 
 def minimum(a, b):
@@ -18,3 +20,10 @@ def ceil_div(a, b: int):
 
 def clamp(a, low, high):
     return minimum(maximum(a, low), high)
+
+
+def select(condition, a, b):
+    """a if condition else b."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    return Int32(select_(condition, Int32(a), Int32(b)))

@@ -51,6 +51,15 @@ class PackedFragment:
         layout = cute.make_layout((2, cute.size(self.words) // 2))
         return cute.make_tensor(self.words.iterator, layout)
 
+    def part(self, index: int, parts: int) -> "PackedFragment":
+        """The columns of one of `parts` equal shares: the same registers."""
+        size = cute.size(self.words) // parts
+        words = cute.make_tensor(self.words.iterator + index * size, cute.make_layout(size))
+        (c, r, v), m, n = self.view.shape
+        iterator = cute.recast_tensor(words, self.view.element_type).iterator
+        layout = cute.make_layout(((c, r, v // parts), m, n))
+        return PackedFragment(words, cute.make_tensor(iterator, layout))
+
     def convert(self, acc: cute.Tensor) -> None:
         """Round a float32 accumulator into this fragment, two elements an instruction."""
         for i in range(cute.size(self.words)):
@@ -98,6 +107,30 @@ def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
         "{ .reg .pred p; .reg .b32 a; mov.b32 a, $0; setp.lt.f32 p, $0, 0fBF800000;"
         " @p st.shared.f32 [a], $0; }",
         "f",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def compute_before(fragment: cute.Tensor, positive: cutlass.Float32, *, loc=None, ip=None) -> None:
+    """`finish_before` for a fragment of which every element matters; four cost one instruction.
+
+    They are stored, never: if `positive` is negative.  ptxas must not be able to tell: it knows
+    that exp2 is not, so the predicate must come from elsewhere.
+    """
+    n = cute.size(fragment)
+    values = [fragment[i].ir_value(loc=loc, ip=ip) for i in range(n)]
+    stores = " ".join(
+        f"@p st.shared.v4.f32 [a], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};" for i in range(0, n, 4)
+    )
+    test = f"mov.b32 a, ${n}; setp.lt.f32 p, ${n}, 0f00000000;"
+    llvm.inline_asm(
+        None,
+        [*values, positive.ir_value(loc=loc, ip=ip)],
+        "{ .reg .pred p; .reg .b32 a; " + test + " " + stores + " }",
+        ",".join(["f"] * (n + 1)),
         has_side_effects=True,
         loc=loc,
         ip=ip,

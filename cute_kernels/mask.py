@@ -1,6 +1,7 @@
 """Masks on accumulator fragments: a masked score becomes -inf."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -9,7 +10,6 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.arithmetic import maximum, minimum
 from hopper_attention.cute_kernels.sequence import Rows
-from hopper_attention.cute_kernels.visibility import Visibility
 
 WORD = 32
 """Columns whose visibility one word holds."""
@@ -17,17 +17,21 @@ WORD = 32
 
 @dataclass(frozen=True)
 class Mask:
-    """Hides the keys that a sequence's `Visibility` hides, on the fragment of one thread."""
+    """Hides the keys that a sequence's `Visibility` hides, on the fragment of one thread.
 
-    visibility: Visibility
+    Rows are queries and columns keys; with `Viewers` it is the other way round.
+    """
+
+    visibility: Any
     coordinates: cute.Tensor
     """(rows, columns) -> (row, column) in the tile, of this thread's fragment."""
     rows: Rows
+    """Which query each of the tile's rows is."""
     tile_n: cutlass.Constexpr
 
     @cute.jit
     def apply(self, scores: cute.Tensor, n_block: Int32):
-        """scores (rows, columns) of key block `n_block`, in place."""
+        """scores (rows, columns) of column block `n_block`, in place."""
         # A thread's columns are a run-time base plus constants, so a row's limits are numbers of
         # those columns.  As words of ones they become predicates seven at a time (R2P), where
         # comparing every column would cost an instruction each.
@@ -35,13 +39,16 @@ class Mask:
         columns = cute.size(scores, mode=[1])
         for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             query = self.rows.position(self.coordinates[i, 0][0])
-            end = columns_below(self.visibility.end(query) - base)
-            begin = Int32(0)
-            if const_expr(self.visibility.kind == "local"):
+            end, begin = Int32(columns), Int32(0)
+            if const_expr(self.visibility.bounds_end):
+                end = columns_below(self.visibility.end(query) - base)
+            if const_expr(self.visibility.bounds_begin):
                 begin = columns_below(self.visibility.begin(query) - base)
             for start in cutlass.range_constexpr(0, columns, WORD):
-                seen = low_ones(columns_after(end, start))
-                if const_expr(self.visibility.kind == "local"):
+                seen = Int32(-1)
+                if const_expr(self.visibility.bounds_end):
+                    seen = low_ones(columns_after(end, start))
+                if const_expr(self.visibility.bounds_begin):
                     seen = seen & ~low_ones(columns_after(begin, start))
                 for j in cutlass.range_constexpr(start, min(start + WORD, columns)):
                     visible = (seen & (1 << (j - start))) != 0

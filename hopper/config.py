@@ -118,3 +118,139 @@ FORWARD_TILES = {
     (64, 256): {"full": (128, 96), "causal": (128, 96), "local": (128, 64)},
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); "softcap" if it differs from "local"."""
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One backward kernel: `tile_n` keys, 64 a consumer warpgroup, by `tile_m` query rows."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str
+    softcap: bool
+    varlen: bool
+    tile_m: int
+    tile_n: int = 128
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.mask in MASKS, self.mask
+        assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
+        assert self.tile_m in (64, 128), "dQ is split by rows or by columns between 2 warpgroups"
+        assert self.tile_n == 64 * self.warpgroups, self.tile_n
+        assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
+
+    @property
+    def warpgroups(self) -> int:
+        return 2
+
+    @property
+    def parts(self) -> int:
+        """dP is in registers for 64 rows at a time."""
+        return self.tile_m // 64
+
+    @property
+    def registers(self) -> Registers:
+        return REGISTERS[2]
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Barriers and row statistics (padded), Q, dO, K, V, dS, and dQ in float32."""
+        dims = self.head_dim + self.head_dim_v
+        queries, keys = STAGES * self.tile_m * 2 * dims, self.tile_n * 2 * dims
+        ds, dq = STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
+        statistics = STAGES * 2 * 4 * self.tile_m
+        return -(-(256 + statistics) // 1024) * 1024 + queries + keys + ds + dq
+
+
+@dataclass(frozen=True)
+class WideBackwardConfig:
+    """One backward kernel for wide heads: 64 keys by 64 query rows, dK and dV a warpgroup each."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str
+    softcap: bool
+    varlen: bool
+    tile_m: int = 64
+    tile_n: int = 64
+
+    @property
+    def gradient_stays_under_way(self) -> bool:
+        """Whether dK of a row block runs while the next one begins: 208 registers too many."""
+        return self.head_dim <= 192
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.mask in MASKS, self.mask
+        assert self.head_dim % 64 == 0 and self.head_dim_v % 64 == 0, "half of dQ's columns"
+        assert self.head_dim <= 256 and self.head_dim_v <= 256, "N of one WGMMA"
+        assert (self.tile_m, self.tile_n) == (64, 64), "M of one WGMMA, on either side"
+        assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
+
+    @property
+    def registers(self) -> Registers:
+        return REGISTERS[2]
+
+    @property
+    def threads(self) -> int:
+        return 384
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Barriers and row statistics (padded), Q, dO, K, V, dS, and P in float32."""
+        inputs = (STAGES * self.tile_m + self.tile_n) * 2 * (self.head_dim + self.head_dim_v)
+        scores = self.tile_m * self.tile_n * (STAGES * 2 + 4)
+        statistics = STAGES * 2 * 4 * self.tile_m
+        return -(-(256 + statistics) // 1024) * 1024 + inputs + scores
+
+
+STAGES = 2
+"""Of Q, dO and dS in the backward kernels."""
+
+
+BACKWARD_TILES = {
+    (64, 64): 128,
+    (96, 96): 64,
+    (128, 128): 64,
+}
+"""(head_dim, head_dim_v) -> tile_m."""
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Statistics of query rows, any head dim."""
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    threads: int = 256
+    shared_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """dQ from the workspace, `tile_m` rows of the backward kernel's block."""
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    @property
+    def threads(self) -> int:
+        return 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.tile_m * 2 * self.head_dim

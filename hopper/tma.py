@@ -1,6 +1,7 @@
 """TMA: views, partitions and pipeline loads."""
 
 import cutlass.cute as cute
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 
@@ -20,3 +21,20 @@ def load_stage(pipe, state, atom, source, stages):
     pipe.producer_acquire(state)
     full = pipe.producer_get_barrier(state)
     cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full)
+
+
+@cute.jit
+def load_row(source: cute.Tensor, target: cute.Tensor, full: cute.Pointer):
+    """By a whole warp: a contiguous vector to shared memory, counted by the barrier `full`."""
+    bits = cute.size(target) * target.element_type.width
+    atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), target.element_type, num_bits_per_copy=bits)
+    with cute.arch.elect_one():
+        cute.copy(atom, source, target, mbar_ptr=full)
+
+
+def add_bulk(source: cute.Pointer, target: cute.Pointer, nbytes: int) -> None:
+    """By one thread: float32 in shared memory are added to those in global memory."""
+    cute.arch.inline_ptx(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[target.toint(), Int32(source.toint()), Int32(nbytes)],
+    )

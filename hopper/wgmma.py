@@ -20,14 +20,14 @@ PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16"}
 
 @dataclass(frozen=True)
 class Operand:
-    """A swizzled tile in shared memory, with stages, as A or B of k16 WGMMAs."""
+    """A swizzled tile in shared memory as A or B of k16 WGMMAs."""
 
     low: Int32
     """Half of the descriptor of one stage's first 16 columns of K: address, leading offset."""
     high: Int32
     """The other half: stride offset, swizzle mode."""
     tile: cute.Tensor
-    """((M or N, 16), 1, K / 16, stages): `partition_A` or `partition_B` of the tile."""
+    """((M or N, 16), 1, K / 16) and perhaps stages: `partition_A` or `partition_B` of the tile."""
 
     @staticmethod
     def of(tile: cute.Tensor) -> "Operand":
@@ -65,7 +65,8 @@ class Operand:
 
     def slice(self, k: int) -> Int64:
         """Descriptor of columns [16 k, 16 k + 16) of K."""
-        offset = cute.crd2idx((0, 0, k, 0), self.tile.layout)
+        place = (0, 0, k, 0)[: cute.rank(self.tile)]
+        offset = cute.crd2idx(place, self.tile.layout)
         first = Int64(Uint32(self.low)) | Int64(self.high) << 32
         return first + units(offset, self.tile.element_type)
 

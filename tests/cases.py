@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hopper_attention import manifest, reference
 from hopper_attention.arguments import UNBOUNDED, Mask
-from hopper_attention.numerics import Error, pytorch_attention
+from hopper_attention.numerics import Error, pytorch_attention, pytorch_gradients
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,10 +65,18 @@ WINDOWS = (
 
 
 def forward_instances(*, varlen: bool) -> list[str]:
+    return instances_of("forward", varlen)
+
+
+def backward_instances(*, varlen: bool) -> list[str]:
+    return instances_of("backward", varlen)
+
+
+def instances_of(family: str, varlen: bool) -> list[str]:
     return [
         name
         for name, i in manifest.instances().items()
-        if i.family == "forward" and i.config["varlen"] == varlen
+        if i.family == family and i.config["varlen"] == varlen
     ]
 
 
@@ -114,6 +122,11 @@ def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
+def mask_of(causal: bool, window_size: Sequence[int | None], attention_chunk: int) -> Mask:
+    left, right = (UNBOUNDED if w in (-1, None) else w for w in window_size)
+    return Mask(left, 0 if causal else right, attention_chunk or UNBOUNDED)
+
+
 def check_forward(
     q: Tensor,
     k: Tensor,
@@ -130,10 +143,10 @@ def check_forward(
     out_dtype: torch.dtype | None = None,
 ) -> None:
     """At most twice PyTorch's error in the same dtype, for out and for lse."""
-    left, right = (UNBOUNDED if w in (-1, None) else w for w in window_size)
+    mask = mask_of(causal, window_size, attention_chunk)
     problem: dict[str, Any] = {
         "softmax_scale": softmax_scale or 1.0 / math.sqrt(q.shape[-1]),
-        "mask": Mask(left, 0 if causal else right, attention_chunk or UNBOUNDED),
+        "mask": mask,
         "softcap": softcap or None,
         "sink": learnable_sink,
     }
@@ -163,3 +176,57 @@ def check_packed(
         rows, keys = slice(end_q - seqlen_q, end_q), slice(end_k - seqlen_k, end_k)
         one = (x[None] for x in (q[rows], k[keys], v[keys], out[rows], lse[:, rows]))
         check_forward(*one, **arguments)
+
+
+def check_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    gradients: Sequence[Tensor],
+    *,
+    dlse: Tensor | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+) -> None:
+    """dq, dk, dv (and dsink): at most twice PyTorch's error in the same dtype."""
+    problem: dict[str, Any] = {
+        "softmax_scale": softmax_scale or 1.0 / math.sqrt(q.shape[-1]),
+        "mask": mask_of(causal, window_size, attention_chunk),
+        "softcap": softcap or None,
+        "sink": learnable_sink,
+    }
+    q, k, v, dout = (x.detach() for x in (q, k, v, dout))
+    exact = reference.gradients(q, k, v, dout, dlse, **problem, compute_dtype=torch.float64)
+    torchs = pytorch_gradients(q, k, v, dout, dlse, **problem)
+    names = ("dq", "dk", "dv", "dsink")
+    for name, ours, best, other in zip(names, gradients, exact, torchs):
+        assert best is not None and other is not None and ours.shape == best.shape
+        error, allowed = Error.of(ours, best), Error.of(other, best)
+        assert error.within_twice(allowed), f"{name}: error {error}, PyTorch's {allowed}"
+
+
+def check_packed_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    gradients: Sequence[Tensor],
+    lengths: Sequence[tuple[int, int]],
+    **arguments: Any,
+) -> None:
+    """Each sequence of (total, heads, dim) tensors by itself."""
+    ends_q, ends_k = (list(accumulate(side)) for side in zip(*lengths))
+    for (seqlen_q, seqlen_k), end_q, end_k in zip(lengths, ends_q, ends_k):
+        rows, keys = slice(end_q - seqlen_q, end_q), slice(end_k - seqlen_k, end_k)
+        one = (x[None] for x in (q[rows], k[keys], v[keys], dout[rows]))
+        places = (rows, keys, keys)
+        parts = [g[at][None] for g, at in zip(gradients, places)]
+        if seqlen_q * seqlen_k == 0:
+            assert all((part == 0).all() for part in parts)
+        else:
+            check_backward(*one, parts, **arguments)

@@ -15,7 +15,7 @@ class Resources:
     spill_loads: int
     barriers: int
     serialized_wgmma: bool
-    """ptxas waits after every WGMMA (C7514): results stay right, the overlap is gone."""
+    """ptxas waits after every WGMMA: results stay right, the overlap is gone."""
 
 
 class GateError(RuntimeError):
@@ -36,7 +36,7 @@ def parse_remarks(remarks: str) -> Resources:
         spill_stores=worst(r"(\d+) bytes spill stores"),
         spill_loads=worst(r"(\d+) bytes spill loads"),
         barriers=worst(r"used (\d+) barriers"),
-        serialized_wgmma="C7514" in remarks,
+        serialized_wgmma="wgmma.mma_async instructions are serialized" in remarks,
     )
 
 
@@ -59,8 +59,9 @@ def check(instance: Any, resources: Resources, opcodes: dict[str, int] | None) -
         ]
         if resources.serialized_wgmma:
             faults.append(
-                "WGMMA serialised (ptxas C7514): something reads or moves accumulators between a"
-                " WGMMA and its wait; pin the fragment after wait_group"
+                "WGMMA serialised by ptxas: too few registers for what is under way (C7512), or"
+                " something reads or moves accumulators between a WGMMA and its wait (C7514): pin"
+                " the fragment after wait_group"
             )
         if faults:
             faults.append("or say in the instance why it may: spills_because")

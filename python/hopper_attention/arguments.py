@@ -70,10 +70,10 @@ def check_unsupported(**arguments: object) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What every call must check anew: types, devices, and what only backward could serve."""
+    """What every call must check anew: types and devices."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q: expected a torch.Tensor, got {type(q).__name__}")
-    device, grad_enabled = q.device, torch.is_grad_enabled()
+    device = q.device
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -81,10 +81,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
             raise ValueError(f"{name}: expected a plain tensor, not sparse, nested or negated")
-        if grad_enabled and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires grad, and there is no backward yet; use torch.no_grad()"
-            )
 
 
 def check_dtypes(*dtypes: torch.dtype) -> None:
@@ -323,8 +319,6 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(f"learnable_sink is on {learnable_sink.device}, q is on {q.device}")
     if not learnable_sink.dtype.is_floating_point:
         raise ValueError(f"learnable_sink has dtype {learnable_sink.dtype}; expected a float type")
-    if learnable_sink.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("learnable_sink requires grad, and there is no backward yet")
     if learnable_sink.is_cpu and not (learnable_sink < torch.inf).all():
         raise ValueError("learnable_sink must be finite or -inf")
     return learnable_sink.float().contiguous()

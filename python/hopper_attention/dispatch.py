@@ -6,6 +6,7 @@ The manifest that the build writes is the only list: what was not compiled is no
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 from hopper_attention import manifest
 
@@ -18,12 +19,65 @@ def forward_instance(
 
     Raises NotImplementedError, naming what this build has, if nothing does.
     """
+    return _attention_instance("forward", dtype, head_dim, head_dim_v, mask, softcap, varlen)
+
+
+@dataclass(frozen=True)
+class BackwardInstances:
+    """The three kernels of one backward, and how dQ accumulates between them."""
+
+    preprocess: str
+    main: str
+    postprocess: str
+    head_dim: int
+    """Columns of dQ's tile."""
+    tile_m: int
+    """Its rows."""
+
+
+@functools.cache
+def backward_instances(
+    dtype: str, head_dim: int, head_dim_v: int, mask: str, softcap: bool, varlen: bool
+) -> BackwardInstances:
+    """As `forward_instance`, of backward."""
+    main = _attention_instance("backward", dtype, head_dim, head_dim_v, mask, softcap, varlen)
+    config = manifest.instances()[main].config
+    tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
+    return BackwardInstances(
+        _helper_instance("backward_preprocess", {"dtype": dtype}),
+        main,
+        _helper_instance("backward_postprocess", {"dtype": dtype, **tile}),
+        **tile,
+    )
+
+
+def _helper_instance(family: str, wanted: dict[str, str | int]) -> str:
+    for name, instance in manifest.instances().items():
+        if instance.family == family and wanted.items() <= instance.config.items():
+            return name
+    kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    raise NotImplementedError(
+        f"this build has no {family} kernel for {kind}; rebuild with "
+        "HOPPER_ATTENTION_INSTANCES=core"
+    )
+
+
+def _attention_instance(
+    family: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+) -> str:
+    """The instance of `family` with the least tile that holds both head dims."""
     mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
     wanted = {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen}
     tiles = {
         (instance.config["head_dim"], instance.config["head_dim_v"]): name
         for name, instance in manifest.instances().items()
-        if instance.family == "forward" and wanted.items() <= instance.config.items()
+        if instance.family == family and wanted.items() <= instance.config.items()
     }
     fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
     if fitting:
@@ -31,13 +85,13 @@ def forward_instance(
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
     if not tiles:
         raise NotImplementedError(
-            f"this build has no forward kernel for {kind}; rebuild with "
+            f"this build has no {family} kernel for {kind}; rebuild with "
             "HOPPER_ATTENTION_INSTANCES=core"
         )
     have = ", ".join(f"{d}/{dv}" for d, dv in sorted(tiles))
     nearest = min(tiles, key=lambda dims: abs(dims[0] - head_dim) + abs(dims[1] - head_dim_v))
     raise NotImplementedError(
-        f"head_dim {head_dim} with head_dim_v {head_dim_v} is not supported for {kind}; supported "
+        f"head_dim {head_dim} with head_dim_v {head_dim_v} has no {family} kernel for {kind}; have "
         f"up to one of {have} (nearest: {nearest[0]}/{nearest[1]})"
     )
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, reference, runtime
+from hopper_attention import arguments, backward, dispatch, reference, runtime
 from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
+from hopper_attention.autograd import Attention, Gradients
 from hopper_attention.ranges import annotated
 
 WindowSize = Sequence[int | None]
@@ -63,7 +64,8 @@ def flash_attn_func(
             j // attention_chunk == a // attention_chunk.
         softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling; up to 4096.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
-        deterministic: accepted; forward is always deterministic.
+        deterministic: gradients have the same bits in every run, at some cost; implied by
+            torch.use_deterministic_algorithms.  Forward is always deterministic.
         pack_gqa: whether the query heads that read one key head share tiles, which saves tiles
             where there are few queries; None: where that saves a third of them.
         sm_margin: multiprocessors to leave to other work, such as communication.
@@ -75,25 +77,26 @@ def flash_attn_func(
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
         seqlen_q), float32, natural logarithm, the sink included.  A query that sees no key has out
-        0, and lse -inf or the sink.
+        0, and lse -inf or the sink.  Both are differentiable with respect to q, k, v and the sinks.
 
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, gradients, qv, descales, num_splits > 1; a GPU that is not sm_90.
+            dims, qv, descales, num_splits > 1; a GPU that is not sm_90.
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
-    with_lse = _with_lse(deterministic, return_attn_probs, return_lse)
+    with_lse = _with_lse(return_attn_probs, return_lse)
+    deterministic = _deterministic(deterministic)
     options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
     layout = Layout(pack_gqa=pack_gqa, out_dtype=out_dtype)
     plan = _make_plan(shapes, dtypes, options, layout)
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(plan, q, k, v, sink, sm_margin)
+    out, lse = _attend(plan, q, k, v, sink, sm_margin, deterministic)
     return (out, lse) if with_lse else out
 
 
@@ -148,7 +151,8 @@ def flash_attn_varlen_func(
         with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
     """
     _check_hints(qv, q_descale, k_descale, v_descale, num_splits, pack_gqa, sm_margin)
-    with_lse = _with_lse(deterministic, return_attn_probs, return_lse)
+    with_lse = _with_lse(return_attn_probs, return_lse)
+    deterministic = _deterministic(deterministic)
     options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
@@ -173,7 +177,7 @@ def flash_attn_varlen_func(
     arguments.check_lengths("q", queries, q.shape[-3])
     arguments.check_lengths("k", keys, k.shape[-3])
     sink = arguments.resolve_sink(learnable_sink, q)
-    out, lse = _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
+    out, lse = _attend(plan, q, k, v, sink, sm_margin, deterministic, queries, keys, batch)
     return (out, lse) if with_lse else out
 
 
@@ -273,8 +277,13 @@ def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor 
             arguments.integer(name, bound, 0)
 
 
-def _with_lse(deterministic: bool, return_attn_probs: bool, return_lse: bool) -> bool:
-    arguments.flag("deterministic", deterministic)  # forward always is
+def _deterministic(deterministic: bool) -> bool:
+    return arguments.flag("deterministic", deterministic) or (
+        torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def _with_lse(return_attn_probs: bool, return_lse: bool) -> bool:
     probs = arguments.flag("return_attn_probs", return_attn_probs)
     return arguments.flag("return_lse", return_lse) or probs
 
@@ -310,8 +319,8 @@ class Plan:
     """Whether out has q's shape and dtype."""
     lse_shape: tuple[int, ...]
     varlen: bool
-    """Whether the instance looks up lengths; one that packs heads does."""
     qheads_per_tile: int
+    """More than one: the instance is one that looks up lengths, for dense problems, too."""
 
     @functools.cached_property
     def scalars(self) -> list[float | int]:
@@ -320,8 +329,14 @@ class Plan:
 
     def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
         """The same with addresses and the number of sequences by name; 0 where absent."""
-        values: dict[str, float | int] = {
-            **dict.fromkeys(("learnable_sink", *LENGTHS), 0),
+        absent = dict.fromkeys(("learnable_sink", *LENGTHS), 0)
+        values: dict[str, float | int] = {**absent, **self.options, **tensors}
+        return [values[name] for name in runtime.scalar_names(self.instance)]
+
+    @property
+    def options(self) -> dict[str, float | int]:
+        """Scalar arguments of the kernels that stand for no tensor."""
+        return {
             "softmax_scale": self.scale,
             "softcap": self.softcap or 0.0,
             "window_left": self.mask.left,
@@ -329,9 +344,13 @@ class Plan:
             "attention_chunk": self.mask.chunk,
             "qheads_per_tile": self.qheads_per_tile,
             "output_float32": int(self.out_dtype == torch.float32),
-            **tensors,
         }
-        return [values[name] for name in runtime.scalar_names(self.instance)]
+
+    def backward_instances(self, q: Tensor, v: Tensor) -> dispatch.BackwardInstances:
+        """Raises NotImplementedError if there is no backward for this kind of call."""
+        dtype, capped = arguments.DTYPES[q.dtype], self.softcap is not None
+        kind, dims = self.mask.kind, (q.shape[-1], v.shape[-1])
+        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -353,10 +372,9 @@ def _make_plan(
     problem = (arguments.DTYPES[dtypes[0]], q[-1], v[-1], mask.kind, softcap is not None)
     seqlen_q = q[-3] if layout.max_seqlen_q is None else min(q[-3], layout.max_seqlen_q)
     packs = dispatch.packs_heads(*problem, group, seqlen_q, layout.pack_gqa)
-    varlen = layout.varlen or packs
     out_shape = (*rows, heads, v[-1])
     return Plan(
-        instance=dispatch.forward_instance(*problem, varlen),
+        instance=dispatch.forward_instance(*problem, layout.varlen or packs),
         scale=scale,
         mask=mask,
         softcap=softcap,
@@ -364,7 +382,7 @@ def _make_plan(
         out_dtype=out_dtype,
         like_q=out_shape == tuple(q) and out_dtype == dtypes[0],
         lse_shape=(heads, *rows) if layout.packed_q else (rows[0], heads, rows[1]),
-        varlen=varlen,
+        varlen=layout.varlen,
         qheads_per_tile=group if packs else 1,
     )
 
@@ -389,6 +407,68 @@ def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
     if batch != other:
         raise ValueError(f"{second} has {other} sequences, {first} has {batch}")
     return batch
+
+
+def _attend(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    sm_margin: int,
+    deterministic: bool,
+    queries: Lengths = WHOLE,
+    keys: Lengths = WHOLE,
+    batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable if anything requires grad."""
+    inputs = (q, k, v) if sink is None else (q, k, v, sink)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
+    if plan.out_dtype != q.dtype:
+        raise NotImplementedError(
+            f"out_dtype={plan.out_dtype} is not differentiable yet; leave it at {q.dtype}, or call "
+            "under torch.no_grad()"
+        )
+    backend = runtime.backend_for(q)
+    if backend is not runtime.Backend.REFERENCE:
+        plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
+
+    def compute(q, k, v, sink, queries, keys, batch):  # type: ignore[no-untyped-def]
+        return _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
+
+    def differentiate(*arguments):  # type: ignore[no-untyped-def]
+        return _backward(plan, backend, deterministic, *arguments)
+
+    return Attention.apply(compute, differentiate, q, k, v, sink, queries, keys, batch)
+
+
+def _backward(
+    plan: Plan,
+    backend: runtime.Backend,
+    deterministic: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    queries: Lengths,
+    keys: Lengths,
+    batch: int,
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> Gradients:
+    """(dq, dk, dv, dsink) on whatever forward ran on."""
+    if backend is runtime.Backend.REFERENCE:
+        return reference.gradients(
+            q, k, v, dout, dlse, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap,
+            sink=sink, queries=queries, keys=keys,
+        )  # fmt: skip
+    sequences = batch if plan.varlen else q.shape[0]
+    saved = backward.Saved(q, k, v, out, lse, sink, queries, keys, sequences)
+    instances = plan.backward_instances(q, v)
+    return backward.run(backend, instances, saved, plan.options, dout, dlse, deterministic)
 
 
 @annotated("forward")
@@ -421,7 +501,7 @@ def _forward(
         out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     stored = out if out.dtype == q.dtype else out.view(q.dtype)  # float32 as pairs of q's dtype
-    if sink is None and not plan.varlen:
+    if sink is None and not plan.varlen and plan.qheads_per_tile == 1:
         if out.numel() > 0:
             operands = (q, k, v, stored, lse)
             runtime.launch(backend, plan.instance, operands, plan.scalars, sm_margin=sm_margin)

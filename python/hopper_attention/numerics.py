@@ -93,3 +93,61 @@ def _eager(
         scores = torch.cat((scores, column), dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return weights[..., : k.shape[-2]] @ v
+
+
+def pytorch_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    mask: Mask = FULL,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsink) as autograd makes them of `pytorch_attention` in the inputs' dtype.
+
+    With `dlse`, of the steps written out: `F.scaled_dot_product_attention` does not return it.
+    """
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    if sink is not None:
+        inputs.append(sink.detach().requires_grad_())
+    scalars = {"softmax_scale": softmax_scale, "softcap": softcap, "mask": mask}
+    with torch.enable_grad():
+        own_sink = inputs[3] if sink is not None else None
+        out = pytorch_attention(*inputs[:3], **scalars, sink=own_sink)  # type: ignore[arg-type]
+        total = (out * dout).sum()
+        if dlse is not None:
+            lse = _eager_lse(inputs[0], inputs[1], softmax_scale, mask, softcap, own_sink)
+            total = total + (lse * dlse).sum()
+    if not total.requires_grad:  # nothing was attended to
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    else:
+        found = torch.autograd.grad(total, inputs, allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
+    return grads[0], grads[1], grads[2], grads[3] if sink is not None else None
+
+
+def _eager_lse(
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """(batch, heads, seqlen_q); 0 where there is nothing to attend to."""
+    (_, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
+    k = k.repeat_interleave(heads // k.shape[2], dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = reference.visible(mask, seqlen_q, seqlen_k, slice(0, seqlen_q), q.device)
+    scores = scores.float().masked_fill(~seen, -torch.inf)
+    if sink is not None:
+        column = sink.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.logsumexp(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty[..., 0], 0.0)

@@ -60,6 +60,97 @@ def attention(
     return out, lse
 
 
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    mask: Mask = FULL,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    queries: Lengths = WHOLE,
+    keys: Lengths = WHOLE,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsink) of sum(out * dout) + sum(lse * dlse), for `attention` as above.
+
+    In the inputs' dtype, or float64 if that is computed in.  Rows without keys or sink have none.
+    """
+    dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype, device=x.device) for x in (q, k, v))
+    heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
+    dsink = None if sink is None else torch.zeros(heads, dtype=compute_dtype, device=q.device)
+    for b in range(_sequences(q, queries)):
+        at_q, at_k = _rows(q, queries, b), _rows(k, keys, b)
+        for h in range(heads):
+            rows = (h, at_q) if q.dim() == 3 else (b, h, at_q[1])
+            parts = _one_head_gradients(
+                q[at_q][:, h].to(compute_dtype),
+                k[at_k][:, h // group].to(compute_dtype),
+                v[at_k][:, h // group].to(compute_dtype),
+                dout[at_q][:, h].to(compute_dtype),
+                None if dlse is None else dlse[rows].to(compute_dtype),
+                softmax_scale,
+                mask,
+                softcap,
+                None if sink is None else sink[h].to(compute_dtype),
+            )
+            dq[at_q][:, h] = parts[0]
+            dk[at_k][:, h // group] += parts[1]
+            dv[at_k][:, h // group] += parts[2]
+            if dsink is not None:
+                dsink[h] += parts[3]
+    if compute_dtype == torch.float64:
+        return dq, dk, dv, dsink
+    if dsink is not None and sink is not None:
+        dsink = dsink.to(sink.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
+
+
+def _one_head_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsink) of one head; dsink 0 without a sink."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dsink = q.new_zeros(())
+    for start in range(0, len(q), QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, len(q)))
+        scores, slope = q[rows] @ k.T * softmax_scale, None
+        if softcap is not None:
+            tanh = torch.tanh(scores / softcap)
+            scores, slope = softcap * tanh, 1 - tanh.square()
+        seen = visible(mask, len(q), len(k), rows, q.device)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        if sink is not None:
+            lse = torch.logaddexp(lse, sink)
+        empty = lse == -torch.inf
+        p = torch.exp(scores - torch.where(empty, 0.0, lse)[:, None])
+        dp = dout[rows] @ v.T
+        delta = -(p * dp).sum(dim=-1)
+        if dlse is not None:
+            delta = delta + torch.where(empty, 0.0, dlse[rows])
+        ds = p * (dp + delta[:, None])
+        if slope is not None:
+            ds = ds * slope
+        dq[rows] = ds @ k * softmax_scale
+        dk += ds.T @ q[rows] * softmax_scale
+        dv += p.T @ dout[rows]
+        if sink is not None:
+            dsink += (torch.exp(sink - torch.where(empty, 0.0, lse)) * delta).sum()
+    return dq, dk, dv, dsink
+
+
 def _sequences(q: Tensor, queries: Lengths) -> int:
     return q.shape[0] if queries.cu_seqlens is None else len(queries.cu_seqlens) - 1
 

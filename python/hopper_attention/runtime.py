@@ -22,6 +22,9 @@ SIMULATED_SMS = 132
 NO_MORE_TILES = 1 << 30
 """As a tile counter's first entry: blocks end after the tile they start with."""
 
+QUEUE = ["tile_counter", "max_blocks"]
+"""Last arguments of persistent kernels."""
+
 _intercept: Callable[..., None] | None = None
 
 _simulating = threading.Lock()
@@ -69,18 +72,21 @@ def launch(
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
     `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
-    among them.  The kernel is persistent: a block on every SM but `sm_margin` of them.
+    among them.  A persistent kernel has a block on every SM but `sm_margin` of them.
     """
     described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    persistent = is_persistent(instance)
     if backend is Backend.CUDA and _intercept is None:
         device = tensors[0].get_device()
         stream = current_stream(device)
-        counter = tile_counter(device, stream)
-        queue = (counter.data_ptr(), multiprocessors(device) - sm_margin)
-        _cuda.launch(instance, device, stream, described, [*scalars, *queue])
+        if persistent:
+            counter = tile_counter(device, stream)
+            scalars = [*scalars, counter.data_ptr(), multiprocessors(device) - sm_margin]
+        _cuda.launch(instance, device, stream, described, scalars)
         return
     counter = simulated_counter(tensors[0].device)
-    scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
+    if persistent:
+        scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
     reachable = [*tensors, *pointees, counter]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
@@ -90,11 +96,23 @@ def launch(
 
 @functools.cache
 def scalar_names(instance: str) -> list[str]:
-    """Of the instance's arguments that are not tensors, addresses included."""
+    """Of the instance's arguments that are not tensors, addresses included.
+
+    Without those that `launch` adds.
+    """
+    names = _all_scalar_names(instance)
+    return names[: -len(QUEUE)] if is_persistent(instance) else names
+
+
+@functools.cache
+def is_persistent(instance: str) -> bool:
+    """Whether blocks take tile after tile from a counter."""
+    return _all_scalar_names(instance)[-len(QUEUE) :] == QUEUE
+
+
+def _all_scalar_names(instance: str) -> list[str]:
     arguments = manifest.instances()[instance].arguments
-    names = [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
-    assert names[-2:] == ["tile_counter", "max_blocks"], "those that `launch` adds"
-    return names[:-2]
+    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
 
 
 _counters: dict[tuple[int, int], Tensor] = {}

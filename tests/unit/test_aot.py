@@ -105,7 +105,10 @@ ptxas info    : Used 32 registers, used 1 barriers
 '
 """
 CLEAN = REMARKS.format(stack=0, stores=0, loads=0)
-SERIALISED = CLEAN + "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async ..."
+SERIALISED = (
+    CLEAN + "ptxas info    : (C7512) Potential Performance Loss:"
+    " wgmma.mma_async instructions are serialized due to insufficient register resources"
+)
 OPCODES = {"HGMMA": 24, "UTMALDG": 5}
 
 

@@ -111,3 +111,26 @@ def test_the_kernels_and_the_package_mean_the_same_by_unbounded():
 def test_sections_fit_32_bits():
     scheduler = DenseScheduler.create(400, 1, 20000, 1, 1, 192, 512)
     assert scheduler.section == 20000
+
+
+@given(visibilities)
+def test_viewers_are_visibility_transposed(mask):
+    for key in range(mask.seqlen_k + 3):
+        rows = [row for row in range(mask.seqlen_q) if visible(mask, row, key)]
+        begin, end = max(mask.viewers.begin(key), 0), min(mask.viewers.end(key), mask.seqlen_q)
+        assert rows == list(range(begin, end))
+
+
+@given(visibilities)
+def test_pairs_of_blocks_are_the_same_from_both_sides(mask):
+    m_blocks = (mask.seqlen_q + TILE_M - 1) // TILE_M
+    n_blocks = (mask.seqlen_k + TILE_N - 1) // TILE_N
+    by_query = {m: BlockRange.of(mask, m, TILE_M, TILE_N) for m in range(m_blocks)}
+    for n in range(n_blocks):
+        found = BlockRange.of_viewers(mask.viewers, n, TILE_N, TILE_M)
+        visited = range(found.first, found.end)
+        assert list(visited) == [m for m, by in by_query.items() if by.first <= n < by.end]
+        for m in range(found.unmasked_first, found.unmasked_end):
+            rows = range(m * TILE_M, min((m + 1) * TILE_M, mask.seqlen_q))
+            keys = range(n * TILE_N, (n + 1) * TILE_N)
+            assert all(visible(mask, row, key) for row in rows for key in keys)

@@ -1,0 +1,39 @@
+"""Turns between blocks of one launch: counters in global memory."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+
+@dataclass(frozen=True)
+class Semaphore:
+    """One int32 for every (entry, head, block of rows), zero before the launch."""
+
+    address: Int64
+    """0: nobody waits."""
+    heads: Int32
+    blocks: Int32
+
+    def counter(self, place: tuple) -> Int64:
+        entry, head, block = place
+        return self.address + 4 * ((Int64(entry) * self.heads + head) * self.blocks + block)
+
+    @cute.jit
+    def wait(self, place: tuple, turn: Int32):
+        """By one thread: until `turn` others have given theirs, whose writes are then visible."""
+        counter = self.counter(place)
+        given = Int32(-1)
+        while given != turn:
+            given = cute.arch.inline_ptx(
+                "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];",
+                write_only_types=[Int32],
+                read_only_args=[counter],
+            )
+
+    def give(self, place: tuple) -> None:
+        """By one thread, when its own writes are complete."""
+        cute.arch.inline_ptx(
+            "red.release.gpu.global.add.s32 [{$r0}], {$r1};",
+            read_only_args=[self.counter(place), Int32(1)],
+        )

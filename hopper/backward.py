@@ -1,0 +1,615 @@
+"""Backward attention on sm_90a: dK, dV and the sum that becomes dQ.
+
+    P = exp(softmax_scale * Q K^T - LSE)     dP = dO V^T      delta = dLSE - rowsum(dO * O)
+    dS = P * (dP + delta)                    dV = P^T dO      dK = softmax_scale * dS^T Q
+    dQ = softmax_scale * dS K                (FlashAttention-2, arXiv 2307.08691, section 3.2)
+
+A block takes `tile_n` keys of one key head, and for every query head of its group the blocks of
+`tile_m` query rows that see them: dK and dV stay in registers over all of these, so that grouped
+heads cost no workspace and no atomics.  dQ is summed over the key blocks in a float32 workspace
+(cute_kernels/workspace.py, dq_tile.py).  hopper/preprocess.py goes before, postprocess.py after.
+
+Layouts    Q, dO (batch, seqlen_q, heads, d); K, V, dK, dV (batch, seqlen_k, heads_kv, d); 16 bits,
+           last dimension contiguous, other strides any multiple of 16 bytes.
+           S and dP are computed transposed, keys in rows: P^T and dS^T are then, in registers, A
+           operands of dV and dK.  Only dS goes through shared memory, for dQ, which needs the keys
+           of both warpgroups.
+
+Roles      warp 0          issues every load              warp 1   adds dQ to global memory
+           warpgroup 1, 2  consumers, 64 keys each, and half of dQ; registers: config.py
+
+Pipelines  name    stages    full                         empty
+           K, V    1         1 arrival + bytes            never
+           Q       2         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
+           dO      2         the same, with delta         8 arrivals: dV of the block is done
+           dS      2         8 arrivals, one a warp       by itself: see below
+           dQ w    1         barrier DQ_FULL + w          barrier DQ_EMPTY + w; 128 + 32 threads
+
+           A warp writes dS(i) over dS(i - 2) when it has waited for dQ(i - 1), which was issued
+           when all had written dS(i - 1), hence waited for dQ(i - 2).
+
+Timeline   of a consumer and row block i ("|" where it waits):
+
+             issue S(i) | dS(i-1) of all warps, issue dQ(i-1), dK(i-1)
+             | S(i), P(i) = exp | dQ(i-1), store | dK(i-1), release Q(i-1), round P(i)
+             issue dP(i), dV(i) | both, release dO(i) | dS(i), round, store
+             (of 128 rows first 64, with dV; then issue dP(i) of the others | dS(i), ...)
+
+           The exponentials run under dQ and dK of the block before; where one consumer computes
+           dS, the other has WGMMAs under way.  More at a time would be better and does not
+           fit: ptxas keeps a fragment that WGMMA has touched alive as a whole, and if they
+           exceed the registers it waits after every WGMMA (docs/tuning.md).
+
+Turns      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
+           the result has the same bits every time.  Blocks start in ascending order, so
+           that whoever waits, waits for a block that has started.
+
+Shared memory: barriers, LSE and delta, Q, dO, K (dK), V (dV), dS, dQ; `shared_memory_bytes`.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from typing import Any, Optional
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.arithmetic import maximum
+from hopper_attention.cute_kernels.fragments import (
+    PackedFragment,
+    compute_before,
+    opaque,
+    pin,
+    rows_and_columns,
+)
+from hopper_attention.cute_kernels.mask import Mask
+from hopper_attention.cute_kernels.scores import Scores
+from hopper_attention.cute_kernels.sequence import Rows, Sequence
+from hopper_attention.cute_kernels.visibility import BlockRange
+from hopper_attention.hopper import wgmma
+from hopper_attention.hopper.backward_parts import (
+    Arguments,
+    Gradients,
+    Parts,
+    Problem,
+    Tma,
+    Work,
+    Workspace,
+    stage_of,
+)
+from hopper_attention.hopper.config import STAGES, BackwardConfig
+from hopper_attention.hopper.tma import add_bulk, permute
+from hopper_attention.hopper.turns import consumer_warpgroup
+
+PART = 64
+"""Rows of dP that are in registers at a time."""
+
+
+class Barrier(IntEnum):
+    """Named barriers of a block; 0 is __syncthreads."""
+
+    CONSUMERS = 1
+    """All consumer threads."""
+    DQ_EMPTY = 2
+    """DQ_EMPTY + w: warpgroup w may write its part of dQ."""
+    DQ_FULL = 4
+    """DQ_FULL + w: it has written it."""
+
+
+@dataclass(frozen=True)
+class Mmas:
+    s: cute.TiledMma
+    """S^T = K Q^T, from shared memory."""
+    dp: cute.TiledMma
+    """dP^T = V dO^T, the same for PART rows of dO."""
+    dv: cute.TiledMma
+    """dV = P^T dO with P^T from registers."""
+    dk: cute.TiledMma
+    dq: cute.TiledMma
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shared memory; Q, dO, dS, LSE and delta with stages."""
+
+    q: cute.Tensor
+    do: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    ds: cute.Tensor
+    dq: cute.Pointer
+    lse: cute.Tensor
+    delta: cute.Tensor
+    keys: cute.Tensor
+    """Int32: where dK and dV go, kept here because the main loop has no registers to spare."""
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    ds: cute.Pointer
+    """Barriers of the stages of dS: full."""
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Of one consumer thread: descriptors of shared tiles; registers."""
+
+    k: wgmma.Operand
+    v: wgmma.Operand
+    q: wgmma.Operand
+    do: tuple
+    """Of PART rows each."""
+    do_columns: wgmma.Operand
+    """dO as the B operand of dV: rows are the K mode."""
+    q_columns: wgmma.Operand
+    k_columns: wgmma.Operand
+    ds: wgmma.Operand
+    p: PackedFragment
+    packed_ds: PackedFragment
+    acc_dk: cute.Tensor
+    acc_dv: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Thread:
+    """Of one consumer thread: its places."""
+
+    index: Int32
+    """Among the consumers."""
+    warpgroup: Int32
+    coordinates: cute.Tensor
+    """(rows, columns) -> (key, query) in the tile."""
+    copy_ds: cute.TiledCopy
+    ds: cute.Tensor
+    """Where its part of dS^T goes, with stages."""
+
+
+class Backward:
+    """The kernel of one `BackwardConfig`: `__call__` on the host, `kernel` and roles on a GPU."""
+
+    def __init__(self, config: BackwardConfig):
+        self.cfg = config
+        self.parts = Parts(config)
+        self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
+
+    def example_arguments(self) -> tuple:
+        """What `__call__` is compiled for, without the stream."""
+        return self.parts.example_arguments()
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mdO: cute.Tensor,
+        lse_workspace: cute.Tensor,
+        delta_workspace: cute.Tensor,
+        dq_workspace: cute.Tensor,
+        mdK: cute.Tensor,
+        mdV: cute.Tensor,
+        softmax_scale: Float32,
+        softcap: Optional[Float32],
+        window_left: Optional[Int32],
+        window_right: Optional[Int32],
+        attention_chunk: Optional[Int32],
+        cu_seqlens_q: Optional[Int64],
+        cu_seqlens_k: Optional[Int64],
+        seqused_q: Optional[Int64],
+        seqused_k: Optional[Int64],
+        num_sequences: Optional[Int32],
+        dq_semaphore: Int64,
+        stream: cuda.CUstream,
+    ):
+        window = (window_left, window_right, attention_chunk)
+        given = Arguments(
+            mQ, mK, mV, mdO, lse_workspace, delta_workspace, dq_workspace, mdK, mdV,
+            softmax_scale, softcap, window, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+            num_sequences, dq_semaphore,
+        )  # fmt: skip
+        launch = self.parts.prepare(given)
+        self.kernel(
+            launch.tma, launch.saved, launch.gradients, launch.problem, launch.scheduler,
+            self.tiled_mmas(),
+        ).launch(
+            # Without the bound on blocks ptxas may ignore setmaxnreg (C7508).
+            grid=[launch.scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1],
+            min_blocks_per_mp=1, stream=stream,
+        )  # fmt: skip
+
+    def tiled_mmas(self) -> Mmas:
+        cfg, dtype, k, mn = self.cfg, self.dtype, OperandMajorMode.K, OperandMajorMode.MN
+        make, warpgroups = sm90.make_trivial_tiled_mma, (self.cfg.warpgroups, 1, 1)
+        registers = warpgroup.OperandSource.RMEM
+        return Mmas(
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_m)),
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, PART)),
+            make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim_v), registers),
+            make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim), registers),
+            self.dq_tile.mma,
+        )
+
+    def shared_storage(self):
+        parts, buffer = self.parts, self.parts.buffer
+
+        @cute.struct
+        class Storage:
+            q_barriers: parts.barriers("q")
+            do_barriers: parts.barriers("do")
+            k_barriers: parts.barriers("k")
+            v_barriers: parts.barriers("v")
+            ds_barriers: cute.struct.MemRange[cutlass.Int64, STAGES]
+            keys: cute.struct.MemRange[Int32, 5]
+            lse: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            delta: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            q: parts.tile("q")
+            do: parts.tile("do")
+            k: parts.tile("k")
+            v: parts.tile("v")
+            ds: parts.tile("ds")
+            dq: buffer(Float32, 2 * self.dq_tile.elements)
+
+        return Storage
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma: Tma,
+        saved: Workspace,
+        gradients: Gradients,
+        problem: Problem,
+        scheduler: Any,
+        mmas: Mmas,
+    ):
+        cfg = self.cfg
+        storage_type = self.shared_storage()
+        assert storage_type.__sizeof__() == cfg.shared_memory_bytes, storage_type.__sizeof__()
+        storage = SmemAllocator().allocate(storage_type)
+        tiles = self.make_tiles(storage)
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_index == 0:
+            for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
+                cpasync.prefetch_descriptor(info.atom)
+        work = self.parts.find_work(problem, scheduler)
+        if warp_index == 0:
+            self.parts.note_keys(tiles.keys, work)
+        pipelines = self.make_pipelines(storage, warp_index)
+        if warp_index < 4:
+            cute.arch.setmaxregister_decrease(cfg.registers.producer)
+            if warp_index == 0:
+                if work.order.count > 0:
+                    self.parts.load(tma, tiles, pipelines, problem, saved, work)
+            if warp_index == 1:
+                self.add_dq(tiles, problem, saved, work)
+        else:
+            cute.arch.setmaxregister_increase(cfg.registers.consumer)
+            self.consume(mmas, tiles, pipelines, problem, work, gradients)
+
+    def make_tiles(self, storage) -> Tiles:
+        layout = self.parts.shared_layouts()["ds"]
+        ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
+        return Tiles(**self.parts.input_tiles(storage), ds=ds, dq=storage.dq.data_ptr())
+
+    def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
+        ds = storage.ds_barriers.data_ptr()
+        self.initialise(ds, warp_index)
+        return Pipelines(**self.parts.input_pipelines(storage), ds=ds)
+
+    @cute.jit
+    def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
+        if warp_index == 0:
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(STAGES):
+                    cute.arch.mbarrier_init(ds_barriers + stage, 4 * self.cfg.warpgroups)
+
+    @cute.jit
+    def add_dq(self, tiles: Tiles, problem: Problem, saved: Workspace, work: Work):
+        """Second warp: adds what the consumers leave of dQ to the workspace, in turns or not."""
+        cfg, tile = self.cfg, self.dq_tile
+        first_block = work.workspace_row // cfg.tile_m
+        lane = cute.arch.lane_idx()
+        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
+            head = work.head_kv * problem.qhead_per_kvhead + h
+            for i in cutlass.range(work.order.count, unroll=1):
+                m_block = work.order.block(i)
+                place = (work.queries.batch, head, first_block + m_block)
+                start = saved.dq[(*place, None)].iterator
+                for w in cutlass.range_constexpr(cfg.warpgroups):
+                    if lane == 0:
+                        # All but the last copy have read: that of w, one round ago, has.
+                        cute.arch.cp_async_bulk_wait_group(1, read=True)
+                    cute.arch.sync_warp()
+                    cute.arch.barrier_arrive(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=160)
+                    cute.arch.barrier(barrier_id=Barrier.DQ_FULL + w, number_of_threads=160)
+                    if lane == 0:
+                        if const_expr(w == 0):
+                            if problem.turns.address != 0:
+                                earlier = BlockRange.of(
+                                    work.visibility, m_block, cfg.tile_m, cfg.tile_n
+                                )
+                                problem.turns.wait(place, work.n_block - earlier.first)
+                        part = w * tile.elements
+                        add_bulk(tiles.dq + part, start + part, 4 * tile.elements)
+                        cute.arch.cp_async_bulk_commit_group()
+                if lane == 0 and problem.turns.address != 0:
+                    cute.arch.cp_async_bulk_wait_group(0)
+                    problem.turns.give(place)
+        if lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def consume(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        gradients: Gradients,
+    ):
+        """Consumer warpgroup: dK and dV of 64 keys, its half of every dQ."""
+        cfg = self.cfg
+        index = cute.arch.thread_idx()[0] - 128
+        thread, fragments = self.make_thread(index, mmas, tiles), self.make_fragments(mmas, tiles)
+        for acc in (fragments.acc_dk, fragments.acc_dv):
+            acc.fill(0.0)
+            pin(acc)  # else the zeros are moved behind the fence of the first WGMMA
+        if work.order.count > 0:
+            self.differentiate(mmas, tiles, pipelines, problem, work, fragments, thread)
+        for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
+            fragments.acc_dk[i] = fragments.acc_dk[i] * problem.scale
+        # Not the index from above: nothing derived from it shall occupy registers in the main loop.
+        index, note = opaque(index), tiles.keys
+        place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
+        # dV where the same 16 rows of V were: only this warp read them.
+        sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
+        self.parts.store_dv.store(
+            fragments.acc_dv, mmas.dv, sV, gradients.tma_dv, gradients.dv, place, index, cfg.varlen
+        )
+        # dK where K was, which both warpgroups read for dQ.
+        cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=256)
+        self.parts.store_dk.store(
+            fragments.acc_dk, mmas.dk, sK, gradients.tma_dk, gradients.dk, place, index, cfg.varlen
+        )
+
+    def make_thread(self, index: Int32, mmas: Mmas, tiles: Tiles) -> Thread:
+        cfg = self.cfg
+        identity = cute.make_identity_tensor((cfg.tile_n, cfg.tile_m))
+        coordinates = rows_and_columns(mmas.s.get_slice(index).partition_C(identity))
+        stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.dtype)
+        copy = cute.make_tiled_copy_C(stmatrix, mmas.dp)
+        target = copy.get_slice(index).partition_D(permute(tiles.ds, (1, 0, 2)))
+        return Thread(index, consumer_warpgroup(), coordinates, copy, target)
+
+    def make_fragments(self, mmas: Mmas, tiles: Tiles) -> Fragments:
+        cfg = self.cfg
+        # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
+        first = consumer_warpgroup() * 128
+        s, dp, dv, dk, dq = (
+            m.get_slice(first) for m in (mmas.s, mmas.dp, mmas.dv, mmas.dk, mmas.dq)
+        )
+        shape_do = (PART, cfg.head_dim_v, STAGES)
+        parts_do = [cute.local_tile(tiles.do, shape_do, (i, 0, 0)) for i in range(cfg.parts)]
+        sK, sV = tiles.k[None, None, 0], tiles.v[None, None, 0]
+        transposed = (1, 0, 2)
+        acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
+        shape_dk = mmas.dk.partition_shape_C((cfg.tile_n, cfg.head_dim))
+        shape_dv = mmas.dv.partition_shape_C((cfg.tile_n, cfg.head_dim_v))
+        return Fragments(
+            k=wgmma.Operand.of(s.partition_A(sK)),
+            v=wgmma.Operand.of(dp.partition_A(sV)),
+            q=wgmma.Operand.of(s.partition_B(tiles.q)),
+            do=tuple(wgmma.Operand.of(dp.partition_B(part)) for part in parts_do),
+            do_columns=wgmma.Operand.of(dv.partition_B(permute(tiles.do, transposed))),
+            q_columns=wgmma.Operand.of(dk.partition_B(permute(tiles.q, transposed))),
+            k_columns=wgmma.Operand.of(dq.partition_B(permute(sK, (1, 0)))),
+            ds=wgmma.Operand.of(dq.partition_A(tiles.ds)),
+            p=PackedFragment.like(acc, self.dtype),
+            packed_ds=PackedFragment.like(acc, self.dtype),
+            acc_dk=cute.make_rmem_tensor(shape_dk, Float32),
+            acc_dv=cute.make_rmem_tensor(shape_dv, Float32),
+        )
+
+    @cute.jit
+    def differentiate(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        fragments: Fragments,
+        thread: Thread,
+    ):
+        """All row blocks of all heads of the group; dK (unscaled) and dV are complete after it."""
+        cfg, order = self.cfg, work.order
+        first_key = work.n_block * cfg.tile_n
+        mask = Mask(work.visibility.viewers, thread.coordinates, Rows(1, 0, first_key), cfg.tile_m)
+        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        once = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        pipelines.k.consumer_wait(once)
+        if const_expr(cfg.varlen):
+            clear(tiles.k, "k", 0, work.keys.length - first_key)
+        step = partial(self.step, mmas, tiles, pipelines, problem, work, fragments, thread, once)
+        step(Int32(0), mask, order.block(Int32(0)), first=True)
+        number = Int32(1)
+        start = Int32(1)
+        for _ in cutlass.range(problem.qhead_per_kvhead, unroll=1):
+            if const_expr(cfg.mask == "local"):
+                for i in cutlass.range(start, order.unmasked_begin, unroll=1):
+                    step(number, mask, order.block(i), first=False)
+                    number += 1
+            begin = maximum(start, order.unmasked_begin)
+            for i in cutlass.range(begin, order.unmasked_end, unroll=1):
+                m_block = order.block(i) if const_expr(cfg.varlen) else None
+                step(number, None, m_block, first=False)
+                number += 1
+            for i in cutlass.range(maximum(start, order.unmasked_end), order.count, unroll=1):
+                step(number, mask, order.block(i), first=False)
+                number += 1
+            start = Int32(0)
+        self.finish(mmas, tiles, pipelines, fragments, thread, number - 1)
+
+    @cute.jit
+    def step(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        fragments: Fragments,
+        thread: Thread,
+        once: pipeline.PipelineState,
+        number: Int32,
+        mask: Optional[Mask],
+        m_block: Optional[Int32],
+        first: cutlass.Constexpr,
+    ):
+        """Row block i, and dQ, dK of row block i - 1 unless `first`.
+
+        number: i, counted over all heads.
+        """
+        cfg, fr, state, before = self.cfg, fragments, stage_of(number), stage_of(number - 1)
+        acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
+        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        rows = None
+        if const_expr(cfg.varlen):
+            rows = work.queries.length - m_block * cfg.tile_m
+        pipelines.q.consumer_wait(state)
+        if const_expr(cfg.varlen):
+            clear(tiles.q, "q", state.index, rows)
+        wgmma.issue(acc, fr.k, fr.q.stage(state.index), accumulate=False)
+        if const_expr(not first):
+            acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, before)
+            warpgroup.wait_group(2)
+        else:
+            warpgroup.wait_group(0)
+        pin(acc)
+        lse = tiles.lse[None, state.index]
+        scores = Scores(acc, fr.p, thread.coordinates, cfg.tile_m)
+        exponentiate = partial(scores.exponentiate, lse, problem, mask, m_block)
+        if const_expr(not cfg.softcap):
+            exponentiate()
+        if const_expr(not first):
+            if const_expr(not cfg.softcap):
+                compute_before(acc, problem.scale_log2)
+            warpgroup.wait_group(1)
+            pin(acc_dq)
+            self.hand_over_dq(acc_dq, tiles, thread)
+            warpgroup.wait_group(0)
+            pipelines.q.consumer_release(before)
+        if const_expr(cfg.softcap):
+            exponentiate()  # only now: there are registers for it since dQ is gone
+        else:
+            fr.p.convert(acc)
+        if const_expr(first):
+            pipelines.v.consumer_wait(once)
+            if const_expr(cfg.varlen):
+                clear(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n)
+        pipelines.do.consumer_wait(state)
+        if const_expr(cfg.varlen):
+            clear(tiles.do, "do", state.index, rows)
+        for part in cutlass.range_constexpr(cfg.parts):
+            self.differentiate_part(mmas, tiles, fragments, thread, state, acc, part)
+            if const_expr(part == cfg.parts - 1):
+                pipelines.do.consumer_release(state)
+            ds = fr.packed_ds.part(part, cfg.parts)
+            target = thread.ds[None, None, part, state.index]
+            cute.copy(thread.copy_ds, thread.copy_ds.retile(ds.view)[None, None, 0], target)
+        self.hand_over_ds(pipelines, state)
+
+    @cute.jit
+    def differentiate_part(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        fragments: Fragments,
+        thread: Thread,
+        state: pipeline.PipelineState,
+        p: cute.Tensor,
+        part: cutlass.Constexpr,
+    ):
+        """dP and dS of PART rows, dS rounded; with the first ones dV of all rows.
+
+        In parts, because S, dP and what is rounded of them would not fit for 128 rows.
+        """
+        cfg, fr = self.cfg, fragments
+        acc = cute.make_rmem_tensor(mmas.dp.partition_shape_C((cfg.tile_n, PART)), Float32)
+        ds = fr.packed_ds.part(part, cfg.parts)
+        delta = cute.local_tile(tiles.delta[None, state.index], (PART,), (part,))
+        Scores(acc, ds, thread.coordinates, PART).start_with(delta)
+        do_block = fr.do[part].stage(state.index)
+        wgmma.issue(acc, fr.v, do_block, accumulate=True)
+        if const_expr(part == 0):
+            do_columns = fr.do_columns.stage(state.index)
+            wgmma.issue(fr.acc_dv, fr.p, do_columns, accumulate=True)
+        warpgroup.wait_group(0)
+        pin(acc)
+        n = cute.size(acc)
+        for i in cutlass.range_constexpr(n):
+            acc[i] = p[part * n + i] * acc[i]
+        ds.convert(acc)
+
+    @cute.jit
+    def issue_dq_dk(
+        self,
+        mmas: Mmas,
+        pipelines: Pipelines,
+        fragments: Fragments,
+        state: pipeline.PipelineState,
+    ) -> cute.Tensor:
+        """dQ and dK of a row block whose dS is on its way; returns dQ's accumulator."""
+        fr, acc_dq = fragments, self.dq_tile.accumulator()
+        cute.arch.mbarrier_wait(pipelines.ds + state.index, state.phase)
+        ds_block = fr.ds.stage(state.index)
+        wgmma.issue(acc_dq, ds_block, fr.k_columns, accumulate=False)
+        q_columns = fr.q_columns.stage(state.index)
+        wgmma.issue(fr.acc_dk, fr.packed_ds, q_columns, accumulate=True)
+        return acc_dq
+
+    @cute.jit
+    def hand_over_ds(self, pipelines: Pipelines, state: pipeline.PipelineState):
+        """dS^T, which stays in registers for dK, is in shared memory for dQ."""
+        cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(pipelines.ds + state.index)
+
+    @cute.jit
+    def hand_over_dq(self, acc_dq: cute.Tensor, tiles: Tiles, thread: Thread):
+        tile, w = self.dq_tile, thread.warpgroup
+        cute.arch.barrier(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=160)
+        target = tile.of_thread(tiles.dq, w, thread.index - w * 128)
+        cute.autovec_copy(tile.as_vectors(acc_dq), target)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=Barrier.DQ_FULL + w, number_of_threads=160)
+
+    @cute.jit
+    def finish(
+        self,
+        mmas: Mmas,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        fragments: Fragments,
+        thread: Thread,
+        number: Int32,
+    ):
+        """dQ and dK of the last row block; everything is waited for."""
+        acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, stage_of(number))
+        warpgroup.wait_group(1)
+        pin(acc_dq)
+        self.hand_over_dq(acc_dq, tiles, thread)
+        warpgroup.wait_group(0)
+        pin(fragments.acc_dv)
+        pin(fragments.acc_dk)

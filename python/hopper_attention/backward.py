@@ -1,0 +1,180 @@
+"""Gradients by the kernels: workspace, three launches, and the gradient of the sinks.
+
+`Preprocess` reduces dO * O and clears the workspace for dQ, `Backward` makes dK and dV and adds up
+dQ, `Postprocess` scales and rounds it.  The workspace's layout: cute_kernels/workspace.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments, dispatch, runtime
+from hopper_attention.arguments import Lengths
+from hopper_attention.dispatch import BackwardInstances
+from hopper_attention.ranges import annotated
+
+ROWS = 128
+"""A sequence's rows start at a multiple of it in the workspace (cute_kernels/workspace.py)."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What forward had and made, as the public functions have it; `sink` is float32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    sink: Tensor | None
+    queries: Lengths
+    keys: Lengths
+    sequences: int
+    """How many there are; batch entries if they are not packed."""
+
+    @property
+    def varlen(self) -> bool:
+        lengths = (self.queries, self.keys)
+        return any(x.cu_seqlens is not None or x.seqused is not None for x in lengths)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """float32; as cute_kernels/workspace.py describes, beside the counters of the turns (int32)."""
+
+    lse: Tensor
+    delta: Tensor
+    dq: Tensor
+    turns: Tensor | None
+
+    @staticmethod
+    def like(
+        q: Tensor, instances: BackwardInstances, saved: Saved, deterministic: bool
+    ) -> Workspace:
+        shape = statistics_shape(q, saved.sequences, saved.queries.cu_seqlens is not None)
+        float32 = torch.float32
+        if saved.varlen:  # gaps between sequences are read for the sinks
+            lse = q.new_full(shape, torch.inf, dtype=float32)
+            delta = q.new_zeros(shape, dtype=float32)
+        else:
+            lse, delta = q.new_empty(shape, dtype=float32), q.new_empty(shape, dtype=float32)
+        dq = q.new_empty((*shape, instances.head_dim), dtype=float32)
+        turns = None
+        if deterministic:
+            blocks = (*shape[:2], shape[2] // instances.tile_m)
+            turns = q.new_zeros(blocks, dtype=torch.int32)
+        return Workspace(lse, delta, dq, turns)
+
+
+def statistics_shape(q: Tensor, sequences: int, packed: bool) -> tuple[int, int, int]:
+    """(entries, heads, rows) of the workspace."""
+    *rows, heads, _ = q.shape
+    if packed:
+        return 1, heads, (rows[0] + sequences * ROWS) // ROWS * ROWS
+    return rows[0], heads, -(-rows[1] // ROWS) * ROWS
+
+
+def workspace_bytes(
+    q: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, deterministic: bool = False
+) -> int:
+    """Bytes that backward allocates beside the gradients: float32 dQ, two floats a query row.
+
+    q, v: as for the forward functions; only shapes and dtype count.  With `deterministic`, a
+    counter for every block of rows is added.
+    """
+    dtype = arguments.DTYPES[q.dtype]
+    found = dispatch.backward_instances(dtype, q.shape[-1], v.shape[-1], "full", False, False)
+    packed = cu_seqlens_q is not None
+    sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+    rows = math.prod(statistics_shape(q, sequences, packed))
+    return rows * 4 * (found.head_dim + 2) + (rows // found.tile_m * 4 if deterministic else 0)
+
+
+@annotated("backward")
+def run(
+    backend: runtime.Backend,
+    instances: BackwardInstances,
+    saved: Saved,
+    values: dict[str, float | int],
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsink); `values` are the scalar arguments of the kernels by name."""
+    given = (("q", saved.q), ("k", saved.k), ("v", saved.v))
+    q, k, v = (arguments.addressable(name, x) for name, x in given)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass.
+    nothing = q.numel() * k.numel() * v.numel() == 0
+    if nothing or not q.is_cuda or saved.queries.seqused is not None:
+        dq.zero_()
+    if nothing or not q.is_cuda or saved.keys.seqused is not None:
+        dk.zero_()
+        dv.zero_()
+    if nothing:
+        return dq, dk, dv, _sink_gradient_without_keys(saved, dlse)
+    dout, out = _vectors(dout), _vectors(saved.out)
+    dlse = None if dlse is None else dlse.float().contiguous()
+    workspace = Workspace.like(q, instances, saved, deterministic)
+    pointers = {
+        "cu_seqlens_q": saved.queries.cu_seqlens,
+        "cu_seqlens_k": saved.keys.cu_seqlens,
+        "seqused_q": saved.queries.seqused,
+        "seqused_k": saved.keys.seqused,
+        "dq_semaphore": workspace.turns,
+    }
+    present = {name: tensor for name, tensor in pointers.items() if tensor is not None}
+    values = {
+        **values,
+        **dict.fromkeys(pointers, 0),
+        **{name: tensor.data_ptr() for name, tensor in present.items()},
+        "num_sequences": saved.sequences,
+        "with_dlse": int(dlse is not None),
+    }
+
+    def launch(instance: str, tensors: tuple[Tensor, ...]) -> None:
+        scalars = [values[name] for name in runtime.scalar_names(instance)]
+        runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
+
+    q, k, v, dout, out = (_as_entry(x, 4) for x in (q, k, v, dout, out))
+    lse = _as_entry(saved.lse, 3)
+    statistics = (workspace.lse, workspace.delta)
+    dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
+    launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
+    entries, heads, rows, _ = workspace.dq.shape
+    tiles = workspace.dq.view(entries, heads, rows // instances.tile_m, -1)
+    gradients = (_as_entry(dk, 4), _as_entry(dv, 4))
+    launch(instances.main, (q, k, v, dout, *statistics, tiles, *gradients))
+    launch(instances.postprocess, (tiles, _as_entry(dq, 4)))
+    dsink = None
+    if saved.sink is not None:
+        probability = torch.exp2(saved.sink[None, :, None] * math.log2(math.e) - workspace.lse)
+        dsink = (probability * workspace.delta).sum(dim=(0, 2))
+    return dq, dk, dv, dsink
+
+
+def _sink_gradient_without_keys(saved: Saved, dlse: Tensor | None) -> Tensor | None:
+    """Then a row's LSE is its sink."""
+    if saved.sink is None:
+        return None
+    if dlse is None:
+        return torch.zeros_like(saved.sink)
+    dlse = torch.where(_as_entry(saved.lse, 3) == -torch.inf, 0.0, _as_entry(dlse, 3))
+    return dlse.float().sum(dim=(0, 2))
+
+
+def _vectors(tensor: Tensor) -> Tensor:
+    """As TMA can address it; a gradient may come with any strides (expanded, transposed)."""
+    try:
+        return arguments.addressable("dout", tensor)
+    except ValueError:
+        return tensor.contiguous()
+
+
+def _as_entry(tensor: Tensor, rank: int) -> Tensor:
+    """Packed tensors are one batch entry."""
+    return tensor.unsqueeze(0) if tensor.ndim < rank else tensor

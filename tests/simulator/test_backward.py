@@ -1,0 +1,266 @@
+"""Every backward instance, interpreted from its PTX behind autograd, against FP64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from cases import (
+    PACKED,
+    SHAPES,
+    Shape,
+    arguments_for,
+    backward_instances,
+    check_backward,
+    check_packed_backward,
+    inputs_for,
+    offsets,
+    random_inputs,
+)
+
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+
+pytestmark = pytest.mark.simulator
+
+EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+LENGTHS = ((0, 0), (70, 150), (0, 5), (150, 40), (7, 0), (1, 1), (0, 0))
+
+
+def leaves(tensors):
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def like(out, seed=0):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+
+
+def differentiate(function, q, k, v, seed=0, dlse=None, **arguments):
+    """(dout, gradients) of a dout of its own; sinks are differentiated if there are any."""
+    inputs = leaves((q, k, v))
+    if "learnable_sink" in arguments:
+        sink = arguments["learnable_sink"].detach().requires_grad_()
+        inputs, arguments = [*inputs, sink], {**arguments, "learnable_sink": sink}
+    with simulator.enabled(seed=seed):
+        out, lse = function(*inputs[:3], return_lse=True, **arguments)
+        dout = like(out)
+        outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        return dout, torch.autograd.grad(outputs, inputs, grads)
+
+
+def packed(lengths):
+    sides = zip(*lengths)
+    cu_seqlens = [offsets(side) for side in sides]
+    return partial(
+        flash_attn_varlen_func, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=None, max_seqlen_k=None,
+    )  # fmt: skip
+
+
+def packed_inputs(instance, lengths, heads=2, heads_kv=1):
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    return [x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, heads, heads_kv))]
+
+
+def dense_cases():
+    """A few shapes an instance, other ones for the next: together all of them, in every mask."""
+    for number, instance in enumerate(backward_instances(varlen=False)):
+        for shape in (EDGE_SHAPE, SHAPES[number % len(SHAPES)]):
+            yield pytest.param(instance, shape, number, id=f"{instance}-{shape}")
+
+
+@pytest.mark.parametrize(("instance", "shape", "number"), list(dense_cases()))
+def test_matches_fp64_for_every_schedule(instance, shape, number):
+    """dQ is a sum in any order: seeds may differ in its last bits, dK and dV not at all."""
+    q, k, v = inputs_for(instance, shape)
+    arguments = arguments_for(instance, number)
+    results = []
+    for seed in (0, 1 + number % 3):
+        dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **arguments)
+        check_backward(q, k, v, dout, gradients, **arguments)
+        results.append(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
+
+
+@pytest.mark.parametrize("instance", backward_instances(varlen=True))
+def test_packed_sequences_match_fp64(instance):
+    q, k, v = packed_inputs(instance, LENGTHS)
+    arguments = arguments_for(instance, len(instance))
+    function = packed(LENGTHS)
+    dout, gradients = differentiate(function, q, k, v, 1 + len(instance) % 3, **arguments)
+    check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+
+
+def test_more_sequences_than_lanes():
+    q, k, v = packed_inputs("bwd_bf16_d64_causal_varlen", PACKED[1])
+    dout, gradients = differentiate(packed(PACKED[1]), q, k, v, causal=True)
+    check_packed_backward(q, k, v, dout, gradients, PACKED[1], causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 160, 200, 224])
+def test_head_dims_between_the_tiles(head_dim):
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
+    dout, gradients = differentiate(flash_attn_func, q, k, v, causal=True)
+    check_backward(q, k, v, dout, gradients, causal=True)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (72, 16), (8, 120)])
+def test_v_of_another_head_dim(head_dim, head_dim_v):
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, head_dim_v=head_dim_v)
+    dout, gradients = differentiate(flash_attn_func, q, k, v, 1, causal=True)
+    check_backward(q, k, v, dout, gradients, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
+def test_sinks_and_lse(head_dim, arguments):
+    """Each head its own sink; with causal, rows without keys have the sink alone."""
+    q, k, v = random_inputs(Shape(1, 203, 113, 4, 2), head_dim, torch.bfloat16)
+    sink = torch.tensor([-3.0, 0.0, 2.5, -torch.inf])
+    dlse = torch.randn(1, 4, 203, generator=torch.Generator().manual_seed(1))
+    arguments = {**arguments, "learnable_sink": sink}
+    dout, gradients = differentiate(flash_attn_func, q, k, v, dlse=dlse, **arguments)
+    check_backward(q, k, v, dout, gradients, dlse=dlse, **arguments)
+
+
+def test_sinks_of_packed_sequences():
+    q, k, v = packed_inputs("bwd_bf16_d64_varlen", LENGTHS)
+    sink = torch.tensor([0.5, -1.0])
+    dout, gradients = differentiate(packed(LENGTHS), q, k, v, learnable_sink=sink)
+    check_packed_backward(q, k, v, dout, gradients[:3], LENGTHS, learnable_sink=sink)
+    plain = leaves((q, k, v, sink))
+    out = packed(LENGTHS)(*plain[:3], learnable_sink=plain[3])
+    (expected,) = torch.autograd.grad(out, plain[3:], dout)
+    torch.testing.assert_close(gradients[3], expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_large_logits(head_dim):
+    """LSE below -100 and above 100: exp(-LSE) overflows for rows and keys that do not exist."""
+    for shape in (Shape(1, 65, 127, 1, 1), Shape(1, 1, 193, 1, 1)):
+        q, k, v = random_inputs(shape, head_dim, torch.bfloat16, scale=8.0)
+        for sign in (1, -1):
+            rows = q.abs() * sign
+            dout, gradients = differentiate(flash_attn_func, rows, k.abs(), v)
+            check_backward(rows, k.abs(), v, dout, gradients)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_any_strides_and_memory_around(head_dim):
+    """Head-major storage, slices of one tensor, NaN behind the last rows, a strided dout."""
+    q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
+    dout = like(q, 2)
+
+    def in_nan(x):
+        padded = x.new_full((x.shape[0] + 1, x.shape[1] + 70, *x.shape[2:]), torch.nan)
+        padded[:-1, :-70] = x
+        return padded[:-1, :-70]
+
+    def head_major(x):
+        return in_nan(x.transpose(1, 2)).transpose(1, 2)
+
+    results = []
+    for arrange in (torch.Tensor.contiguous, in_nan, head_major):
+        inputs = [arrange(x.detach()).requires_grad_() for x in (q, k, v)]
+        with simulator.enabled():
+            out = flash_attn_func(*inputs, causal=True)
+            results.append(torch.autograd.grad(out, inputs, arrange(dout)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_expanded_dout():
+    inputs = leaves(random_inputs(EDGE_SHAPE, 64, torch.bfloat16))
+    with simulator.enabled():
+        out = flash_attn_func(*inputs)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    check_backward(*inputs, torch.ones_like(out), gradients)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_packed_neighbours_do_not_leak(head_dim, causal):
+    """A sequence of NaN between others, whose last tiles reach into it."""
+    lengths = ((70, 90), (30, 50), (60, 70))
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    tensors = random_inputs(Shape(1, total_q, total_k, 2, 1), head_dim, torch.bfloat16)
+    q, k, v = (x[0] for x in tensors)
+    dout = like(q, 3)
+    for x, rows in ((q, slice(70, 100)), (dout, slice(70, 100)), (k, slice(90, 140)),
+                    (v, slice(90, 140))):  # fmt: skip
+        x[rows] = torch.nan
+    inputs = leaves((q, k, v))
+    with simulator.enabled(seed=1):
+        out = packed(lengths)(*inputs, causal=causal)
+        gradients = torch.autograd.grad(out, inputs, dout)
+    for rows, keys in ((slice(0, 70), slice(0, 90)), (slice(100, 160), slice(140, 210))):
+        one = (x[None] for x in (q[rows], k[keys], v[keys], dout[rows]))
+        parts = [g[at][None] for g, at in zip(gradients, (rows, keys, keys))]
+        check_backward(*one, parts, causal=causal)
+
+
+def test_used_lengths():
+    """Padded tensors of which parts are used: the rest is not read, and has no gradient."""
+    q, k, v = random_inputs(Shape(3, 140, 180, 2, 1), 64, torch.bfloat16)
+    used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ((140, 33, 0), (77, 180, 9)))
+    dout = like(q, 4)
+    for b in range(3):
+        for x, used in ((q, used_q), (dout, used_q), (k, used_k), (v, used_k)):
+            x[b, used[b] :] = torch.nan
+    inputs = leaves((q, k, v))
+    with simulator.enabled():
+        out = flash_attn_varlen_func(*inputs, None, None, 140, 180, used_q, used_k, causal=True)
+        gradients = torch.autograd.grad(out, inputs, dout)
+    for b, (n, m) in enumerate(zip(used_q, used_k)):
+        one = (x[b : b + 1] for x in (q[:, :n], k[:, :m], v[:, :m], dout[:, :n]))
+        parts = [g[b : b + 1, :used] for g, used in zip(gradients, (n, m, m))]
+        check_backward(*one, parts, causal=True)
+        assert all((g[b, used:] == 0).all() for g, used in zip(gradients, (n, m, m)))
+
+
+DETERMINISTIC = {
+    "gqa": (64, Shape(1, 260, 400, 2, 1), {"causal": True}),
+    "local": (96, Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}),
+    "wide": (192, Shape(1, 130, 200, 2, 1), {}),
+}
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_deterministic(case):
+    """The same bits for every schedule; tests/gpu has the 1,000 runs."""
+    head_dim, shape, arguments = DETERMINISTIC[case]
+    q, k, v = random_inputs(shape, head_dim, torch.bfloat16)
+    runs = [
+        differentiate(flash_attn_func, q, k, v, seed, deterministic=True, **arguments)
+        for seed in range(4)
+    ]
+    check_backward(q, k, v, *runs[0], **arguments)
+    assert all(torch.equal(a, b) for _, run in runs for a, b in zip(run, runs[0][1]))
+
+
+def test_deterministic_packed():
+    q, k, v = packed_inputs("bwd_bf16_d128_causal_varlen", LENGTHS)
+    runs = [
+        differentiate(packed(LENGTHS), q, k, v, seed, deterministic=True, causal=True)[1]
+        for seed in range(4)
+    ]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
+
+
+def test_offsets_beyond_32_bits():
+    """Batch strides of more than 2^31 elements; only the pages in use are ever touched."""
+    stride = 2**31 + 4096
+    storage = torch.empty(stride + 4096 * 16, dtype=torch.bfloat16)
+    q, k, v = random_inputs(Shape(2, 40, 70, 1, 1), 64, torch.bfloat16)
+    dout = like(q, 5)
+    far = []
+    for offset, x in ((0, q), (2**14, k), (2**15, v), (3 * 2**14, dout)):
+        view = storage.as_strided(x.shape, (stride, 64, 64, 1), offset)
+        view.copy_(x)
+        far.append(view)
+    inputs = [x.requires_grad_() for x in far[:3]]
+    with simulator.enabled():
+        out = flash_attn_func(*inputs)
+        gradients = torch.autograd.grad(out, inputs, far[3])
+    check_backward(q, k, v, dout, gradients)
