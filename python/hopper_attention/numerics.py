@@ -29,9 +29,9 @@ class Error:
         difference = (result.double() - exact.double()).abs()
         return Error(difference.max().item(), difference.square().mean().sqrt().item())
 
-    def within_twice(self, other: Error) -> bool:
-        """At most twice the other error plus FLOOR; false for NaN."""
-        return self.maximum <= 2 * other.maximum + FLOOR and self.rms <= 2 * other.rms + FLOOR
+    def within_twice(self, other: Error, floor: float = FLOOR) -> bool:
+        """At most twice the other error plus `floor`; false for NaN."""
+        return self.maximum <= 2 * other.maximum + floor and self.rms <= 2 * other.rms + floor
 
 
 def pytorch_attention(
