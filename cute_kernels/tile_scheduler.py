@@ -72,7 +72,7 @@ class VarlenScheduler:
     rows: Any
     """Rows of queries in all, used or not."""
     tile_m: cutlass.Constexpr
-    group: Any
+    group: Any = 1
     """Rows a query; the heads are then groups of heads (`sequence.Rows`)."""
 
     @property
