@@ -42,7 +42,7 @@ Store      each warp writes its 16 rows of O where its 16 rows of Q were (only i
 Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Optional
 
@@ -52,7 +52,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -70,10 +70,25 @@ from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Rows, 
 from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, scale_rows
 from hopper_attention.cute_kernels.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.tile_queue import TileQueue
-from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, Tile, VarlenScheduler
+from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
 from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardConfig
+from hopper_attention.hopper.forward_parts import (
+    NO_MORE,
+    WORDS,
+    Fragments,
+    Mmas,
+    Pipelines,
+    Problem,
+    Tensors,
+    Tiles,
+    Tma,
+    Work,
+    coordinates_of,
+    state_after,
+)
+from hopper_attention.hopper.output import Output
 from hopper_attention.hopper.tma import load_stage, partition, permute
 from hopper_attention.hopper.turns import Barrier, Turns, consumer_warpgroup
 
@@ -84,148 +99,13 @@ GATHERS = 4
 """Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What all roles know of the launch."""
-
-    queries: Any
-    """EqualLengths or Lengths, by `ForwardConfig.varlen`."""
-    keys: Any
-    group: Any
-    """Query heads whose rows share a tile (`Rows`): 1, or all of a key head."""
-    tiles_per_kvhead: Int32
-    """Tiles of the same positions that read the same keys: the others of the group."""
-    scale_log2: Float32
-    """Of the scores that softmax sees: after softcap if there is one."""
-    softcap: Any
-    """(inner, outer) of `softmax.cap`, or None."""
-    window: Any
-    """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
-    sink: Int64
-    """Address of a float32 score for each head, or 0."""
-    output_float32: Int32
-    """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """What is read or written other than by TMA: (row, column, head, entry), LSE as passed."""
-
-    q: Any
-    """None where tiles are never packed."""
-    o: cute.Tensor
-    lse: cute.Tensor
-
-
-@dataclass(frozen=True)
-class Tma:
-    """Descriptors with their atoms: loads of Q, K, V, the store of O."""
-
-    q: cpasync.TmaInfo
-    k: cpasync.TmaInfo
-    v: cpasync.TmaInfo
-    o: cpasync.TmaInfo
-
-
-@dataclass(frozen=True)
-class Mmas:
-    """S = Q K^T from shared memory; O = P V with P from registers."""
-
-    qk: cute.TiledMma
-    pv: cute.TiledMma
-
-
-@dataclass(frozen=True)
-class Work:
-    """One tile: its place, its sequences, the key blocks it attends to, and its rows."""
-
-    tile: Tile
-    queries: Sequence
-    keys: Sequence
-    blocks: BlockRange
-    rows: Rows
-
-    def words(self) -> list[Int32]:
-        """For the queue; `m_block` first."""
-        parts = (self.tile, self.queries, self.keys, self.blocks)
-        return [Int32(value) for part in parts for value in vars(part).values()]
-
-    @staticmethod
-    def of(words: list[Int32], group: Int32, tile_m: int) -> "Work":
-        tile = Tile(*words[:3])
-        return Work(
-            tile,
-            Sequence(*words[3:6]),
-            Sequence(*words[6:9]),
-            BlockRange(*words[9:]),
-            Rows(group, tile.head * group, tile.m_block * tile_m),
-        )
-
-
-WORDS = 13
-NO_MORE = -1
-"""As m_block: the block is done."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Shared memory, with stages: Q (tile_m, d), K (tile_n, d), V (dv, tile_n), O (tile_m, dv)."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    o: cute.Tensor
-
-
-@dataclass(frozen=True)
-class Pipelines:
-    q: pipeline.PipelineTmaAsync
-    k: pipeline.PipelineTmaAsync
-    v: pipeline.PipelineTmaAsync
-    tiles: TileQueue
-
-
-@dataclass(frozen=True)
-class Fragments:
-    """Of one consumer thread: descriptors of Q, K, V; registers of P, S, O."""
-
-    q: wgmma.Operand
-    k: wgmma.Operand
-    v: wgmma.Operand
-    p: PackedFragment
-    acc_s: cute.Tensor
-    acc_o: cute.Tensor
-
-
-def consumer_thread() -> Int32:
-    """Index among the consumers' threads.
-
-    Opaque, or else all that follows from it would be computed before the first tile and kept in
-    registers that the main loop needs.
-    """
-    return opaque(cute.arch.thread_idx()[0] - 128)
-
-
-def coordinates_of(mma: cute.TiledMma, tile: tuple[int, int]) -> cute.Tensor:
-    """(rows, columns) -> (row, column) in the tile, of this thread's accumulators."""
-    identity = cute.make_identity_tensor(tile)
-    return rows_and_columns(mma.get_slice(consumer_thread()).partition_C(identity))
-
-
-def state_after(count: Int32, stages: int) -> pipeline.PipelineState:
-    """A consumer's, after so many tiles: only the count has to be kept in a register."""
-    count = opaque(count)
-    return pipeline.PipelineState(stages, count, count % stages, count // stages % 2)
-
-
 class Forward:
     """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and roles on a GPU."""
 
     def __init__(self, config: ForwardConfig):
         self.cfg = config
         self.dtype = DTYPES[config.dtype]
-        # One TMA store: 16 rows of a warp, columns of one swizzle span (128 or 64 bytes).
-        self.store_tile = (16, 64 if config.head_dim_v % 64 == 0 else 32)
+        self.output = Output(config, self.dtype)
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
@@ -278,18 +158,12 @@ class Forward:
         mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
 
         layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        make = cpasync.make_tiled_tma_atom
+        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
         tma = Tma(
             make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
             make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
             make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
-            make(
-                store,
-                mO,
-                cute.tile_to_shape(self.swizzle_v(), self.store_tile, (0, 1)),
-                self.store_tile,
-            ),
+            self.output.tma(mO),
         )
         if const_expr(cfg.varlen):
             queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
@@ -347,17 +221,7 @@ class Forward:
         q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
         v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        o = cute.tile_to_shape(self.swizzle_v(), (cfg.tile_m, cfg.head_dim_v), (0, 1))
-        # Over Q its stages are as far apart as Q's, which may be wider.
-        stages, width = (cfg.q_stages, cfg.head_dim) if cfg.output_over_q else (1, cfg.head_dim_v)
-        shape, stride = (*o.outer.shape, stages), (*o.outer.stride, cfg.tile_m * width)
-        o = cute.make_composed_layout(o.inner, o.offset, cute.make_layout(shape, stride=stride))
-        return q, k, v, o
-
-    def swizzle_v(self):
-        kinds = warpgroup.SmemLayoutAtomKind
-        kind = kinds.K_SW128 if self.store_tile[1] == 64 else kinds.K_SW64
-        return warpgroup.make_smem_layout_atom(kind, self.dtype)
+        return q, k, v, self.output.layout()
 
     @cute.kernel
     def kernel(
@@ -609,9 +473,9 @@ class Forward:
                 self.current_work(problem, queue, count),
                 state_after(count, cfg.q_stages),
             )
-            self.store_lse(softmax.lse, tensors.lse, mmas, work)
+            self.output.store_lse(softmax.lse, tensors.lse, mmas, work)
             sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
-            self.store_output(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
+            self.output.store(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
             if const_expr(cfg.releases_late):
                 late = group == 1
             elif group == 1:
@@ -622,7 +486,7 @@ class Forward:
         queue.release(state_after(count, TILE_STAGES))
         if late:
             self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
-        self.finish_store()  # shared memory is not the block's any more when it ends
+        self.output.finish()  # shared memory is not the block's any more when it ends
 
     @cute.jit
     def attend(
@@ -759,7 +623,7 @@ class Forward:
         if valid < cfg.tile_n:
             pipe.consumer_wait(state)
             # A row of one swizzle span is contiguous, and swizzling permutes only within it.
-            span = self.store_tile[1]
+            span = self.output.span
             vectors = span // 8
             start = v_start + state.index * (cfg.tile_n * cfg.head_dim_v)
             zeros = cute.make_rmem_tensor((8,), self.dtype)
@@ -790,15 +654,8 @@ class Forward:
     def release_queries(self, pipe, state: pipeline.PipelineState):
         """By each warp, when the store of the O that it staged there has read it."""
         if const_expr(self.cfg.output_over_q):
-            self.finish_store()
+            self.output.finish()
         pipe.consumer_release(state)
-
-    @cute.jit
-    def finish_store(self):
-        """Wait until this warp's store of O has read shared memory."""
-        with cute.arch.elect_one():
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()
 
     def group(self, problem: Problem) -> Int32:
         """Heads that share tiles; where there is one, TMA loads and stores them."""
@@ -839,106 +696,3 @@ class Forward:
             place = (gQ.iterator + column).align(16)
             cute.autovec_copy(cute.make_tensor(place, cute.make_layout(8)), values)
         return values
-
-    @cute.jit
-    def store_lse(self, lse: cute.Tensor, mLSE: cute.Tensor, mmas: Mmas, work: Work):
-        queries, rows = work.queries, work.rows
-        coordinates = coordinates_of(mmas.qk, (self.cfg.tile_m, self.cfg.tile_n))
-        for i in cutlass.range_constexpr(cute.size(lse)):
-            row, column = coordinates[i, 0]
-            position = rows.position(row)
-            if column == 0 and position < queries.length:
-                mLSE[queries.batch, rows.head(row), queries.offset + position] = lse[i]
-
-    @cute.jit
-    def store_output(
-        self,
-        acc_o: cute.Tensor,
-        mma_pv: cute.TiledMma,
-        sO: cute.Tensor,
-        tma_o: cpasync.TmaInfo,
-        mO: cute.Tensor,
-        problem: Problem,
-        work: Work,
-    ):
-        """Each warp its 16 rows: through shared memory by TMA, or, where it cannot, directly.
-
-        It cannot where not all rows exist, where they are of several heads, and for float32.
-        """
-        cfg = self.cfg
-        rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
-        whole = problem.output_float32 == 0
-        if const_expr(cfg.varlen):
-            end = work.rows.first_row + 16 * rows + 16
-            whole = whole and problem.group == 1 and end <= work.queries.length
-        if whole:
-            out = PackedFragment.like(acc_o, self.dtype)
-            out.convert(acc_o)
-            self.store_rows(out, mma_pv, sO, tma_o, work, rows)
-        elif problem.output_float32 != 0:
-            self.store_elements(acc_o, mma_pv, mO, work, Float32)
-        else:
-            self.store_elements(acc_o, mma_pv, mO, work, self.dtype)
-
-    @cute.jit
-    def store_rows(
-        self,
-        out: PackedFragment,
-        mma_pv: cute.TiledMma,
-        sO: cute.Tensor,
-        tma_o: cpasync.TmaInfo,
-        work: Work,
-        rows: Int32,
-    ):
-        """The warp's 16 rows through shared memory, one TMA store a swizzle span."""
-        cfg, tile = self.cfg, work.tile
-        if const_expr(not cfg.output_over_q):  # else the one before was waited for to release Q
-            self.finish_store()
-        stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
-        copy = cute.make_tiled_copy_C(stmatrix, mma_pv)
-        thread_copy = copy.get_slice(consumer_thread())
-        cute.copy(copy, copy.retile(out.view), thread_copy.partition_D(sO))
-        cute.arch.fence_proxy("async.shared", space="cta")  # by every writer, then the barrier
-        cute.arch.sync_warp()
-
-        mO = tma_o.tma_tensor[None, None, tile.head, work.queries.batch]
-        mO = cute.domain_offset((work.queries.offset, 0), mO)
-        g_rows = tile.m_block * (cfg.tile_m // self.store_tile[0]) + rows
-        sO, gO = partition(
-            tma_o,
-            cute.local_tile(sO, self.store_tile, (rows, None)),
-            cute.local_tile(mO, self.store_tile, (g_rows, None)),
-        )
-        with cute.arch.elect_one():
-            for j in cutlass.range_constexpr(cfg.head_dim_v // self.store_tile[1]):
-                cute.copy(tma_o.atom, sO[None, j], gO[None, j])
-            cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def store_elements(
-        self,
-        acc_o: cute.Tensor,
-        mma_pv: cute.TiledMma,
-        mO: cute.Tensor,
-        work: Work,
-        dtype: cutlass.Constexpr,
-    ):
-        """Pairs of columns from registers, as far as rows and columns exist."""
-        cfg, queries, rows = self.cfg, work.queries, work.rows
-        coordinates = coordinates_of(mma_pv, (cfg.tile_m, cfg.head_dim_v))
-        out = rows_and_columns(acc_o)
-        words = dtype.width // self.dtype.width  # 16-bit columns of mO for one of O
-        columns = mO.shape[1] // words
-        pair = cute.make_rmem_tensor((2,), dtype)
-        for i in cutlass.range_constexpr(cute.size(out, mode=[0])):
-            position = rows.position(coordinates[i, 0][0])
-            if position < queries.length:
-                head = rows.head(coordinates[i, 0][0])
-                gO = mO[queries.offset + position, None, head, queries.batch]
-                for j in cutlass.range_constexpr(0, cute.size(out, mode=[1]), 2):
-                    column = coordinates[i, j][1]
-                    if column < columns:
-                        pair[0], pair[1] = out[i, j].to(dtype), out[i, j + 1].to(dtype)
-                        place = cute.recast_ptr(gO.iterator + column * words, dtype=dtype)
-                        place = place.align(2 * dtype.width // 8)
-                        cute.autovec_copy(pair, cute.make_tensor(place, cute.make_layout(2)))
