@@ -87,7 +87,8 @@ def _eager(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
+        # The caller clears rows without keys; NaN would remain in their gradients.
+        scores = scores.masked_fill(~seen & seen.any(-1, keepdim=True), -torch.inf)
     if sink is not None:
         column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
@@ -117,8 +118,10 @@ def pytorch_gradients(
     scalars = {"softmax_scale": softmax_scale, "softcap": softcap, "mask": mask}
     with torch.enable_grad():
         own_sink = inputs[3] if sink is not None else None
-        out = pytorch_attention(*inputs[:3], **scalars, sink=own_sink)  # type: ignore[arg-type]
-        total = (out * dout).sum()
+        # V as wide as q: PyTorch's flash kernel, which is given out as ours is, takes no other.
+        wide = F.pad(inputs[2], (0, max(q.shape[-1] - v.shape[-1], 0)))
+        out = pytorch_attention(*inputs[:2], wide, **scalars, sink=own_sink)  # type: ignore
+        total = (out[..., : v.shape[-1]] * dout).sum()
         if dlse is not None:
             lse = _eager_lse(inputs[0], inputs[1], softmax_scale, mask, softcap, own_sink)
             total = total + (lse * dlse).sum()

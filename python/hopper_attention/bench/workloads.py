@@ -65,16 +65,18 @@ class Problem:
 
     @property
     def instance(self) -> str:
-        """The forward instance that runs it.
+        """The instance that runs it; of backward's three the one with the GEMMs.
 
-        Raises NotImplementedError for backward and paged problems, and where dispatch does.
+        Raises NotImplementedError for paged problems, and where dispatch does.
         """
-        if self.direction == "backward" or self.page_size:
+        if self.page_size:
             raise NotImplementedError(f"no compiled kernel runs {self.name} yet")
         mask = "local" if self.window >= 0 else "causal" if self.causal else "full"
-        return dispatch.forward_instance(
-            self.dtype, self.head_dim, self.head_dim_v, mask, self.softcap > 0, bool(self.lengths)
-        )
+        dims, varlen = (self.head_dim, self.head_dim_v), bool(self.lengths)
+        if self.direction == "backward":
+            found = dispatch.backward_instances(self.dtype, *dims, mask, self.softcap > 0, varlen)
+            return found.main
+        return dispatch.forward_instance(self.dtype, *dims, mask, self.softcap > 0, varlen)
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -20,7 +20,8 @@ PIPES: dict[str, tuple[str, ...]] = {
     "cvt": ("F2FP", "F2F", "F2I", "I2F", "I2FP", "I2I", "F2IP", "FRND"),
     "lsu": (
         *("LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMS", "MATCH", "LDC", "REDUX"),
-        *("LDG", "STG", "LDL", "STL", "LD", "ST", "ATOM", "ATOMG", "RED", "LDGSTS", "CCTL"),
+        *("LDG", "STG", "LDL", "STL", "LD", "ST", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS"),
+        "CCTL",
     ),
     "uniform": (
         *("UIADD3", "UIMAD", "UISETP", "ULDC", "ULEA", "ULOP3", "UPLOP3", "UMOV", "USEL", "USHF"),
