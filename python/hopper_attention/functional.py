@@ -68,7 +68,7 @@ def flash_attn_func(
             torch.use_deterministic_algorithms.  Forward is always deterministic.
         pack_gqa: whether the query heads that read one key head share tiles, which saves tiles
             where there are few queries; None: where that saves a third of them.
-        sm_margin: multiprocessors to leave to other work, such as communication.
+        sm_margin: multiprocessors that forward leaves to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
             finite or -inf.

@@ -67,3 +67,18 @@ def test_deterministic_over_a_thousand_runs(case):
     for _ in range(RUNS - 1):
         _, again = differentiate(flash_attn_func, q, k, v, deterministic=True, **arguments)
         assert all(map(torch.equal, first, again))
+
+
+def test_packed_deterministic_over_a_thousand_runs():
+    total_q, total_k = (sum(side) for side in zip(*PACKED))
+    shape = Shape(1, total_q, total_k, 4, 2)
+    q, k, v = (x[0] for x in inputs_for("bwd_bf16_d128_causal_varlen", shape, device="cuda"))
+    lengths = (*(offsets(side, "cuda") for side in zip(*PACKED)), None, None)
+
+    def function(*inputs):
+        return flash_attn_varlen_func(*inputs, *lengths, causal=True, deterministic=True)
+
+    _, first = differentiate(function, q, k, v)
+    for _ in range(RUNS - 1):
+        _, again = differentiate(function, q, k, v)
+        assert all(map(torch.equal, first, again))
