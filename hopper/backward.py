@@ -74,6 +74,7 @@ from hopper_attention.cute_kernels.sequence import Rows, Sequence
 from hopper_attention.cute_kernels.visibility import BlockRange
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.backward_parts import (
+    CONSUMER_THREADS,
     Arguments,
     Gradients,
     Parts,
@@ -83,10 +84,12 @@ from hopper_attention.hopper.backward_parts import (
     Workspace,
     stage_of,
 )
-from hopper_attention.hopper.config import STAGES, BackwardConfig
+from hopper_attention.hopper.config import BACKWARD_STAGES, BackwardConfig
 from hopper_attention.hopper.tma import add_bulk, permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
+DQ_THREADS = 128 + 32
+"""A consumer warpgroup and the warp that adds its part of dQ."""
 PART = 64
 """Rows of dP that are in registers at a time."""
 
@@ -248,10 +251,10 @@ class Backward:
             do_barriers: parts.barriers("do")
             k_barriers: parts.barriers("k")
             v_barriers: parts.barriers("v")
-            ds_barriers: cute.struct.MemRange[cutlass.Int64, STAGES]
+            ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
-            lse: buffer(Float32, self.cfg.tile_m * STAGES, 128)
-            delta: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            lse: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
+            delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
             q: parts.tile("q")
             do: parts.tile("do")
             k: parts.tile("k")
@@ -309,7 +312,7 @@ class Backward:
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
         if warp_index == 0:
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(STAGES):
+                for stage in cutlass.range_constexpr(BACKWARD_STAGES):
                     cute.arch.mbarrier_init(ds_barriers + stage, 4 * self.cfg.warpgroups)
 
     @cute.jit
@@ -329,8 +332,10 @@ class Backward:
                         # All but the last copy have read: that of w, one round ago, has.
                         cute.arch.cp_async_bulk_wait_group(1, read=True)
                     cute.arch.sync_warp()
-                    cute.arch.barrier_arrive(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=160)
-                    cute.arch.barrier(barrier_id=Barrier.DQ_FULL + w, number_of_threads=160)
+                    cute.arch.barrier_arrive(
+                        barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=DQ_THREADS
+                    )
+                    cute.arch.barrier(barrier_id=Barrier.DQ_FULL + w, number_of_threads=DQ_THREADS)
                     if lane == 0:
                         if const_expr(w == 0):
                             if problem.turns.address != 0:
@@ -377,7 +382,7 @@ class Backward:
             fragments.acc_dv, mmas.dv, sV, gradients.tma_dv, gradients.dv, place, index, cfg.varlen
         )
         # dK where K was, which both warpgroups read for dQ.
-        cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=256)
+        cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
         self.parts.store_dk.store(
             fragments.acc_dk, mmas.dk, sK, gradients.tma_dk, gradients.dk, place, index, cfg.varlen
         )
@@ -398,7 +403,7 @@ class Backward:
         s, dp, dv, dk, dq = (
             m.get_slice(first) for m in (mmas.s, mmas.dp, mmas.dv, mmas.dk, mmas.dq)
         )
-        shape_do = (PART, cfg.head_dim_v, STAGES)
+        shape_do = (PART, cfg.head_dim_v, BACKWARD_STAGES)
         parts_do = [cute.local_tile(tiles.do, shape_do, (i, 0, 0)) for i in range(cfg.parts)]
         sK, sV = tiles.k[None, None, 0], tiles.v[None, None, 0]
         transposed = (1, 0, 2)
@@ -491,7 +496,7 @@ class Backward:
             clear(tiles.q, "q", state.index, rows)
         wgmma.issue(acc, fr.k, fr.q.stage(state.index), accumulate=False)
         if const_expr(not first):
-            acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, before)
+            acc_dq = self.issue_dq_dk(pipelines, fragments, before)
             warpgroup.wait_group(2)
         else:
             warpgroup.wait_group(0)
@@ -564,7 +569,6 @@ class Backward:
     @cute.jit
     def issue_dq_dk(
         self,
-        mmas: Mmas,
         pipelines: Pipelines,
         fragments: Fragments,
         state: pipeline.PipelineState,
@@ -589,11 +593,11 @@ class Backward:
     @cute.jit
     def hand_over_dq(self, acc_dq: cute.Tensor, tiles: Tiles, thread: Thread):
         tile, w = self.dq_tile, thread.warpgroup
-        cute.arch.barrier(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=160)
+        cute.arch.barrier(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=DQ_THREADS)
         target = tile.of_thread(tiles.dq, w, thread.index - w * 128)
         cute.autovec_copy(tile.as_vectors(acc_dq), target)
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier_arrive(barrier_id=Barrier.DQ_FULL + w, number_of_threads=160)
+        cute.arch.barrier_arrive(barrier_id=Barrier.DQ_FULL + w, number_of_threads=DQ_THREADS)
 
     @cute.jit
     def finish(
@@ -606,7 +610,7 @@ class Backward:
         number: Int32,
     ):
         """dQ and dK of the last row block; everything is waited for."""
-        acc_dq = self.issue_dq_dk(mmas, pipelines, fragments, stage_of(number))
+        acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number))
         warpgroup.wait_group(1)
         pin(acc_dq)
         self.hand_over_dq(acc_dq, tiles, thread)

@@ -21,11 +21,13 @@ from hopper_attention.cute_kernels.softmax import LOG2_E
 from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
 from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
-from hopper_attention.hopper.config import STAGES
+from hopper_attention.hopper.config import BACKWARD_STAGES
 from hopper_attention.hopper.dq_tile import DqTile
 from hopper_attention.hopper.row_store import RowStore, swizzle_atom, widest_span
 from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_row, load_stage, partition, permute
+
+CONSUMER_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Work:
 
 def stage_of(number: Int32) -> pipeline.PipelineState:
     """Where row block `number` is, in every pipeline of two stages, for its consumers."""
-    return pipeline.PipelineState(STAGES, Int32(0), number & 1, number >> 1 & 1)
+    return pipeline.PipelineState(BACKWARD_STAGES, Int32(0), number & 1, number >> 1 & 1)
 
 
 @dataclass(frozen=True)
@@ -208,11 +210,11 @@ class Parts:
         """(rows, columns, stages) of the 16-bit tiles in shared memory."""
         cfg = self.cfg
         return {
-            "q": (cfg.tile_m, cfg.head_dim, STAGES),
-            "do": (cfg.tile_m, cfg.head_dim_v, STAGES),
+            "q": (cfg.tile_m, cfg.head_dim, BACKWARD_STAGES),
+            "do": (cfg.tile_m, cfg.head_dim_v, BACKWARD_STAGES),
             "k": (cfg.tile_n, cfg.head_dim, 1),
             "v": (cfg.tile_n, cfg.head_dim_v, 1),
-            "ds": (cfg.tile_m, cfg.tile_n, STAGES),
+            "ds": (cfg.tile_m, cfg.tile_n, BACKWARD_STAGES),
         }
 
     def shared_layouts(self) -> dict[str, Any]:
@@ -240,7 +242,7 @@ class Parts:
             )
             for name in ("q", "do", "k", "v")
         }
-        statistics = cute.make_layout((self.cfg.tile_m, STAGES))
+        statistics = cute.make_layout((self.cfg.tile_m, BACKWARD_STAGES))
         tiles |= {name: getattr(storage, name).get_tensor(statistics) for name in ("lse", "delta")}
         return {**tiles, "keys": storage.keys.get_tensor(cute.make_layout(5))}
 
@@ -327,7 +329,7 @@ class Parts:
         sV, gV = partition(tma.v, tiles.v, v_source)
         q_state, do_state, once = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
-            for stages in (STAGES, STAGES, 1)
+            for stages in (BACKWARD_STAGES, BACKWARD_STAGES, 1)
         )
         load_stage(pipelines.k, once, tma.k.atom, gK, sK)
         for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
@@ -365,4 +367,6 @@ class Parts:
         """By both consumers: zero the rows from `valid` of a stage of the tile `name`."""
         rows, columns, _ = self.tile_shapes()[name]
         start = tile.iterator + stage * (rows * columns)
-        clear_tail(start, (rows, columns), self.spans[name], valid, thread, 256, barrier)
+        clear_tail(
+            start, (rows, columns), self.spans[name], valid, thread, CONSUMER_THREADS, barrier
+        )

@@ -62,6 +62,7 @@ from hopper_attention.cute_kernels.sequence import Rows, Sequence
 from hopper_attention.cute_kernels.visibility import BlockRange
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.backward_parts import (
+    CONSUMER_THREADS,
     Arguments,
     Gradients,
     Parts,
@@ -71,11 +72,12 @@ from hopper_attention.hopper.backward_parts import (
     Workspace,
     stage_of,
 )
-from hopper_attention.hopper.config import STAGES, WideBackwardConfig
+from hopper_attention.hopper.config import BACKWARD_STAGES, WideBackwardConfig
 from hopper_attention.hopper.tma import permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
-CONSUMER_THREADS = 256
+TURN_THREADS = CONSUMER_THREADS + 32
+"""The consumers and the warp that waits for their turns."""
 
 
 class Barrier(IntEnum):
@@ -220,10 +222,10 @@ class BackwardWide:
             do_barriers: parts.barriers("do")
             k_barriers: parts.barriers("k")
             v_barriers: parts.barriers("v")
-            ds_barriers: cute.struct.MemRange[cutlass.Int64, STAGES]
+            ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
-            lse: buffer(Float32, self.cfg.tile_m * STAGES, 128)
-            delta: buffer(Float32, self.cfg.tile_m * STAGES, 128)
+            lse: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
+            delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
             q: parts.tile("q")
             do: parts.tile("do")
             k: parts.tile("k")
@@ -279,7 +281,7 @@ class BackwardWide:
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
         if warp_index == 0:
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(STAGES):
+                for stage in cutlass.range_constexpr(BACKWARD_STAGES):
                     cute.arch.mbarrier_init(ds_barriers + stage, 4)
 
     @cute.jit
@@ -296,8 +298,8 @@ class BackwardWide:
                     earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
                     problem.turns.wait(place, work.n_block - earlier.first)
                 cute.arch.sync_warp()
-                cute.arch.barrier_arrive(barrier_id=Barrier.TURN, number_of_threads=288)
-                cute.arch.barrier(barrier_id=Barrier.TURN_OVER, number_of_threads=288)
+                cute.arch.barrier_arrive(barrier_id=Barrier.TURN, number_of_threads=TURN_THREADS)
+                cute.arch.barrier(barrier_id=Barrier.TURN_OVER, number_of_threads=TURN_THREADS)
                 if lane == 0:
                     problem.turns.give(place)
 
@@ -324,7 +326,7 @@ class BackwardWide:
             viewers, coordinates = work.visibility.viewers, consumer.coordinates
             mask = Mask(viewers, coordinates, Rows(1, 0, first_key), self.cfg.tile_m)
             number, address = self.walk(step, problem, work, mask)
-            self.add_dq(mmas, pipelines, problem, consumer, stage_of(number), address)
+            self.add_dq(pipelines, problem, consumer, stage_of(number), address)
             warpgroup.wait_group(0)
             pin(consumer.acc)
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
@@ -408,6 +410,8 @@ class BackwardWide:
     @cute.jit
     def walk(self, step, problem: Problem, work: Work, mask: Optional[Mask]):
         """`step` for all row blocks of all heads; returns the number and dQ address of the last.
+
+        Both kinds of step get the same, `step_keys` without use for the address before or a mask.
 
         Who has a mask gets it where it hides anything.
         """
@@ -494,7 +498,7 @@ class BackwardWide:
         wgmma.issue(consumer.acc, p, do_block, accumulate=True)
         if const_expr(not first):
             before = stage_of(number - 1)
-            self.add_dq(mmas, pipelines, problem, consumer, before, address_before)
+            self.add_dq(pipelines, problem, consumer, before, address_before)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
         return self.address_of_dq(saved, work, head, m_block, consumer.index)
@@ -542,7 +546,7 @@ class BackwardWide:
         self.store_ds(mmas, tiles, pipelines, consumer, state)
         address = self.address_of_dq(saved, work, head, m_block, consumer.index)
         pipelines.q.consumer_wait(state)
-        self.add_dq(mmas, pipelines, problem, consumer, state, address, gradient=mmas.dk)
+        self.add_dq(pipelines, problem, consumer, state, address, with_gradient=True)
         if const_expr(not self.cfg.gradient_stays_under_way):
             warpgroup.wait_group(0)
             pipelines.q.consumer_release(state)
@@ -571,32 +575,30 @@ class BackwardWide:
     @cute.jit
     def add_dq(
         self,
-        mmas: Mmas,
         pipelines: Pipelines,
         problem: Problem,
         consumer: Consumer,
         state,
         address: Int64,
-        gradient: Optional[cute.TiledMma] = None,
+        with_gradient: cutlass.Constexpr = False,
     ):
         """This consumer's half of dQ of the row block in `state`, added to global memory.
 
-        With `gradient` the MMA of dK is issued behind it and left under way.
+        `with_gradient`: the MMA of dK is issued behind it and left under way.
         """
         acc = self.dq_tile.accumulator()
         cute.arch.mbarrier_wait(pipelines.ds + state.index, state.phase)
         ds_block = consumer.ds.stage(state.index)
         wgmma.issue(acc, ds_block, consumer.k_columns, accumulate=False)
-        if const_expr(gradient is not None):
+        if const_expr(with_gradient):
             q_block = consumer.columns.stage(state.index)
-            ds = consumer.packed
-            wgmma.issue(consumer.acc, ds, q_block, accumulate=True)
+            wgmma.issue(consumer.acc, consumer.packed, q_block, accumulate=True)
             warpgroup.wait_group(1)
         else:
             warpgroup.wait_group(0)
         pin(acc)
         if problem.turns.address != 0:
-            cute.arch.barrier(barrier_id=Barrier.TURN, number_of_threads=288)
+            cute.arch.barrier(barrier_id=Barrier.TURN, number_of_threads=TURN_THREADS)
         vectors = self.dq_tile.as_vectors(acc)
         for v in cutlass.range_constexpr(self.dq_tile.vectors):
             cute.arch.inline_ptx(
@@ -605,4 +607,4 @@ class BackwardWide:
             )
         if problem.turns.address != 0:
             cute.arch.fence_acq_rel_gpu()
-            cute.arch.barrier_arrive(barrier_id=Barrier.TURN_OVER, number_of_threads=288)
+            cute.arch.barrier_arrive(barrier_id=Barrier.TURN_OVER, number_of_threads=TURN_THREADS)

@@ -119,6 +119,9 @@ FORWARD_TILES = {
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); "softcap" if it differs from "local"."""
 
+BACKWARD_STAGES = 2
+"""Of Q, dO and dS in the backward kernels."""
+
 
 @dataclass(frozen=True)
 class BackwardConfig:
@@ -162,9 +165,9 @@ class BackwardConfig:
     def shared_memory_bytes(self) -> int:
         """Barriers and row statistics (padded), Q, dO, K, V, dS, and dQ in float32."""
         dims = self.head_dim + self.head_dim_v
-        queries, keys = STAGES * self.tile_m * 2 * dims, self.tile_n * 2 * dims
-        ds, dq = STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
-        statistics = STAGES * 2 * 4 * self.tile_m
+        queries, keys = BACKWARD_STAGES * self.tile_m * 2 * dims, self.tile_n * 2 * dims
+        ds, dq = BACKWARD_STAGES * self.tile_m * 2 * self.tile_n, self.tile_m * 4 * self.head_dim
+        statistics = BACKWARD_STAGES * 2 * 4 * self.tile_m
         return -(-(256 + statistics) // 1024) * 1024 + queries + keys + ds + dq
 
 
@@ -205,14 +208,12 @@ class WideBackwardConfig:
     @property
     def shared_memory_bytes(self) -> int:
         """Barriers and row statistics (padded), Q, dO, K, V, dS, and P in float32."""
-        inputs = (STAGES * self.tile_m + self.tile_n) * 2 * (self.head_dim + self.head_dim_v)
-        scores = self.tile_m * self.tile_n * (STAGES * 2 + 4)
-        statistics = STAGES * 2 * 4 * self.tile_m
+        inputs = (
+            (BACKWARD_STAGES * self.tile_m + self.tile_n) * 2 * (self.head_dim + self.head_dim_v)
+        )
+        scores = self.tile_m * self.tile_n * (BACKWARD_STAGES * 2 + 4)
+        statistics = BACKWARD_STAGES * 2 * 4 * self.tile_m
         return -(-(256 + statistics) // 1024) * 1024 + inputs + scores
-
-
-STAGES = 2
-"""Of Q, dO and dS in the backward kernels."""
 
 
 BACKWARD_TILES = {

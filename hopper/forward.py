@@ -17,7 +17,7 @@ Roles      warpgroup 0     producer; its first warp issues every load, the other
 Pipelines  name  stages  full                   empty: 4 W arrivals, one a consumer warp
            Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been read by its store
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
-           tile  2       1 arrival              when read: the number of the next tile
+           tile  2       1 arrival              at the end of the tile that it describes
 
 Timeline   of consumer w and tile, key blocks j from last to first ("token": named barrier TURN + w)
 
@@ -53,7 +53,6 @@ import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.arithmetic import minimum
@@ -71,6 +70,7 @@ from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, sc
 from hopper_attention.cute_kernels.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.tile_queue import TileQueue
 from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
+from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardConfig
@@ -89,11 +89,9 @@ from hopper_attention.hopper.forward_parts import (
     state_after,
 )
 from hopper_attention.hopper.output import Output
+from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_stage, partition, permute
 from hopper_attention.hopper.turns import Barrier, Turns, consumer_warpgroup
-
-DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
-
 
 GATHERS = 4
 """Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
@@ -109,20 +107,10 @@ class Forward:
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
-        n = 128 // self.dtype.width
-
-        def operand():
-            shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=n))
-            stride = (*(cute.sym_int64(divisibility=n) for _ in range(3)), 1)
-            return make_fake_tensor(self.dtype, shape, stride, assumed_align=16)
-
-        lse_shape = tuple(cute.sym_int32() for _ in range(3))
-        lse_stride = (cute.sym_int64(), cute.sym_int64(), 1)
-        lse = make_fake_tensor(Float32, lse_shape, lse_stride, assumed_align=4)
         softcap = Float32(1.0) if self.cfg.softcap else None
         window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
         lengths = (Int64(0),) * 4 + (Int32(1),) * 2 if self.cfg.varlen else (None,) * 6
-        operands = (operand(), operand(), operand(), operand(), lse)
+        operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
         rest = (Int32(0), Int64(0), Int32(1))
         return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *rest)
 
@@ -346,7 +334,7 @@ class Forward:
     def produce(
         self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, scheduler: Any
     ):
-        """Producer warp: the loads of tile after tile, and their numbers for the consumers."""
+        """Producer warp: the loads of tile after tile, and what each tile is for the consumers."""
         q_state, k_state, tile_state = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
             for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
@@ -615,28 +603,14 @@ class Forward:
 
     @cute.jit
     def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):
-        """Zero the rows from `valid` of a V stage: P is 0 there, but 0 * NaN would not be.
-
-        Behind a packed sequence lies the next one, behind the used rows whatever there is.
-        """
+        """Rows of a stage of V behind the last key, of which P is 0."""
         cfg = self.cfg
+        tile = (cfg.tile_n, cfg.head_dim_v)
         if valid < cfg.tile_n:
             pipe.consumer_wait(state)
-            # A row of one swizzle span is contiguous, and swizzling permutes only within it.
-            span = self.output.span
-            vectors = span // 8
-            start = v_start + state.index * (cfg.tile_n * cfg.head_dim_v)
-            zeros = cute.make_rmem_tensor((8,), self.dtype)
-            zeros.fill(0.0)
-            threads = 128 * cfg.warpgroups
-            thread = cute.arch.thread_idx()[0] - 128
-            for i in cutlass.range(thread, cfg.tile_n * (cfg.head_dim_v // 8), threads, unroll=1):
-                row = i // vectors % cfg.tile_n
-                if row >= valid:
-                    place = (start + i * 8).align(16)
-                    cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(8)))
-            cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=threads)
+            start = v_start + state.index * (tile[0] * tile[1])
+            thread, threads = cute.arch.thread_idx()[0] - 128, 128 * cfg.warpgroups
+            clear_tail(start, tile, self.output.span, valid, thread, threads, Barrier.CONSUMERS)
 
     @cute.jit
     def read_sinks(self, mmas: Mmas, problem: Problem, work: Work) -> cute.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import cpasync, warp
 from hopper_attention.cute_kernels.fragments import PackedFragment, rows_and_columns
 from hopper_attention.hopper.config import ForwardConfig
 from hopper_attention.hopper.forward_parts import (
@@ -16,6 +16,7 @@ from hopper_attention.hopper.forward_parts import (
     consumer_thread,
     coordinates_of,
 )
+from hopper_attention.hopper.row_store import swizzle_atom, widest_span
 from hopper_attention.hopper.tma import partition
 
 
@@ -28,8 +29,8 @@ class Output:
 
     @property
     def span(self) -> int:
-        """Columns of one swizzle span: of 128 or 64 bytes."""
-        return 64 if self.cfg.head_dim_v % 64 == 0 else 32
+        """Columns of one swizzle span."""
+        return widest_span(self.cfg.head_dim_v)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -39,20 +40,17 @@ class Output:
     def layout(self):
         """(tile_m, dv, stages) in shared memory."""
         cfg = self.cfg
-        o = cute.tile_to_shape(self.swizzle(), (cfg.tile_m, cfg.head_dim_v), (0, 1))
+        o = cute.tile_to_shape(
+            swizzle_atom(self.dtype, self.span), (cfg.tile_m, cfg.head_dim_v), (0, 1)
+        )
         # Over Q its stages are as far apart as Q's, which may be wider.
         stages, width = (cfg.q_stages, cfg.head_dim) if cfg.output_over_q else (1, cfg.head_dim_v)
         shape, stride = (*o.outer.shape, stages), (*o.outer.stride, cfg.tile_m * width)
         return cute.make_composed_layout(o.inner, o.offset, cute.make_layout(shape, stride=stride))
 
-    def swizzle(self):
-        kinds = warpgroup.SmemLayoutAtomKind
-        kind = kinds.K_SW128 if self.span == 64 else kinds.K_SW64
-        return warpgroup.make_smem_layout_atom(kind, self.dtype)
-
     def tma(self, mO: cute.Tensor) -> cpasync.TmaInfo:
         """For O (seqlen_q, dv, heads, batch)."""
-        layout = cute.tile_to_shape(self.swizzle(), self.tile, (0, 1))
+        layout = cute.tile_to_shape(swizzle_atom(self.dtype, self.span), self.tile, (0, 1))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, layout, self.tile)
 
     @cute.jit

@@ -98,12 +98,12 @@ class Preprocess:
                 if lane == 0:
                     lse, delta = Float32.inf, Float32(0.0)
                     if place <= last:
-                        delta = -total
-                        if with_dlse != 0:
-                            delta += mdLSE[entry, head, place]
                         natural = mLSE[entry, head, place]
+                        # A row without keys or sink may have NaN as dLSE: that of log(0).
                         if natural != -Float32.inf:
-                            lse = natural * LOG2_E
+                            lse, delta = natural * LOG2_E, -total
+                            if with_dlse != 0:
+                                delta += mdLSE[entry, head, place]
                     lse_saved[entry, head, first + here] = lse
                     delta_saved[entry, head, first + here] = delta
                 self.clear(dq_saved[entry, head, first + here, None], lane)

@@ -19,6 +19,8 @@ from torch import Tensor
 Shape = Sequence[int]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256
+MAX_SINK = 1e38
+"""Times log2(e) it must fit float32."""
 ALIGNMENT = 8
 """Elements of 16 bytes."""
 UNBOUNDED = 1 << 30
@@ -57,6 +59,10 @@ class Lengths:
 
     cu_seqlens: Tensor | None = None
     seqused: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.cu_seqlens is not None or self.seqused is not None
 
 
 WHOLE = Lengths()
@@ -319,6 +325,9 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(f"learnable_sink is on {learnable_sink.device}, q is on {q.device}")
     if not learnable_sink.dtype.is_floating_point:
         raise ValueError(f"learnable_sink has dtype {learnable_sink.dtype}; expected a float type")
-    if learnable_sink.is_cpu and not (learnable_sink < torch.inf).all():
-        raise ValueError("learnable_sink must be finite or -inf")
+    if (
+        learnable_sink.is_cpu
+        and not ((learnable_sink.abs() <= MAX_SINK) | (learnable_sink == -torch.inf)).all()
+    ):
+        raise ValueError(f"learnable_sink must be -inf or between -{MAX_SINK:g} and {MAX_SINK:g}")
     return learnable_sink.float().contiguous()

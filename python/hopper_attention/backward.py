@@ -38,8 +38,7 @@ class Saved:
 
     @property
     def varlen(self) -> bool:
-        lengths = (self.queries, self.keys)
-        return any(x.cu_seqlens is not None or x.seqused is not None for x in lengths)
+        return self.queries.given or self.keys.given
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,11 @@ def run(
     given = (("q", saved.q), ("k", saved.k), ("v", saved.v))
     q, k, v = (arguments.addressable(name, x) for name, x in given)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass.
-    nothing = q.numel() * k.numel() * v.numel() == 0
-    if nothing or not q.is_cuda or saved.queries.seqused is not None:
+    nothing = q.numel() * k.numel() * v.numel() == 0 or saved.sequences == 0
+    # Rows of no sequence, which no kernel writes.
+    if nothing or saved.queries.given:
         dq.zero_()
-    if nothing or not q.is_cuda or saved.keys.seqused is not None:
+    if nothing or saved.keys.given:
         dk.zero_()
         dv.zero_()
     if nothing:
@@ -163,8 +162,12 @@ def _sink_gradient_without_keys(saved: Saved, dlse: Tensor | None) -> Tensor | N
         return None
     if dlse is None:
         return torch.zeros_like(saved.sink)
-    dlse = torch.where(_as_entry(saved.lse, 3) == -torch.inf, 0.0, _as_entry(dlse, 3))
-    return dlse.float().sum(dim=(0, 2))
+    lse = _as_entry(saved.lse, 3)
+    counted = lse != -torch.inf
+    if saved.queries.cu_seqlens is not None:  # behind the last sequence lse is undefined
+        rows = torch.arange(lse.shape[-1], device=lse.device)
+        counted &= rows < saved.queries.cu_seqlens[-1]
+    return torch.where(counted, _as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))
 
 
 def _vectors(tensor: Tensor) -> Tensor:

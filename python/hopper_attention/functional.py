@@ -61,8 +61,9 @@ def flash_attn_func(
         window_size: (left, right): query i sees keys from a - left to a + right.  -1 or None:
             unbounded.  With `causal`, right is 0.
         attention_chunk: if not 0, query i sees only keys of its chunk: those j with
-            j // attention_chunk == a // attention_chunk.
-        softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling; up to 4096.
+            j // attention_chunk == max(a, 0) // attention_chunk.
+        softcap: if not 0, scores become softcap * tanh(score / softcap) after scaling; from 1e-6
+            to 4096.
         num_splits: 0 (chosen by the library) or 1; the forward kernel does not split keys.
         deterministic: gradients have the same bits in every run, at some cost; implied by
             torch.use_deterministic_algorithms.  Forward is always deterministic.
@@ -71,8 +72,9 @@ def flash_attn_func(
         sm_margin: multiprocessors that forward leaves to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
-            finite or -inf.
-        out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others.
+            up to 1e38, or -inf.
+        out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others;
+            without gradients.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
@@ -82,7 +84,8 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, qv, descales, num_splits > 1; a GPU that is not sm_90.
+            dims, qv, descales, num_splits > 1, gradients of float32 results; a GPU that is not
+            sm_90.
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
@@ -144,7 +147,7 @@ def flash_attn_varlen_func(
     Returns:
         out in q's layout, and if asked for lse (heads, total_q), or (batch, heads, seqlen_q) for an
         unpacked q.  Rows that seqused_q leaves out are 0 and -inf; packed rows behind the last
-        sequence are undefined on a GPU.
+        sequence are undefined on a GPU; their gradients are 0.
 
     Raises:
         As `flash_attn_func`.  The values of the index tensors are checked on the CPU; on a GPU only
@@ -519,10 +522,10 @@ def _forward(
     }
     given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
-    batch = batch or q.shape[0]  # unpacked, then
-    scalars = plan.scalars_with(numbers | {"num_sequences": batch})
+    sequences = batch if plan.varlen else q.shape[0]
+    scalars = plan.scalars_with(numbers | {"num_sequences": sequences})
     views = [*(_as_entry(x, 4) for x in (q, k, v, stored)), _as_entry(lse, 3)]
-    if out.numel() > 0 and (batch > 0 or not plan.varlen):
+    if out.numel() > 0 and sequences > 0:
         pointees = tuple(given.values())
         runtime.launch(backend, plan.instance, views, scalars, pointees, sm_margin)
     return out, lse

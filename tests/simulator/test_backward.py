@@ -223,6 +223,30 @@ def test_used_lengths():
         assert all((g[b, used:] == 0).all() for g, used in zip(gradients, (n, m, m)))
 
 
+def test_packed_tensors_without_sequences():
+    """Nothing is looked up or computed; gradients of rows of no sequence are 0."""
+    nothing = torch.zeros(1, dtype=torch.int32)
+    inputs = leaves([x[0] for x in random_inputs(Shape(1, 5, 5, 2, 1), 64, torch.bfloat16)])
+    with simulator.enabled():
+        out = flash_attn_varlen_func(*inputs, nothing, nothing, 5, 5)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert (out == 0).all() and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
+    """log(exp(-inf) + exp(-inf)) has NaN as gradient, where results without keys are merged."""
+    q, k, v = leaves(random_inputs(Shape(1, 20, 10, 2, 2), 64, torch.bfloat16))
+    with simulator.enabled():
+        out, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+        dlse = torch.zeros_like(lse)
+        expected = torch.autograd.grad((out, lse), (q, k, v), (out, dlse), retain_graph=True)
+        dlse[..., :10] = value
+        found = torch.autograd.grad((out, lse), (q, k, v), (out, dlse))
+    assert all(g.isfinite().all() for g in found)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
 DETERMINISTIC = {
     "gqa": (64, Shape(1, 260, 400, 2, 1), {"causal": True}),
     "local": (96, Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}),

@@ -117,6 +117,7 @@ OPTIONS = [
     (TypeError, {"softcap": torch.ones(2)}),
     (ValueError, {"softcap": 1e6}),
     (ValueError, {"learnable_sink": torch.full((4,), torch.inf)}),
+    (ValueError, {"learnable_sink": torch.full((4,), -2e38)}),
     (ValueError, {"learnable_sink": torch.ones(4).to_sparse()}),
     (ValueError, {"softcap": -1.0}),
     (ValueError, {"softcap": float("inf")}),
