@@ -474,7 +474,8 @@ class Forward:
         queue.release(state_after(count, TILE_STAGES))
         if late:
             self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
-        self.output.finish()  # shared memory is not the block's any more when it ends
+        if const_expr(not cfg.output_over_q):  # else the last release has waited
+            self.output.finish()  # shared memory is not the block's any more when it ends
 
     @cute.jit
     def attend(

@@ -243,8 +243,11 @@ def test_snippet(runner, body, old, new, expected):
 
 
 @needs_dsl
-def test_forward_kernel():
-    """Every wait for products, commit, arrival and fence of the forward kernel."""
+def test_forward_kernel(monkeypatch):
+    """Every wait for products, commit, arrival and fence of the forward kernel, two tiles a block.
+
+    With one, Q's buffer would not be used again after O was stored from it.
+    """
     import torch
 
     from hopper_attention import manifest
@@ -252,8 +255,9 @@ def test_forward_kernel():
     name = "fwd_bf16_d128"
     if name not in manifest.instances():
         pytest.skip(f"{name} is not built")
-    from hopper_attention import flash_attn_func
+    from hopper_attention import flash_attn_func, runtime
 
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
     path = manifest.ptx_path(name)
     text = path.read_text()
     kinds = (

@@ -24,7 +24,7 @@ arguments = [tensor.argument() for tensor in tensors]
 
 def launch(device, stream=0):
     try:
-        _cuda.launch(NAME, device, stream, arguments, [0.125, 0, 0, 132])
+        _cuda.launch(NAME, device, stream, arguments, [0.125, 0, 0, 0, 132])
     except RuntimeError as error:
         print(error, flush=True)
 

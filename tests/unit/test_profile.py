@@ -328,7 +328,7 @@ def test_import_a_csv(tmp_path):
         (["-w", "nope"], "unknown workload"),
         (["-w", "h200"], "is 20 problems; name one of"),
         (["-w", "decode_paged/*b1_s1024"], "no compiled kernel runs"),
-        (["-w", "fa3/backward_bf16_d64_b1_s16384"], "no compiled kernel runs"),
+        (["-w", "fa3/backward_bf16_d64_b1_s16384"], "there is no GPU here"),
         (["--import", "none.ncu-rep"], "none.ncu-rep: No such file"),
     ],
 )
