@@ -96,7 +96,9 @@ def flash_attn_func(
     options = Options.of(softmax_scale, causal, window_size, attention_chunk, softcap)
     arguments.check_tensors(q, k, v)
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    layout = Layout(pack_gqa=pack_gqa, out_dtype=out_dtype)
+    layout = DENSE
+    if pack_gqa is not None or out_dtype is not None:
+        layout = Layout(pack_gqa=pack_gqa, out_dtype=out_dtype)
     plan = _make_plan(shapes, dtypes, options, layout)
     sink = arguments.resolve_sink(learnable_sink, q)
     out, lse = _attend(plan, q, k, v, sink, sm_margin, deterministic)
@@ -308,6 +310,10 @@ class Layout(NamedTuple):
     out_dtype: torch.dtype | None = None
 
 
+DENSE = Layout()
+"""Made once: it is what most calls have."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
@@ -425,8 +431,9 @@ def _attend(
     batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable if anything requires grad."""
-    inputs = (q, k, v) if sink is None else (q, k, v, sink)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    wanted = wanted or (sink is not None and sink.requires_grad)
+    if not (wanted and torch.is_grad_enabled()):
         return _forward(plan, q, k, v, sink, sm_margin, queries, keys, batch)
     if plan.out_dtype != q.dtype:
         raise NotImplementedError(
