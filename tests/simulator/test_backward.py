@@ -88,12 +88,15 @@ def test_matches_fp64_for_every_schedule(instance, shape, number):
 
 
 @pytest.mark.parametrize("instance", backward_instances(varlen=True))
-def test_packed_sequences_match_fp64(instance):
+def test_packed_sequences_match_fp64_for_every_schedule(instance):
     q, k, v = packed_inputs(instance, LENGTHS)
     arguments = arguments_for(instance, len(instance))
-    function = packed(LENGTHS)
-    dout, gradients = differentiate(function, q, k, v, 1 + len(instance) % 3, **arguments)
-    check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+    results = []
+    for seed in (0, 1 + len(instance) % 3):
+        dout, gradients = differentiate(packed(LENGTHS), q, k, v, seed, **arguments)
+        check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+        results.append(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
 
 def test_more_sequences_than_lanes():
@@ -231,6 +234,19 @@ def test_packed_tensors_without_sequences():
         out = flash_attn_varlen_func(*inputs, nothing, nothing, 5, 5)
         gradients = torch.autograd.grad(out.sum(), inputs)
     assert (out == 0).all() and all((g == 0).all() for g in gradients)
+
+
+def test_rows_behind_the_last_sequence_have_no_gradient():
+    lengths = ((10, 20), (15, 5))
+    inputs = leaves([x[0] for x in random_inputs(Shape(1, 40, 40, 2, 1), 64, torch.bfloat16)])
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        with simulator.enabled():
+            out = packed(lengths)(*inputs)
+            gradients = torch.autograd.grad(out.sum(), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(g[:25].isfinite().all() and (g[25:] == 0).all() for g in gradients)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
