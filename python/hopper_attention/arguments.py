@@ -100,6 +100,16 @@ def check_dtypes(*dtypes: torch.dtype) -> None:
             raise ValueError(f"{name} has dtype {dtype}, q has {dtypes[0]}")
 
 
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """In autocast's dtype where autocast is on, as PyTorch's own attention has them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    narrower = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t.dtype in narrower else t for t in tensors]
+
+
 def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -> None:
     """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) where packed."""
     for name, shape, packed in (("q", q, packed_q), ("k", k, packed_k), ("v", v, packed_k)):
@@ -107,7 +117,7 @@ def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -
             form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
             raise ValueError(f"{name} has shape {tuple(shape)}; expected {form}")
     for name, shape in (("q", q), ("k", k), ("v", v)):
-        if max(shape[:-2]) >= UNBOUNDED:
+        if any(rows >= UNBOUNDED for rows in shape[:-2]):
             raise ValueError(f"{name} has shape {tuple(shape)}; at most {UNBOUNDED - 1} rows")
     if not packed_q and not packed_k:
         for name, shape in (("k", k), ("v", v)):
@@ -131,17 +141,28 @@ def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -
             )
 
 
+Description = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""A tensor's address, shape and strides, as the extension takes them."""
+
+
+def described(name: str, tensor: Tensor) -> Description:
+    """Of the tensor as `addressable` makes it."""
+    address, strides = tensor.data_ptr(), tensor.stride()
+    outer_bits = strides[0] | strides[1] | strides[-2]  # of three or four dimensions
+    if strides[-1] == 1 and not (outer_bits % ALIGNMENT or address % 16):
+        return address, tensor.shape, strides
+    tensor = addressable(name, tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def addressable(name: str, tensor: Tensor) -> Tensor:
     """The tensor as TMA can address it: contiguous rows, everything else in steps of 16 bytes.
 
     That goes for strides which an extent of 1 leaves unused, too: those are replaced.
     """
-    strides = tensor.stride()
-    outer_bits = strides[0] | strides[1] | strides[-2]  # of three or four dimensions
-    if strides[-1] == 1 and not (outer_bits % ALIGNMENT or tensor.data_ptr() % 16):
-        return tensor
-    *outer, last = strides
-    if tensor.numel() == 0:
+    *outer, last = tensor.stride()
+    aligned = all(stride % ALIGNMENT == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
+    if (last == 1 and aligned) or tensor.numel() == 0:
         return tensor
     if last != 1:
         raise ValueError(
@@ -198,35 +219,66 @@ def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
 class Options(NamedTuple):
     """The scalar arguments as plain values: equal calls have equal options, and a hash.
 
-    A tuple, since it is made and hashed at every call: a frozen dataclass costs 2 us more.
+    In the order of the library ops' scalar arguments.  A tuple, since it is made and hashed at
+    every call: a frozen dataclass costs 2 us more.
     """
 
     softmax_scale: float | None
     causal: bool
-    window_size: tuple[int, int]
+    window_left: int
+    window_right: int
+    """-1: unbounded."""
     attention_chunk: int
     softcap: float
+    """0: none."""
+    max_seqlen_q: int | None
+    """An upper bound for packed queries, for `pack_gqa`; None: the tensor's rows."""
+    pack_gqa: bool | None
+    out_dtype: torch.dtype | None
+    sm_margin: int
+    deterministic: bool
 
     @staticmethod
     def of(
-        softmax_scale: Any, causal: Any, window_size: Any, attention_chunk: Any, softcap: Any
+        softmax_scale: Any,
+        causal: Any,
+        window_size: Any,
+        attention_chunk: Any,
+        softcap: Any,
+        max_seqlen_q: Any,
+        pack_gqa: Any,
+        out_dtype: Any,
+        sm_margin: Any,
+        deterministic: Any,
     ) -> Options:
-        scale = None
+        """Raises TypeError or ValueError that names the argument."""
         if softmax_scale is not None:
-            scale = real("softmax_scale", softmax_scale, SCALE_RANGE)
-        window = (-1, -1)
+            softmax_scale = real("softmax_scale", softmax_scale, SCALE_RANGE)
+        left = right = -1
         if type(window_size) is not tuple or window_size != (-1, -1):
-            window = _window(window_size)
-        no_cap = isinstance(softcap, Real) and not isinstance(softcap, bool) and softcap == 0
+            left, right = _window(window_size)
+        if type(softcap) is not float or softcap != 0.0:
+            no_cap = isinstance(softcap, Real) and not isinstance(softcap, bool) and softcap == 0
+            softcap = 0.0 if no_cap else real("softcap", softcap, SOFTCAP_RANGE)
+        if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+            raise TypeError(f"out_dtype: expected a torch.dtype, got {_shown(out_dtype)}")
         return Options(
-            scale,
+            softmax_scale,
             flag("causal", causal),
-            window,
+            left,
+            right,
             integer("attention_chunk", attention_chunk, 0),
-            0.0 if no_cap else real("softcap", softcap, SOFTCAP_RANGE),
+            softcap,
+            max_seqlen_q,
+            None if pack_gqa is None else flag("pack_gqa", pack_gqa),
+            out_dtype,
+            integer("sm_margin", sm_margin, 0, MAX_SM_MARGIN),
+            flag("deterministic", deterministic) or torch.are_deterministic_algorithms_enabled(),
         )
 
 
+MAX_SM_MARGIN = 100
+"""Every sm_90 GPU has more multiprocessors."""
 SCALE_RANGE = (1e-30, 1e30)
 """What float32 holds with room for the scores."""
 SOFTCAP_RANGE = (1e-6, 4096.0)
@@ -281,9 +333,8 @@ def _window(window_size: Any) -> tuple[int, int]:
 
 def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask:
     """The least mask that hides the same; the bounds may exceed the sequences' true lengths."""
-    (left, right), chunk = options.window_size, options.attention_chunk
-    if options.causal:
-        right = 0
+    left, chunk = options.window_left, options.attention_chunk
+    right = 0 if options.causal else options.window_right
     left_hides = 0 <= left < max_seqlen_k - 1
     right_hides = options.causal or 0 <= right < max_seqlen_q - 1
     return Mask(
@@ -293,11 +344,9 @@ def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask
     )
 
 
-def resolve_out_dtype(out_dtype: Any, dtype: torch.dtype) -> torch.dtype:
+def resolve_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     if out_dtype is None or out_dtype == dtype:
         return dtype
-    if not isinstance(out_dtype, torch.dtype):
-        raise TypeError(f"out_dtype: expected a torch.dtype, got {_shown(out_dtype)}")
     if out_dtype != torch.float32:
         raise NotImplementedError(
             f"out_dtype={out_dtype} is not supported with inputs of {dtype}; use {dtype} or "
@@ -306,17 +355,25 @@ def resolve_out_dtype(out_dtype: Any, dtype: torch.dtype) -> torch.dtype:
     return out_dtype
 
 
+def check_differentiable(out_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    if out_dtype != dtype:
+        raise NotImplementedError(
+            f"out_dtype={out_dtype} is not differentiable yet; leave it at {dtype}, or call under "
+            "torch.no_grad()"
+        )
+
+
 def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
     """A float32 score for each head."""
     if learnable_sink is None:
         return None
-    heads = q.shape[-2]
-    if isinstance(learnable_sink, Tensor) and learnable_sink.layout is not torch.strided:
-        raise ValueError("learnable_sink: expected a plain tensor, not a sparse one")
     if not isinstance(learnable_sink, Tensor):
         kind = type(learnable_sink).__name__
         raise TypeError(f"learnable_sink: expected a torch.Tensor, got {kind}")
-    if tuple(learnable_sink.shape) != (heads,):
+    if learnable_sink.layout is not torch.strided:
+        raise ValueError("learnable_sink: expected a plain tensor, not a sparse one")
+    heads = q.shape[-2]
+    if learnable_sink.dim() != 1 or learnable_sink.shape[0] != heads:
         shape = tuple(learnable_sink.shape)
         raise ValueError(
             f"learnable_sink has shape {shape}; expected ({heads},), one for each head"
@@ -325,9 +382,12 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(f"learnable_sink is on {learnable_sink.device}, q is on {q.device}")
     if not learnable_sink.dtype.is_floating_point:
         raise ValueError(f"learnable_sink has dtype {learnable_sink.dtype}; expected a float type")
-    if (
-        learnable_sink.is_cpu
-        and not ((learnable_sink.abs() <= MAX_SINK) | (learnable_sink == -torch.inf)).all()
-    ):
-        raise ValueError(f"learnable_sink must be -inf or between -{MAX_SINK:g} and {MAX_SINK:g}")
     return learnable_sink.float().contiguous()
+
+
+def check_sink_values(sink: Tensor | None) -> None:
+    """On the CPU; a GPU would have to be waited for."""
+    if sink is None or not sink.is_cpu:
+        return
+    if not ((sink.abs() <= MAX_SINK) | (sink == -torch.inf)).all():
+        raise ValueError(f"learnable_sink must be -inf or between -{MAX_SINK:g} and {MAX_SINK:g}")

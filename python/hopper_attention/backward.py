@@ -1,4 +1,4 @@
-"""Gradients by the kernels: workspace, three launches, and the gradient of the sinks.
+"""Gradients by the reference, or by the kernels: workspace, three launches, the sinks' gradient.
 
 `Preprocess` reduces dO * O and clears the workspace for dQ, `Backward` makes dK and dV and adds up
 dQ, `Postprocess` scales and rounds it.  The workspace's layout: cute_kernels/workspace.py.
@@ -12,33 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, runtime
-from hopper_attention.arguments import Lengths
+from hopper_attention import arguments, dispatch, reference, runtime
 from hopper_attention.dispatch import BackwardInstances
+from hopper_attention.plan import Inputs, Plan
 from hopper_attention.ranges import annotated
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Of q, k, v and the sinks."""
 
 ROWS = 128
 """A sequence's rows start at a multiple of it in the workspace (cute_kernels/workspace.py)."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What forward had and made, as the public functions have it; `sink` is float32."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor
-    sink: Tensor | None
-    queries: Lengths
-    keys: Lengths
-    sequences: int
-    """How many there are; batch entries if they are not packed."""
-
-    @property
-    def varlen(self) -> bool:
-        return self.queries.given or self.keys.given
 
 
 @dataclass(frozen=True)
@@ -51,12 +34,11 @@ class Workspace:
     turns: Tensor | None
 
     @staticmethod
-    def like(
-        q: Tensor, instances: BackwardInstances, saved: Saved, deterministic: bool
-    ) -> Workspace:
-        shape = statistics_shape(q, saved.sequences, saved.queries.cu_seqlens is not None)
+    def like(inputs: Inputs, instances: BackwardInstances, deterministic: bool) -> Workspace:
+        q, packed = inputs.q, inputs.queries.cu_seqlens is not None
+        shape = statistics_shape(q, inputs.sequences, packed)
         float32 = torch.float32
-        if saved.varlen:  # gaps between sequences are read for the sinks
+        if inputs.varlen:  # gaps between sequences are read for the sinks
             lse = q.new_full(shape, torch.inf, dtype=float32)
             delta = q.new_zeros(shape, dtype=float32)
         else:
@@ -95,43 +77,60 @@ def workspace_bytes(
 
 @annotated("backward")
 def run(
+    plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> Gradients:
+    """On whatever q's device has; `out` and `lse` may belong to more keys than `inputs` holds.
+
+    Then these are the gradients' shares of the keys at hand, as ring attention needs them.
+    """
+    backend = runtime.backend_for(inputs.q)
+    if backend is runtime.Backend.REFERENCE:
+        q, k, v, sink, queries, keys = inputs
+        return reference.gradients(
+            q, k, v, dout, dlse, out=out, lse=lse, softmax_scale=plan.scale, mask=plan.mask,
+            softcap=plan.softcap, sink=sink, queries=queries, keys=keys,
+        )  # fmt: skip
+    return _run_kernels(backend, plan, inputs, out, lse, dout, dlse)
+
+
+def _run_kernels(
     backend: runtime.Backend,
-    instances: BackwardInstances,
-    saved: Saved,
-    values: dict[str, float | int],
+    plan: Plan,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dsink); `values` are the scalar arguments of the kernels by name."""
-    given = (("q", saved.q), ("k", saved.k), ("v", saved.v))
+) -> Gradients:
+    instances = plan.backward_instances(inputs.q, inputs.v)
+    given = (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
     q, k, v = (arguments.addressable(name, x) for name, x in given)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    nothing = q.numel() * k.numel() * v.numel() == 0 or saved.sequences == 0
+    nothing = q.numel() * k.numel() * v.numel() == 0 or inputs.sequences == 0
     # Rows of no sequence, which no kernel writes.
-    if nothing or saved.queries.given:
+    if nothing or inputs.queries.given:
         dq.zero_()
-    if nothing or saved.keys.given:
+    if nothing or inputs.keys.given:
         dk.zero_()
         dv.zero_()
     if nothing:
-        return dq, dk, dv, _sink_gradient_without_keys(saved, dlse)
-    dout, out = _vectors(dout), _vectors(saved.out)
+        return dq, dk, dv, _sink_gradient_without_keys(inputs, lse, dlse)
+    dout, out = _vectors(dout), _vectors(out)
     dlse = None if dlse is None else dlse.float().contiguous()
-    workspace = Workspace.like(q, instances, saved, deterministic)
+    workspace = Workspace.like(inputs, instances, plan.deterministic)
     pointers = {
-        "cu_seqlens_q": saved.queries.cu_seqlens,
-        "cu_seqlens_k": saved.keys.cu_seqlens,
-        "seqused_q": saved.queries.seqused,
-        "seqused_k": saved.keys.seqused,
+        "cu_seqlens_q": inputs.queries.cu_seqlens,
+        "cu_seqlens_k": inputs.keys.cu_seqlens,
+        "seqused_q": inputs.queries.seqused,
+        "seqused_k": inputs.keys.seqused,
         "dq_semaphore": workspace.turns,
     }
     present = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     values = {
-        **values,
+        **plan.values,
         **dict.fromkeys(pointers, 0),
         **{name: tensor.data_ptr() for name, tensor in present.items()},
-        "num_sequences": saved.sequences,
+        "num_sequences": inputs.sequences,
         "with_dlse": int(dlse is not None),
     }
 
@@ -140,7 +139,7 @@ def run(
         runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
 
     q, k, v, dout, out = (_as_entry(x, 4) for x in (q, k, v, dout, out))
-    lse = _as_entry(saved.lse, 3)
+    lse = _as_entry(lse, 3)
     statistics = (workspace.lse, workspace.delta)
     dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
     launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
@@ -150,23 +149,23 @@ def run(
     launch(instances.main, (q, k, v, dout, *statistics, tiles, *gradients))
     launch(instances.postprocess, (tiles, _as_entry(dq, 4)))
     dsink = None
-    if saved.sink is not None:
-        probability = torch.exp2(saved.sink[None, :, None] * math.log2(math.e) - workspace.lse)
+    if inputs.sink is not None:
+        probability = torch.exp2(inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse)
         dsink = (probability * workspace.delta).sum(dim=(0, 2))
     return dq, dk, dv, dsink
 
 
-def _sink_gradient_without_keys(saved: Saved, dlse: Tensor | None) -> Tensor | None:
+def _sink_gradient_without_keys(inputs: Inputs, lse: Tensor, dlse: Tensor | None) -> Tensor | None:
     """Then a row's LSE is its sink."""
-    if saved.sink is None:
+    if inputs.sink is None:
         return None
     if dlse is None:
-        return torch.zeros_like(saved.sink)
-    lse = _as_entry(saved.lse, 3)
+        return torch.zeros_like(inputs.sink)
+    lse = _as_entry(lse, 3)
     counted = lse != -torch.inf
-    if saved.queries.cu_seqlens is not None:  # behind the last sequence lse is undefined
+    if inputs.queries.cu_seqlens is not None:  # behind the last sequence lse is undefined
         rows = torch.arange(lse.shape[-1], device=lse.device)
-        counted &= rows < saved.queries.cu_seqlens[-1]
+        counted &= rows < inputs.queries.cu_seqlens[-1]
     return torch.where(counted, _as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))
 
 

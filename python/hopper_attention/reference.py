@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from hopper_attention.arguments import FULL, WHOLE, Lengths, Mask
 
-QUERY_BLOCK = 1024
-"""Queries scored at once: bounds memory at QUERY_BLOCK * seqlen_k scores a head."""
+SCORES = 1 << 25
+"""How many are held at once, so that memory stays bounded."""
 
 
 def attention(
@@ -40,23 +41,19 @@ def attention(
     out = q.new_zeros((*rows, heads, v.shape[-1]), dtype=out_dtype)
     lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
     lse = q.new_full(lse_shape, -torch.inf, dtype=compute_dtype)
-    group = heads // k.shape[-2]
     for b in range(_sequences(q, queries)):
         at_q, at_k = _rows(q, queries, b), _rows(k, keys, b)
-        for h in range(heads):
-            key, value = k[at_k][:, h // group], v[at_k][:, h // group]
-            head_out, head_lse = _one_head(
-                q[at_q][:, h].to(compute_dtype),
-                key.to(compute_dtype),
-                value.to(compute_dtype),
-                softmax_scale,
-                mask,
-                softcap,
-                None if sink is None else sink[h].to(compute_dtype),
-            )
-            out[at_q][:, h] = head_out.to(out_dtype)
-            head_rows = (h, at_q) if len(rows) == 1 else (b, h, at_q[1])
-            lse[head_rows] = head_lse
+        out_rows, lse_rows = _one_sequence(
+            q[at_q].to(compute_dtype),
+            k[at_k].to(compute_dtype),
+            v[at_k].to(compute_dtype),
+            softmax_scale,
+            mask,
+            softcap,
+            None if sink is None else sink.to(compute_dtype),
+        )
+        out[at_q] = out_rows.to(out_dtype)
+        _rows_of_statistics(lse, at_q)[:] = lse_rows
     return out, lse
 
 
@@ -73,82 +70,51 @@ def gradients(
     sink: Tensor | None = None,
     queries: Lengths = WHOLE,
     keys: Lengths = WHOLE,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) of sum(out * dout) + sum(lse * dlse), for `attention` as above.
 
     In the inputs' dtype, or float64 if that is computed in.  Rows without keys or sink have none.
+    `out` and `lse`: what forward returned, or, for the share of these keys in the gradients, the
+    result over more keys; computed anew if not given, which is more exact than a rounded `out`.
     """
-    dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype, device=x.device) for x in (q, k, v))
-    heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
-    dsink = None if sink is None else torch.zeros(heads, dtype=compute_dtype, device=q.device)
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=compute_dtype) for x in (q, k, v))
+    dsink = None if sink is None else sink.new_zeros(sink.shape, dtype=compute_dtype)
+    if out is None or lse is None:
+        out, lse = attention(
+            q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype),
+            softmax_scale=softmax_scale, mask=mask, softcap=softcap, sink=sink, queries=queries,
+            keys=keys, compute_dtype=compute_dtype,
+        )  # fmt: skip
     for b in range(_sequences(q, queries)):
         at_q, at_k = _rows(q, queries, b), _rows(k, keys, b)
-        for h in range(heads):
-            rows = (h, at_q) if q.dim() == 3 else (b, h, at_q[1])
-            parts = _one_head_gradients(
-                q[at_q][:, h].to(compute_dtype),
-                k[at_k][:, h // group].to(compute_dtype),
-                v[at_k][:, h // group].to(compute_dtype),
-                dout[at_q][:, h].to(compute_dtype),
-                None if dlse is None else dlse[rows].to(compute_dtype),
-                softmax_scale,
-                mask,
-                softcap,
-                None if sink is None else sink[h].to(compute_dtype),
-            )
-            dq[at_q][:, h] = parts[0]
-            dk[at_k][:, h // group] += parts[1]
-            dv[at_k][:, h // group] += parts[2]
-            if dsink is not None:
-                dsink[h] += parts[3]
+        row_lse = _rows_of_statistics(lse, at_q).to(compute_dtype)
+        # sum_j p_ij dp_ij, by the chain rule; and a row's LSE moves with its scores as p does.
+        delta = -(out[at_q].to(compute_dtype) * dout[at_q].to(compute_dtype)).sum(dim=-1).T
+        if dlse is not None:
+            dlse_rows = _rows_of_statistics(dlse, at_q).to(compute_dtype)
+            delta = delta + torch.where(row_lse == -torch.inf, 0.0, dlse_rows)
+        parts = _one_sequence_gradients(
+            q[at_q].to(compute_dtype),
+            k[at_k].to(compute_dtype),
+            v[at_k].to(compute_dtype),
+            dout[at_q].to(compute_dtype),
+            row_lse,
+            delta,
+            softmax_scale,
+            mask,
+            softcap,
+        )
+        dq[at_q], dk[at_k], dv[at_k] = parts
+        if sink is not None and dsink is not None:
+            dsink += (_weights(sink.to(compute_dtype)[:, None], row_lse) * delta).sum(dim=-1)
     if compute_dtype == torch.float64:
         return dq, dk, dv, dsink
     if dsink is not None and sink is not None:
         dsink = dsink.to(sink.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
-
-
-def _one_head_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    softmax_scale: float,
-    mask: Mask,
-    softcap: float | None,
-    sink: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dsink) of one head; dsink 0 without a sink."""
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dsink = q.new_zeros(())
-    for start in range(0, len(q), QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, len(q)))
-        scores, slope = q[rows] @ k.T * softmax_scale, None
-        if softcap is not None:
-            tanh = torch.tanh(scores / softcap)
-            scores, slope = softcap * tanh, 1 - tanh.square()
-        seen = visible(mask, len(q), len(k), rows, q.device)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        lse = torch.logsumexp(scores, dim=-1)
-        if sink is not None:
-            lse = torch.logaddexp(lse, sink)
-        empty = lse == -torch.inf
-        p = torch.exp(scores - torch.where(empty, 0.0, lse)[:, None])
-        dp = dout[rows] @ v.T
-        delta = -(p * dp).sum(dim=-1)
-        if dlse is not None:
-            delta = delta + torch.where(empty, 0.0, dlse[rows])
-        ds = p * (dp + delta[:, None])
-        if slope is not None:
-            ds = ds * slope
-        dq[rows] = ds @ k * softmax_scale
-        dk += ds.T @ q[rows] * softmax_scale
-        dv += p.T @ dout[rows]
-        if sink is not None:
-            dsink += (torch.exp(sink - torch.where(empty, 0.0, lse)) * delta).sum()
-    return dq, dk, dv, dsink
 
 
 def _sequences(q: Tensor, queries: Lengths) -> int:
@@ -166,7 +132,12 @@ def _rows(tensor: Tensor, lengths: Lengths, b: int) -> Any:
     return (b, rows) if lengths.cu_seqlens is None else rows
 
 
-def _one_head(
+def _rows_of_statistics(statistics: Tensor, at_q: Any) -> Tensor:
+    """(heads, rows) of a tensor like lse, for an index of q's rows."""
+    return statistics[:, at_q] if isinstance(at_q, slice) else statistics[at_q[0], :, at_q[1]]
+
+
+def _one_sequence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -175,23 +146,77 @@ def _one_head(
     softcap: float | None,
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(seqlen_q, dv) and (seqlen_q,) of q (seqlen_q, d), k (seqlen_k, d), v (seqlen_k, dv)."""
-    out, lse = q.new_zeros((len(q), v.shape[-1])), q.new_full((len(q),), -torch.inf)
-    for start in range(0, len(q), QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, len(q)))
-        scores = q[rows] @ k.T * softmax_scale
+    """(seqlen_q, heads, dv) and (heads, seqlen_q) of q (seqlen_q, heads, d), k, v."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    (heads, seqlen_q, _), (heads_kv, seqlen_k, _) = q.shape, k.shape
+    out, lse = q.new_empty((heads, seqlen_q, v.shape[-1])), q.new_empty((heads, seqlen_q))
+    for rows in _blocks_of_queries(seqlen_q, seqlen_k, heads):
+        scores = _ungrouped(_grouped(q[:, rows], heads_kv) @ k.mT, heads) * softmax_scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        seen = visible(mask, len(q), len(k), rows, q.device)
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores.masked_fill_(~visible(mask, seqlen_q, seqlen_k, rows, q.device), -torch.inf)
         row_lse = torch.logsumexp(scores, dim=-1)
         if sink is not None:
-            row_lse = torch.logaddexp(row_lse, sink)
-        # A query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN.
-        shift = torch.where(row_lse == -torch.inf, 0.0, row_lse)
-        out[rows] = torch.exp(scores - shift[:, None]) @ v
-        lse[rows] = row_lse
-    return out, lse
+            row_lse = torch.logaddexp(row_lse, sink[:, None])
+        p = _grouped(_weights(scores, row_lse[..., None]), heads_kv)
+        out[:, rows], lse[:, rows] = _ungrouped(p @ v, heads), row_lse
+    return out.transpose(0, 1), lse
+
+
+def _one_sequence_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the shapes of q, k, v; lse and delta (heads, seqlen_q)."""
+    q, k, v, dout = (x.transpose(0, 1) for x in (q, k, v, dout))
+    (heads, seqlen_q, _), (heads_kv, seqlen_k, _) = q.shape, k.shape
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows in _blocks_of_queries(seqlen_q, seqlen_k, heads):
+        query, dout_rows = _grouped(q[:, rows], heads_kv), _grouped(dout[:, rows], heads_kv)
+        scores, slope = _ungrouped(query @ k.mT, heads) * softmax_scale, None
+        if softcap is not None:
+            tanh = torch.tanh(scores / softcap)
+            scores, slope = softcap * tanh, 1 - tanh.square()
+        scores.masked_fill_(~visible(mask, seqlen_q, seqlen_k, rows, q.device), -torch.inf)
+        p = _weights(scores, lse[:, rows, None])
+        ds = p * (_ungrouped(dout_rows @ v.mT, heads) + delta[:, rows, None])
+        if slope is not None:
+            ds = ds * slope
+        ds, p = _grouped(ds, heads_kv) * softmax_scale, _grouped(p, heads_kv)
+        dq[:, rows] = _ungrouped(ds @ k, heads)
+        dk += ds.mT @ query
+        dv += p.mT @ dout_rows
+    return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def _blocks_of_queries(seqlen_q: int, seqlen_k: int, heads: int) -> Iterator[slice]:
+    step = max(1, SCORES // max(1, heads * seqlen_k))
+    for start in range(0, seqlen_q, step):
+        yield slice(start, min(start + step, seqlen_q))
+
+
+def _grouped(heads: Tensor, heads_kv: int) -> Tensor:
+    """(heads, rows, n) -> (heads_kv, group * rows, n): what meets one key head, together."""
+    count, rows, n = heads.shape
+    return heads.reshape(heads_kv, count // heads_kv * rows, n)
+
+
+def _ungrouped(grouped: Tensor, heads: int) -> Tensor:
+    """(heads_kv, group * rows, n) -> (heads, rows, n)."""
+    heads_kv, rows, n = grouped.shape
+    return grouped.reshape(heads, heads_kv * rows // heads, n)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse); a query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN."""
+    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse))
 
 
 def visible(mask: Mask, seqlen_q: int, seqlen_k: int, rows: slice, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention import _cuda, _simulator, manifest, simulator
+from hopper_attention.arguments import Description
 
 COMPUTE_CAPABILITY = (9, 0)
 SIMULATED_SMS = 132
@@ -68,13 +69,16 @@ def launch(
     scalars: Sequence[float | int],
     pointees: Sequence[Tensor] = (),
     sm_margin: int = 0,
+    described: Sequence[Description] | None = None,
 ) -> None:
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
     `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
-    among them.  A persistent kernel has a block on every SM but `sm_margin` of them.
+    among them.  A persistent kernel has a block on every SM but `sm_margin` of them.  `described`
+    are the tensors' addresses, shapes and strides, where the caller knows them.
     """
-    described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    if described is None:
+        described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     persistent = is_persistent(instance)
     if backend is Backend.CUDA and _intercept is None:
         device = tensors[0].get_device()

@@ -86,9 +86,12 @@ def test_equals_pytorch_in_fp64(mask):
 def test_query_blocks_do_not_show(monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 50, 1, 16) for _ in range(3))
-    whole = attention(q, k, v, softmax_scale=0.2, mask=CAUSAL)
-    monkeypatch.setattr(reference, "QUERY_BLOCK", 7)
-    torch.testing.assert_close(attention(q, k, v, softmax_scale=0.2, mask=CAUSAL), whole)
+    problem = {"softmax_scale": 0.2, "mask": CAUSAL}
+    whole = attention(q, k, v, **problem)
+    gradients = reference.gradients(q, k, v, q, **problem)
+    monkeypatch.setattr(reference, "SCORES", 7 * 50)
+    torch.testing.assert_close(attention(q, k, v, **problem), whole)
+    torch.testing.assert_close(reference.gradients(q, k, v, q, **problem), gradients)
 
 
 def test_packed_and_used_sequences_equal_single_ones():

@@ -76,7 +76,6 @@ WRONG_TENSORS = {
     ),
     "sparse": (ValueError, "^k: expected a plain", (Q, K.to_sparse(), V)),
     "negated": (ValueError, "^q: expected a plain", (torch._neg_view(Q), K, V)),
-    "meta device": (NotImplementedError, "^q is on meta", [x.to("meta") for x in (Q, K, V)]),
 }
 
 
@@ -173,7 +172,6 @@ def packed(**changes):
     return call | changes
 
 
-META = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in packed().items()}
 WRONG_SEQUENCES = {
     "q with a batch": (ValueError, "^q has shape", packed(q=Q)),
     "q without cu_seqlens": (ValueError, "^q has shape", packed(cu_seqlens_q=None)),
@@ -197,7 +195,6 @@ WRONG_SEQUENCES = {
     "max_seqlen": (TypeError, "^max_seqlen_q", packed(max_seqlen_q="16")),
     "negative max_seqlen": (ValueError, "^max_seqlen_k", packed(max_seqlen_k=-5)),
     "max_seqlen tensor": (ValueError, "^max_seqlen_k", packed(max_seqlen_k=torch.ones(3))),
-    "meta": (NotImplementedError, "^q is on meta", META),
 }
 
 

@@ -12,6 +12,7 @@ from hopper_attention import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    forward,
     reference,
 )
 from hopper_attention.arguments import UNBOUNDED, Lengths, Mask
@@ -33,43 +34,51 @@ def doubles(*shapes):
     ]
 
 
-def exact_attention(q, k, v, sink, queries, keys, **problem):
-    """(out, lse) through the operation that autograd sees, in float64."""
-    problem["compute_dtype"] = torch.float64
+@pytest.fixture
+def exact(monkeypatch):
+    """Attention of q, k, v, sink, queries, keys as autograd sees it, in float64."""
 
-    def compute(q, k, v, sink, queries, keys, _batch):
-        return reference.attention(q, k, v, sink=sink, queries=queries, keys=keys, **problem)
+    def attention(*inputs, **problem):
+        problem["compute_dtype"] = torch.float64
 
-    def differentiate(q, k, v, _out, _lse, sink, queries, keys, _batch, dout, dlse):
-        return reference.gradients(
-            q, k, v, dout, dlse, sink=sink, queries=queries, keys=keys, **problem
-        )
+        def run_forward(_plan, inputs):
+            q, k, v, sink, queries, keys = inputs
+            return reference.attention(q, k, v, sink=sink, queries=queries, keys=keys, **problem)
 
-    return Attention.apply(compute, differentiate, q, k, v, sink, queries, keys, 0)
+        def run_backward(_plan, inputs, out, lse, dout, dlse):
+            q, k, v, sink, queries, keys = inputs
+            return reference.gradients(
+                q, k, v, dout, dlse, out=out, lse=lse, sink=sink, queries=queries, keys=keys,
+                **problem,
+            )  # fmt: skip
+
+        monkeypatch.setattr(forward, "run", run_forward)
+        monkeypatch.setattr(backward, "run", run_backward)
+        return Attention.apply(None, *inputs)
+
+    return attention
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_gradcheck(mask, softcap):
+def test_gradcheck(exact, mask, softcap):
     """Rows without keys (causal), grouped heads, sinks, the gradient through LSE."""
     q, k, v, sink = doubles((1, 7, 4, 3), (1, 5, 2, 3), (1, 5, 2, 2), (4,))
     whole = Lengths()
     problem = {"softmax_scale": 0.7, "mask": MASKS[mask], "softcap": softcap}
 
     def attention(*inputs):
-        return exact_attention(*inputs, whole, whole, **problem)
+        return exact(*inputs, whole, whole, **problem)
 
     assert torch.autograd.gradcheck(attention, (q, k, v, sink))
 
 
-def test_gradcheck_of_packed_sequences():
+def test_gradcheck_of_packed_sequences(exact):
     q, k, v = doubles((6, 2, 3), (7, 1, 3), (7, 1, 3))
     queries, keys = Lengths(offsets((2, 0, 4))), Lengths(offsets((3, 1, 3)))
 
     def attention(*inputs):
-        out, _ = exact_attention(
-            *inputs, None, queries, keys, softmax_scale=0.5, mask=Mask(right=0)
-        )
+        out, _ = exact(*inputs, None, queries, keys, softmax_scale=0.5, mask=Mask(right=0))
         return out
 
     assert torch.autograd.gradcheck(attention, (q, k, v))

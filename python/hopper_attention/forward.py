@@ -1,0 +1,93 @@
+"""out and lse by the kernel, or by the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments, reference, runtime
+from hopper_attention.plan import Inputs, Plan
+from hopper_attention.ranges import annotated
+
+
+@annotated("forward")
+def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) on whatever q's device has; the inputs are those that were checked for `plan`."""
+    backend = runtime.backend_for(inputs.q)
+    if backend is runtime.Backend.REFERENCE:
+        return _run_reference(plan, inputs)
+    if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
+        return _run_plain(backend, plan, inputs)
+    return _run_indexed(backend, plan, inputs)
+
+
+def _run_reference(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v, sink, queries, keys = inputs
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        arguments.addressable(name, tensor)  # refuses what the kernels refuse
+    return reference.attention(
+        q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
+        queries=queries, keys=keys, out_dtype=plan.out_dtype,
+    )  # fmt: skip
+
+
+def _run_plain(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """What most calls are, in as little Python as it takes: no scalar stands for a tensor."""
+    q, k, v, *_ = inputs
+    described = [
+        arguments.described("q", q), arguments.described("k", k), arguments.described("v", v)
+    ]  # fmt: skip
+    out, lse, stored = _results(plan, q)
+    if out.numel() > 0:
+        described.append((stored.data_ptr(), stored.shape, stored.stride()))
+        described.append((lse.data_ptr(), plan.lse_shape, plan.lse_strides))
+        runtime.launch(
+            backend, plan.instance, (q, k, v, stored, lse), plan.scalars,
+            sm_margin=plan.sm_margin, described=described,
+        )  # fmt: skip
+    return out, lse
+
+
+def _run_indexed(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """With lengths, sinks, or the heads of a group in one tile."""
+    q, k, v, sink, queries, keys = inputs
+    q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    out, lse, stored = _results(plan, q)
+    # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass over out.
+    if queries.seqused is not None or not q.is_cuda:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    pointers = {
+        "learnable_sink": sink,
+        "cu_seqlens_q": queries.cu_seqlens,
+        "cu_seqlens_k": keys.cu_seqlens,
+        "seqused_q": queries.seqused,
+        "seqused_k": keys.seqused,
+    }
+    given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
+    numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
+    sequences = inputs.sequences
+    if out.numel() > 0 and sequences > 0:
+        scalars = plan.scalars_with(numbers | {"num_sequences": sequences})
+        views = [*(_as_entry(x, 4) for x in (q, k, v, stored)), _as_entry(lse, 3)]
+        pointees = tuple(given.values())
+        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.sm_margin)
+    return out, lse
+
+
+def _results(plan: Plan, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """New out and lse; and out as the kernels store it: float32 as pairs of q's dtype."""
+    if plan.like_q:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # quicker than by shape
+    else:
+        out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
+    # As new_empty, in three quarters of its time.
+    lse = torch.empty_strided(
+        plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=q.device
+    )
+    return out, lse, out if plan.out_dtype is q.dtype else out.view(q.dtype)
+
+
+def _as_entry(tensor: Tensor, rank: int) -> Tensor:
+    """Packed tensors are one batch entry."""
+    return tensor.unsqueeze(0) if tensor.ndim < rank else tensor

@@ -1,0 +1,201 @@
+"""The library's operators for PyTorch: `torch.ops.hopper_attention.forward` and `.backward`.
+
+Compilers, dispatch modes, tensor subclasses and function transforms see these two, with fake
+implementations, autograd and FLOP formulas (sharding rules: sharding.py).  A plain call goes past
+PyTorch's dispatcher, which saves 3 us of it without and 9 us with gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hopper_attention import arguments, autograd, backward, forward, runtime, sharding
+from hopper_attention.arguments import Lengths, Options
+from hopper_attention.plan import Inputs, check_shapes_of, prepare, result_shapes
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
+)
+_OPTIONS = (
+    "float? softmax_scale, bool causal, int window_left, int window_right, int attention_chunk, "
+    "float softcap, SymInt? max_seqlen_q, bool? pack_gqa, ScalarType? out_dtype, int sm_margin, "
+    "bool deterministic"
+)
+"""`Options`, in its order."""
+_KERNELS = "CompositeExplicitAutograd"  # CUDA and CPU alike: forward.run and backward.run choose
+
+_library = torch.library.Library("hopper_attention", "DEF")
+_library.define(f"forward({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    queries: Lengths,
+    keys: Lengths,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a public function's arguments, differentiable if anything requires grad."""
+    arguments.check_tensors(q, k, v)
+    if not (q.dtype is k.dtype is v.dtype and q.dtype in arguments.DTYPES):
+        q, k, v = arguments.autocast(q, k, v)
+    sink = arguments.resolve_sink(learnable_sink, q)
+    if _watched(q, k, v):
+        sharding.register()
+        return torch.ops.hopper_attention.forward(*_flat(q, k, v, sink, queries, keys), *options)
+    inputs = Inputs(q, k, v, sink, queries, keys)
+    plan = prepare(inputs, options)
+    needed = q.requires_grad or k.requires_grad or v.requires_grad
+    needed = needed or (sink is not None and sink.requires_grad)
+    if not (needed and torch.is_grad_enabled()):
+        return forward.run(plan, inputs)
+    arguments.check_differentiable(plan.out_dtype, q.dtype)
+    if runtime.backend_for(q) is not runtime.Backend.REFERENCE:
+        plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
+    return autograd.Attention.apply(plan, *inputs)
+
+
+def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether something would miss a call that goes past the dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or q.is_meta
+    )
+
+
+def _flat(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, queries: Lengths, keys: Lengths
+) -> tuple[Tensor | None, ...]:
+    """In the order of the schemas."""
+    return q, k, v, sink, queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused
+
+
+_NUM_TENSORS = 8
+
+
+def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
+    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scalars = flat
+    queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
+    return Inputs(q, k, v, sink, queries, keys), Options(*scalars)
+
+
+@torch.library.impl(_library, "forward", _KERNELS)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = _unflat(flat)
+    return forward.run(prepare(inputs, options), inputs)
+
+
+@torch.library.impl(_library, "backward", _KERNELS)
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, options = _unflat(flat)
+    dq, dk, dv, dsink = backward.run(prepare(inputs, options), inputs, out, lse, dout, dlse)
+    return dq, dk, dv, _or_nothing(dsink, inputs.q)
+
+
+def _or_nothing(dsink: Tensor | None, q: Tensor) -> Tensor:
+    """A schema has no optional results."""
+    return q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
+
+
+@torch.library.register_fake("hopper_attention::forward", lib=_library)
+def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = _unflat(flat)
+    check_shapes_of(inputs)
+    q, v = inputs.q, inputs.v
+    out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
+    out = q.new_empty(out_shape, dtype=arguments.resolve_out_dtype(options.out_dtype, q.dtype))
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hopper_attention::backward", lib=_library)
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, sink, *_ = flat
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, _or_nothing(None if sink is None else torch.empty_like(sink), q)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, scalars = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
+    arguments.check_differentiable(output[0].dtype, tensors[0].dtype)
+    ctx.save_for_backward(*output, *tensors)
+    ctx.scalars = scalars
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * (_NUM_TENSORS - 4 + len(ctx.scalars))
+    if dout is None and dlse is None:
+        return (None,) * 4 + none
+    out, lse, *tensors = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsink = torch.ops.hopper_attention.backward(
+        dout, dlse, out, lse, *tensors, *ctx.scalars
+    )
+    return dq, dk, dv, None if tensors[3] is None else dsink, *none
+
+
+def _refuse_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError("second derivatives of attention are not supported")
+
+
+torch.library.register_autograd(
+    "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library
+)
+torch.library.register_autograd(
+    "hopper_attention::backward", _refuse_second_derivatives, lib=_library
+)
+
+
+@register_flop_formula(torch.ops.hopper_attention.forward, get_raw=True)
+def _forward_flops(*flat: Any, out_val: Any = None) -> int:
+    """As PyTorch counts its own attention: masks hide nothing, packed sequences see themselves."""
+    inputs, _ = _unflat(flat)
+    d, dv = inputs.q.shape[-1], inputs.v.shape[-1]
+    return 2 * (d + dv) * inputs.q.shape[-2] * _scores(inputs)
+
+
+@register_flop_formula(torch.ops.hopper_attention.backward, get_raw=True)
+def _backward_flops(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any, out_val: Any = None
+) -> int:
+    """Five GEMMs: S again, dP, dV, dQ, dK."""
+    inputs, _ = _unflat(flat)
+    d, dv = inputs.q.shape[-1], inputs.v.shape[-1]
+    return 2 * (3 * d + 2 * dv) * inputs.q.shape[-2] * _scores(inputs)
+
+
+def _scores(inputs: Inputs) -> int:
+    """Of one head: the sum of seqlen_q * seqlen_k."""
+    sides = ((inputs.q, inputs.queries), (inputs.k, inputs.keys))
+    queries, keys = (_sequence_lengths(x, lengths) for x, lengths in sides)
+    return sum(m * n for m, n in zip(queries, keys, strict=True))
+
+
+def _sequence_lengths(tensor: Tensor, lengths: Lengths) -> list[int]:
+    """Reads them from the device; where they cannot be read, every sequence has all rows."""
+    given = lengths.cu_seqlens if lengths.seqused is None else lengths.seqused
+    if given is None:
+        return [tensor.shape[1]] * tensor.shape[0]
+    if type(given) is not Tensor or given.is_meta:
+        count = given.shape[0] - (lengths.seqused is None)
+        return [tensor.shape[-3]] * count
+    return (given.diff() if lengths.seqused is None else given).tolist()

@@ -1,0 +1,192 @@
+"""What a call runs: its checked inputs, and the plan that all calls of one kind share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments, dispatch, runtime
+from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, as the public functions take them; `sink` is float32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None = None
+    queries: Lengths = WHOLE
+    keys: Lengths = WHOLE
+
+    @property
+    def varlen(self) -> bool:
+        return self.queries.given or self.keys.given
+
+    @property
+    def sequences(self) -> int:
+        """How many there are: batch entries, if they are not packed."""
+        cu_seqlens = self.queries.cu_seqlens
+        return self.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def prepare(inputs: Inputs, options: Options) -> Plan:
+    """The plan for a call, with everything about the call checked.
+
+    Raises TypeError, ValueError or NotImplementedError, as the public functions say.
+    """
+    q, k, v, sink, queries, keys = inputs
+    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    if queries is WHOLE and keys is WHOLE:
+        plan = _make_plan(shapes, dtypes, options)
+    else:
+        packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
+        plan = _make_plan(shapes, dtypes, options, *packed, inputs.varlen)
+        runtime.backend_for(q)  # refuses other devices before their index tensors are read
+        _check_index_tensors(inputs)
+    if sink is not None:
+        arguments.check_sink_values(sink)
+    return plan
+
+
+def check_shapes_of(inputs: Inputs) -> None:
+    """What can be said of tensors without data."""
+    q, k, v, _, queries, keys = inputs
+    packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
+    arguments.check_dtypes(q.dtype, k.dtype, v.dtype)
+    arguments.check_shapes(q.shape, k.shape, v.shape, *packed)
+
+
+def _check_index_tensors(inputs: Inputs) -> None:
+    q, k, _, _, queries, keys = inputs
+    batch = _batch(q, k, queries, keys)
+    for side, tensor, lengths in (("q", q, queries), ("k", k, keys)):
+        arguments.check_index(f"cu_seqlens_{side}", lengths.cu_seqlens, batch + 1, q)
+        arguments.check_index(f"seqused_{side}", lengths.seqused, batch, q)
+        arguments.check_lengths(side, lengths, tensor.shape[-3])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
+
+    instance: str
+    scale: float
+    mask: Mask
+    softcap: float | None
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    like_q: bool
+    """Whether out has q's shape and dtype."""
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    varlen: bool
+    qheads_per_tile: int
+    """More than one: the instance is one that looks up lengths, for dense problems, too."""
+    sm_margin: int
+    deterministic: bool
+
+    @functools.cached_property
+    def scalars(self) -> list[float | int]:
+        """The instance's scalar arguments where none of them stands for a tensor."""
+        return self.scalars_with({})
+
+    def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
+        """The same with addresses and the number of sequences by name; 0 where absent."""
+        absent = dict.fromkeys(("learnable_sink", *LENGTHS), 0)
+        values: dict[str, float | int] = {**absent, **self.values, **tensors}
+        return [values[name] for name in runtime.scalar_names(self.instance)]
+
+    @property
+    def values(self) -> dict[str, float | int]:
+        """Scalar arguments of the kernels that stand for no tensor, by name."""
+        return {
+            "softmax_scale": self.scale,
+            "softcap": self.softcap or 0.0,
+            "window_left": self.mask.left,
+            "window_right": self.mask.right,
+            "attention_chunk": self.mask.chunk,
+            "qheads_per_tile": self.qheads_per_tile,
+            "output_float32": int(self.out_dtype == torch.float32),
+        }
+
+    def backward_instances(self, q: Tensor, v: Tensor) -> dispatch.BackwardInstances:
+        """Raises NotImplementedError if there is no backward for this kind of call."""
+        dtype, capped = arguments.DTYPES[q.dtype], self.softcap is not None
+        kind, dims = self.mask.kind, (q.shape[-1], v.shape[-1])
+        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen)
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_plan(
+    shapes: tuple[torch.Size, torch.Size, torch.Size],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    options: Options,
+    packed_q: bool = False,
+    packed_k: bool = False,
+    varlen: bool = False,
+) -> Plan:
+    arguments.check_dtypes(*dtypes)
+    q, k, v = shapes
+    arguments.check_shapes(q, k, v, packed_q, packed_k)
+    out_dtype = arguments.resolve_out_dtype(options.out_dtype, dtypes[0])
+    mask = arguments.resolve_mask(options, q[-3], k[-3])
+    scale = 1.0 / math.sqrt(q[-1]) if options.softmax_scale is None else options.softmax_scale
+    softcap = options.softcap or None
+    group = q[-2] // k[-2]
+    problem = (arguments.DTYPES[dtypes[0]], q[-1], v[-1], mask.kind, softcap is not None)
+    seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
+    packs = dispatch.packs_heads(*problem, group, seqlen_q, options.pack_gqa)
+    out_shape, lse_shape = result_shapes(q, v, packed_q)
+    return Plan(
+        instance=dispatch.forward_instance(*problem, varlen or packs),
+        scale=scale,
+        mask=mask,
+        softcap=softcap,
+        out_shape=out_shape,
+        out_dtype=out_dtype,
+        like_q=out_shape == tuple(q) and out_dtype == dtypes[0],
+        lse_shape=lse_shape,
+        lse_strides=torch.empty(lse_shape, device="meta").stride(),
+        varlen=varlen,
+        qheads_per_tile=group if packs else 1,
+        sm_margin=options.sm_margin,
+        deterministic=options.deterministic,
+    )
+
+
+def result_shapes(
+    q: arguments.Shape, v: arguments.Shape, packed_q: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of out and lse."""
+    *rows, heads, _ = q
+    return (*rows, heads, v[-1]), ((heads, *rows) if packed_q else (rows[0], heads, rows[1]))
+
+
+def _batch(q: Tensor, k: Tensor, queries: Lengths, keys: Lengths) -> int:
+    """Number of sequences, which whatever names it first says; the others are held to it."""
+    sides = (("q", q, queries), ("k", k, keys))
+    counts = {}
+    for name, tensor, lengths in sides:
+        cu_seqlens = lengths.cu_seqlens
+        if cu_seqlens is None:
+            counts[name] = tensor.shape[0]
+        elif not isinstance(cu_seqlens, Tensor):
+            kind = type(cu_seqlens).__name__
+            raise TypeError(f"cu_seqlens_{name}: expected a torch.Tensor, got {kind}")
+        elif cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            shape = tuple(cu_seqlens.shape)
+            raise ValueError(f"cu_seqlens_{name} has shape {shape}; expected (batch + 1,)")
+        else:
+            counts[f"cu_seqlens_{name}"] = cu_seqlens.shape[0] - 1
+    (first, batch), (second, other) = counts.items()
+    if batch != other:
+        raise ValueError(f"{second} has {other} sequences, {first} has {batch}")
+    return batch
