@@ -85,8 +85,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {device}")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
-            raise ValueError(f"{name}: expected a plain tensor, not sparse, nested or negated")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
 
 
 def check_dtypes(*dtypes: torch.dtype) -> None:

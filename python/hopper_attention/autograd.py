@@ -29,23 +29,26 @@ class Attention(torch.autograd.Function):
         queries: Lengths,
         keys: Lengths,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = forward.run(plan, Inputs(q, k, v, sink, queries, keys))
-        index = (queries.cu_seqlens, queries.seqused, keys.cu_seqlens, keys.seqused)
-        ctx.save_for_backward(q, k, v, sink, out, lse, *index)
+        inputs = Inputs(q, k, v, sink, queries, keys)
+        out, lse = forward.run(plan, inputs)
+        ctx.save_for_backward(out, lse, *inputs.flat)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sink, out, lse, *index = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 7
+        out, lse, *flat = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        inputs = Inputs(q, k, v, sink, Lengths(*index[:2]), Lengths(*index[2:]))
-        gradients = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
+        if torch.is_grad_enabled():  # create_graph: only the operator refuses second derivatives
+            gradients = torch.ops.hopper_attention.backward(
+                dout, dlse, out, lse, *flat, *ctx.plan.options
+            )
+        else:
+            gradients = backward.run(ctx.plan, Inputs.of(flat), out, lse, dout, dlse)
         needed = ctx.needs_input_grad[1:5]
         kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
         return (None, *kept, None, None)

@@ -117,7 +117,7 @@ def _run_kernels(
         return dq, dk, dv, _sink_gradient_without_keys(inputs, lse, dlse)
     dout, out = _vectors(dout), _vectors(out)
     dlse = None if dlse is None else dlse.float().contiguous()
-    workspace = Workspace.like(inputs, instances, plan.deterministic)
+    workspace = Workspace.like(inputs, instances, plan.options.deterministic)
     pointers = {
         "cu_seqlens_q": inputs.queries.cu_seqlens,
         "cu_seqlens_k": inputs.keys.cu_seqlens,

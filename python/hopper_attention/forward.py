@@ -43,7 +43,7 @@ def _run_plain(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Te
         described.append((lse.data_ptr(), plan.lse_shape, plan.lse_strides))
         runtime.launch(
             backend, plan.instance, (q, k, v, stored, lse), plan.scalars,
-            sm_margin=plan.sm_margin, described=described,
+            sm_margin=plan.options.sm_margin, described=described,
         )  # fmt: skip
     return out, lse
 
@@ -71,7 +71,7 @@ def _run_indexed(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[
         scalars = plan.scalars_with(numbers | {"num_sequences": sequences})
         views = [*(_as_entry(x, 4) for x in (q, k, v, stored)), _as_entry(lse, 3)]
         pointees = tuple(given.values())
-        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.sm_margin)
+        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.options.sm_margin)
     return out, lse
 
 

@@ -21,6 +21,7 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 )
+_NUM_TENSORS = 8
 _OPTIONS = (
     "float? softmax_scale, bool causal, int window_left, int window_right, int attention_chunk, "
     "float softcap, SymInt? max_seqlen_q, bool? pack_gqa, ScalarType? out_dtype, int sm_margin, "
@@ -51,10 +52,10 @@ def attend(
     if not (q.dtype is k.dtype is v.dtype and q.dtype in arguments.DTYPES):
         q, k, v = arguments.autocast(q, k, v)
     sink = arguments.resolve_sink(learnable_sink, q)
+    inputs = Inputs(q, k, v, sink, queries, keys)
     if _watched(q, k, v):
         sharding.register()
-        return torch.ops.hopper_attention.forward(*_flat(q, k, v, sink, queries, keys), *options)
-    inputs = Inputs(q, k, v, sink, queries, keys)
+        return torch.ops.hopper_attention.forward(*inputs.flat, *options)
     plan = prepare(inputs, options)
     needed = q.requires_grad or k.requires_grad or v.requires_grad
     needed = needed or (sink is not None and sink.requires_grad)
@@ -75,23 +76,14 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or q.is_meta
+        or q.is_neg()  # views that only the dispatcher resolves
+        or k.is_neg()
+        or v.is_neg()
     )
 
 
-def _flat(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, queries: Lengths, keys: Lengths
-) -> tuple[Tensor | None, ...]:
-    """In the order of the schemas."""
-    return q, k, v, sink, queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused
-
-
-_NUM_TENSORS = 8
-
-
 def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
-    q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scalars = flat
-    queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-    return Inputs(q, k, v, sink, queries, keys), Options(*scalars)
+    return Inputs.of(flat[:_NUM_TENSORS]), Options(*flat[_NUM_TENSORS:])
 
 
 @torch.library.impl(_library, "forward", _KERNELS)

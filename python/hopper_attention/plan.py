@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ class Inputs(NamedTuple):
     sink: Tensor | None = None
     queries: Lengths = WHOLE
     keys: Lengths = WHOLE
+
+    @staticmethod
+    def of(flat: tuple[Any, ...]) -> Inputs:
+        """From an operator's tensors."""
+        q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = flat
+        return Inputs(
+            q, k, v, sink, Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
+        )
+
+    @property
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As an operator's tensors."""
+        q, k, v, sink, queries, keys = self
+        index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
+        return q, k, v, sink, *index
 
     @property
     def varlen(self) -> bool:
@@ -90,8 +105,7 @@ class Plan:
     varlen: bool
     qheads_per_tile: int
     """More than one: the instance is one that looks up lengths, for dense problems, too."""
-    sm_margin: int
-    deterministic: bool
+    options: Options
 
     @functools.cached_property
     def scalars(self) -> list[float | int]:
@@ -157,8 +171,7 @@ def _make_plan(
         lse_strides=torch.empty(lse_shape, device="meta").stride(),
         varlen=varlen,
         qheads_per_tile=group if packs else 1,
-        sm_margin=options.sm_margin,
-        deterministic=options.deterministic,
+        options=options,
     )
 
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hopper_attention.arguments import FULL, WHOLE, Lengths, Mask
 
+Function = TypeVar("Function", bound=Callable)
+
 SCORES = 1 << 25
 """How many are held at once, so that memory stays bounded."""
 
 
+def _in_own_dtype(function: Function) -> Function:
+    """Outside autocast, which would round what is multiplied."""
+
+    @functools.wraps(function)
+    def wrapped(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@_in_own_dtype
 def attention(
     q: Tensor,
     k: Tensor,
@@ -57,6 +72,7 @@ def attention(
     return out, lse
 
 
+@_in_own_dtype
 def gradients(
     q: Tensor,
     k: Tensor,

@@ -20,13 +20,15 @@ LENGTHS = 4
 """Tensors of lengths, last of an operator's tensors: cu_seqlens of q and k, seqused of q and k."""
 
 
-def register() -> None:
+@torch.compiler.assume_constant_result  # a compiler that traces this runs it instead
+def register() -> bool:
     """Gives DTensor the rules, once, if it is in use: importing it takes half a second."""
-    if "torch.distributed.tensor" in sys.modules:
-        _register()
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    _register()
+    return True
 
 
-@torch.compiler.assume_constant_result  # registers while a compiler traces, too
 @functools.cache
 def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding

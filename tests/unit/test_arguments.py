@@ -75,7 +75,6 @@ WRONG_TENSORS = {
         (Q, *(x[:, :1].expand(1, 2**30, 2, 64) for x in (K, V))),
     ),
     "sparse": (ValueError, "^k: expected a plain", (Q, K.to_sparse(), V)),
-    "negated": (ValueError, "^q: expected a plain", (torch._neg_view(Q), K, V)),
 }
 
 
