@@ -12,11 +12,14 @@ from hopper_attention.functional import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
+from hopper_attention.integrations.sdpa import disable_sdpa, enable_sdpa
 
 __version__ = version("hopper-attention")
 
 __all__ = [
     "__version__",
+    "disable_sdpa",
+    "enable_sdpa",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",

@@ -11,33 +11,57 @@ from hopper_attention.ranges import annotated
 
 
 @annotated("forward")
-def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) on whatever q's device has; the inputs are those that were checked for `plan`."""
+def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) on whatever q's device has; the inputs are those that were checked for `plan`.
+
+    `out` is written if given, and checked like the inputs; contiguous and new if not.
+    """
     backend = runtime.backend_for(inputs.q)
+    if out is not None:
+        check_out(plan, inputs, out)
     if backend is runtime.Backend.REFERENCE:
-        return _run_reference(plan, inputs)
+        return _run_reference(plan, inputs, out)
     if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
-        return _run_plain(backend, plan, inputs)
-    return _run_indexed(backend, plan, inputs)
+        return _run_plain(backend, plan, inputs, out)
+    return _run_indexed(backend, plan, inputs, out)
 
 
-def _run_reference(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def check_out(plan: Plan, inputs: Inputs, out: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if tuple(out.shape) != plan.out_shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected {plan.out_shape}")
+    if out.dtype != plan.out_dtype:
+        raise ValueError(f"out has dtype {out.dtype}; expected {plan.out_dtype}")
+    if out.device != inputs.q.device:
+        raise ValueError(f"out is on {out.device}, q is on {inputs.q.device}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires grad; an output that is written cannot")
+    arguments.addressable("out", out)
+    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out is expanded: several of its elements are one")
+
+
+def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v, sink, queries, keys = inputs
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments.addressable(name, tensor)  # refuses what the kernels refuse
-    return reference.attention(
+    result, lse = reference.attention(
         q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
         queries=queries, keys=keys, out_dtype=plan.out_dtype,
     )  # fmt: skip
+    return (result if out is None else out.copy_(result)), lse
 
 
-def _run_plain(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _run_plain(
+    backend: runtime.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """What most calls are, in as little Python as it takes: no scalar stands for a tensor."""
     q, k, v, *_ = inputs
     described = [
         arguments.described("q", q), arguments.described("k", k), arguments.described("v", v)
     ]  # fmt: skip
-    out, lse, stored = _results(plan, q)
+    out, lse, stored = _results(plan, q, out)
     if out.numel() > 0:
         described.append((stored.data_ptr(), stored.shape, stored.stride()))
         described.append((lse.data_ptr(), plan.lse_shape, plan.lse_strides))
@@ -48,11 +72,13 @@ def _run_plain(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Te
     return out, lse
 
 
-def _run_indexed(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _run_indexed(
+    backend: runtime.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """With lengths, sinks, or the heads of a group in one tile."""
     q, k, v, sink, queries, keys = inputs
     q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    out, lse, stored = _results(plan, q)
+    out, lse, stored = _results(plan, q, out)
     # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass over out.
     if queries.seqused is not None or not q.is_cuda:
         out.zero_()
@@ -75,9 +101,11 @@ def _run_indexed(backend: runtime.Backend, plan: Plan, inputs: Inputs) -> tuple[
     return out, lse
 
 
-def _results(plan: Plan, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """New out and lse; and out as the kernels store it: float32 as pairs of q's dtype."""
-    if plan.like_q:
+def _results(plan: Plan, q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse, and out as the kernels store it: float32 as pairs of q's dtype."""
+    if out is not None:
+        pass
+    elif plan.like_q:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # quicker than by shape
     else:
         out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
