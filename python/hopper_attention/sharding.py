@@ -20,13 +20,17 @@ LENGTHS = 4
 """Tensors of lengths, last of an operator's tensors: cu_seqlens of q and k, seqused of q and k."""
 
 
-@torch.compiler.assume_constant_result  # a compiler that traces this runs it instead
 def register() -> bool:
     """Gives DTensor the rules, once, if it is in use: importing it takes half a second."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     _register()
     return True
+
+
+# A compiler that traces the call makes it instead.  What torch.compiler.assume_constant_result sets,
+# which would import the compiler, a second's work, here.
+register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
