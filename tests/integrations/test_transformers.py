@@ -6,7 +6,6 @@ transformers' own attention in the same dtype is, times two.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from types import SimpleNamespace
@@ -543,14 +542,21 @@ def test_on_the_kernels(kind):
     model = model_of(gpt_oss(head_dim=64))
     inputs, valid = batch_of(MASKS["left"])
     if kind == "packed":
-        inputs, valid = packed_inputs("position_ids"), torch.ones(1, sum(LENGTHS), dtype=torch.bool)
-    results = []
-    for m in (on(model, NAME), on(model, "eager"), exact(model)):
-        where = simulator.enabled(seed=1) if not results else contextlib.nullcontext()
-        with where:
+        inputs = packed_inputs("position_ids")
+
+    def run(m, apart):
+        if kind == "left":
             out = logits(m, **inputs)[valid]
-            out.float().square().mean().backward()
-        gradients = [x.self_attn.q_proj.weight.grad for x in m.model.layers]
-        results.append((out.detach(), torch.stack(gradients)))
-    for ours, peer, right in zip(*results):
-        assert_as_near(ours, peer, right)
+        elif apart:
+            pieces = inputs["input_ids"][0].split(LENGTHS)
+            out = torch.cat([logits(m, input_ids=piece[None])[0] for piece in pieces])
+        else:
+            out = logits(m, **inputs)[0]
+        out.float().square().mean().backward()
+        gradients = [x.self_attn.q_proj.weight.grad.flatten() for x in m.model.layers]
+        return out.detach(), torch.cat(gradients)
+
+    with simulator.enabled(seed=1):
+        ours = run(on(model, NAME), False)
+    for results in zip(ours, run(on(model, "eager"), True), run(exact(model), True)):
+        assert_as_near(*results)
