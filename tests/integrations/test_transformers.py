@@ -222,6 +222,20 @@ def test_packed_sequences_are_as_alone(name, kind, use_cache):
     torch.testing.assert_close(out[0], torch.cat(alone), rtol=0, atol=0)
 
 
+def test_packed_sequences_of_a_model_that_keeps_its_positions():
+    """GPT-BigCode's layers are not told position_ids; transformers' masks know."""
+    config = transformers.GPTBigCodeConfig(
+        vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2,
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = on(model_of(config), NAME)
+    inputs = packed_inputs("position_ids")
+    out = logits(model, **inputs)[0]
+    pieces = inputs["input_ids"][0].split(LENGTHS)
+    alone = [logits(model, input_ids=piece[None])[0] for piece in pieces]
+    torch.testing.assert_close(out, torch.cat(alone), rtol=0, atol=0)
+
+
 def test_rows_that_are_packed_differently():
     model = on(model_of(llama()), NAME)
     ids = tokens(2, 9)
@@ -395,6 +409,35 @@ def test_compiles_without_graph_breaks(kind, backend):
         torch.testing.assert_close(compiled, eager, rtol=0.05, atol=0.05 * eager.abs().max().item())
 
 
+@pytest.mark.parametrize("padding", ["left", "none"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["mask made ahead", "mask made in the graph"])
+def test_a_step_with_a_static_cache_compiles(ahead, padding):
+    """As `generate` runs it, its masks made ahead, and as other loops may."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    model = on(model_of(gemma2()), NAME)
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
+    mask[0, : 3 if padding == "left" else 0] = 0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for forward in (model, compiled):
+        cache, outs = transformers.StaticCache(config=model.config, max_cache_len=12), []
+        for first, last in ((0, 6), (6, 7), (7, 8), (8, 9), (9, 10)):
+            step = {"input_ids": ids[:, first:last], "past_key_values": cache, "use_cache": True}
+            step["position_ids"] = positions(mask)[:, first:last]
+            step["attention_mask"] = mask[:, :last]
+            if ahead:
+                embeds = torch.empty(2, last - first, 0, dtype=torch.bfloat16)
+                step["attention_mask"] = create_masks_for_generate(
+                    model.config, embeds, mask[:, :last], cache, step["position_ids"]
+                )
+            with torch.no_grad():  # a prefill is not compiled
+                outs.append((model if first == 0 else forward)(**step).logits)
+        results.append(torch.cat(outs, 1)[mask.bool()])
+    torch.testing.assert_close(*results, rtol=0, atol=0.05)
+
+
 def test_positions_that_restart_in_a_graph_are_refused():
     """Packing would have to be looked for; and ignored, it would give wrong numbers."""
     model = on(model_of(llama(num_hidden_layers=1)), NAME)
@@ -514,8 +557,13 @@ def test_masks_that_need_no_gather_say_so():
     assert make_mask(2, 4, 4, attention_mask=prefix).tolist() == [[[[3, 3]]], [[[4, 4]]]]
     assert make_mask(2, 4, 4, attention_mask=prefix.flip(1)).shape == (2, 1, 1, 8)
     assert make_mask(2, 4, 4) is None
-    static = make_mask(2, 1, 9, q_offset=torch.tensor(4))
-    assert static.tolist() == [[[[1, 5]]]] * 2
+    for mask in (
+        None,
+        torch.ones(2, 5),
+        torch.ones(2, 9),
+    ):  # the last says nothing of what is written
+        static = make_mask(2, 1, 9, q_offset=torch.tensor(4), attention_mask=mask)
+        assert static.tolist() == [[[[1, 5]]]] * 2
 
 
 def test_registering_again_changes_nothing():

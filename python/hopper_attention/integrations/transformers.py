@@ -7,13 +7,14 @@ model passes on as `attention_mask`, in one of these forms:
     None                            every query and every key counts
     int32 (batch, 1, 1, 2)          the first so many queries and the first so many keys count
     bool (batch, 1, 1, q + k)       which queries and which keys count
+    int32 (1, 1, 1, 3 or more)      cu_seqlens of sequences packed in rows
     bool or int (batch, <= k)       a padding mask that a model passed on as it came
 
-The first two cost nothing.  For the other two, the tokens that count are moved to the front of
-their rows by a gather with static shapes, attention runs on so many of each row, and the inverse
-gather brings the results back: no wait for the device, no shape that depends on data, so it all
-traces under torch.compile(fullgraph=True).  The four-dimensional forms pass through `generate`,
-which makes masks for static caches ahead of the compiled step, without being made anew.
+Where a mask tells tokens apart one by one, those that count are moved to the front of their rows by
+a gather with static shapes, attention runs on so many of each row, and the inverse gather brings
+the results back: no wait for the device and no shape that depends on data, so it all traces under
+torch.compile(fullgraph=True).  The four-dimensional forms pass through `generate`, which makes
+masks for static caches ahead of the compiled step, without being made anew.
 
 Distances (sliding windows, chunks) count tokens that count, as in transformers' own flash path;
 its eager and sdpa paths count padding *between* tokens, too.
@@ -87,7 +88,7 @@ def make_mask(
             return None
         written = q_offset + q_length - kv_offset
         if isinstance(written, int) and written == kv_length:
-            return None
+            return _packing(mask_function, batch_size, q_length, kv_length, local_size, device)
         return _lengths(batch_size, q_length, written, device)
     if attention_mask.ndim != 2:
         raise NotImplementedError(_mask_message(attention_mask))
@@ -98,7 +99,7 @@ def make_mask(
     if causal:
         tokens = tokens & (torch.arange(end, device=tokens.device) < q_offset + q_length)
         queries = tokens[:, torch.arange(q_length, device=tokens.device) + q_offset]
-    elif local_size is not None and q_length == kv_length:  # a window: padding has no distance
+    elif q_length == kv_length:  # where a window is, padding has no distance
         queries = tokens
     else:
         queries = tokens.new_ones(batch_size, q_length)
@@ -111,8 +112,9 @@ def _missing(attention_mask: Tensor, end: int) -> int:
 
 def _shortest_form(queries: Tensor, keys: Tensor) -> Tensor | None:
     both = torch.cat([queries, keys], dim=1)
-    if not torch.compiler.is_compiling():
-        prefix = _is_prefix(queries) & _is_prefix(keys)
+    if not _in_graph():
+        # Queries are some of the keys, one after another, or all count: theirs is a prefix, too.
+        prefix = (keys[:, 1:] <= keys[:, :-1]).all()
         everything, prefix_only = torch.stack([both.all(), prefix]).tolist()
         if everything:
             return None
@@ -122,8 +124,31 @@ def _shortest_form(queries: Tensor, keys: Tensor) -> Tensor | None:
     return both[:, None, None, :]
 
 
-def _is_prefix(tokens: Tensor) -> Tensor:
-    return (tokens[:, 1:] <= tokens[:, :-1]).all()
+def _packing(
+    mask_function: Callable[..., Tensor] | None,
+    batch: int,
+    seqlen: int,
+    seqlen_k: int,
+    local_size: int | None,
+    device: torch.device | str | None,
+) -> Tensor | None:
+    """cu_seqlens of what transformers found packed, for models whose layers get no position_ids.
+
+    A sequence (or chunk) begins where a token does not see the one before.
+    """
+    if mask_function is None or mask_function.__name__ == "causal_mask_function":
+        return None
+    if seqlen != seqlen_k or seqlen == 1:
+        return None
+    row = torch.arange(batch, device=device)[:, None]
+    query = torch.arange(1, seqlen, device=device)[None]
+    restarts = ~mask_function(row, row, query, query - 1).expand(batch, -1)
+    if not _in_graph():
+        offsets = _cu_seqlens(restarts)
+        return None if offsets is None else offsets[None, None, None]
+    if local_size is None:  # windows and chunks may have such places, too
+        _assert_whole(restarts)
+    return None
 
 
 def _lengths(
@@ -230,6 +255,10 @@ def attention_forward(
         "learnable_sink": s_aux,
         "deterministic": bool(deterministic),
     }
+    if attention_mask is not None and _holds_cu_seqlens(attention_mask):
+        if cu_seq_lens_q is None:
+            cu_seq_lens_q = cu_seq_lens_k = attention_mask.flatten()
+        attention_mask = None
     if attention_mask is not None:
         if cu_seq_lens_q is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given; give one of them")
@@ -447,25 +476,36 @@ def _sequences(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     if position_ids is None or position_ids.ndim != 2 or seqlen == 1 or seqlen != seqlen_k:
         return None
     if _in_graph():
-        torch._assert_async(
-            ~_restarts(position_ids).any(),
-            f"{NAME}: position_ids restart inside a row of a graph; pass cu_seq_lens_q and "
-            "cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True))",
-        )
+        _assert_whole(_restarts(position_ids))
         return None
     return _offsets(position_ids, batch)
 
 
 @_once_a_tensor
 def _offsets(position_ids: Tensor, batch: int) -> Tensor | None:
-    restarts = _restarts(position_ids)
-    inner = restarts.expand(batch, -1)
-    starts = torch.nn.functional.pad(inner, (1, 0), value=True)
+    return _cu_seqlens(_restarts(position_ids).expand(batch, -1))
+
+
+def _holds_cu_seqlens(mask: Tensor) -> bool:
+    of_one = mask.ndim == 4 and mask.shape[:3] == (1, 1, 1)
+    return of_one and mask.dtype == torch.int32 and mask.shape[3] > 2
+
+
+def _cu_seqlens(restarts: Tensor) -> Tensor | None:
+    """Of rows in which tokens 1, 2, ... begin a sequence or not; None: each row is one."""
+    starts = torch.nn.functional.pad(restarts, (1, 0), value=True)
     first = starts.flatten().nonzero().flatten()  # waits for the device
-    if first.shape[0] == batch:
+    if first.shape[0] == starts.shape[0]:
         return None
-    total = first.new_full((1,), starts.numel())
-    return torch.cat([first, total]).to(torch.int32)
+    return torch.cat([first, first.new_full((1,), starts.numel())]).to(torch.int32)
+
+
+def _assert_whole(restarts: Tensor) -> None:
+    torch._assert_async(
+        ~restarts.any(),
+        f"{NAME}: position_ids restart inside a row of a graph; pass cu_seq_lens_q and "
+        "cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True))",
+    )
 
 
 def _restarts(position_ids: Tensor) -> Tensor:
