@@ -245,7 +245,7 @@ def attention_forward(
     """
     _check_call(dropout, kwargs)
     query, key, value = (x.transpose(1, 2) for x in _cast(module, query, key, value))
-    causal = bool(module.is_causal if is_causal is None else is_causal)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": causal,
@@ -297,7 +297,9 @@ def _cast(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Quantized weights have no dtype to compute in; their config says it.
         linear = next((m for m in module.modules() if isinstance(m, torch.nn.Linear)), None)
         weights = query.dtype if linear is None else linear.weight.dtype
-        dtype = weights if weights in HALF else getattr(module.config, "dtype", None)
+        dtype = (
+            weights if weights in HALF else getattr(getattr(module, "config", None), "dtype", None)
+        )
     if dtype not in HALF:
         raise NotImplementedError(
             f"{NAME}: a model in {query.dtype}; load it with dtype=torch.bfloat16 or "
@@ -473,8 +475,10 @@ def _sequences(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     looks for its sequence among them, which would cost more than attention.
     """
     (batch, seqlen), seqlen_k = q.shape[:2], k.shape[1]
-    if position_ids is None or position_ids.ndim != 2 or seqlen == 1 or seqlen != seqlen_k:
+    if seqlen == 1 or seqlen != seqlen_k:
         return None
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != seqlen:
+        return None  # three-dimensional ones are places in an image and say nothing of sequences
     if _in_graph():
         _assert_whole(_restarts(position_ids))
         return None
