@@ -1,0 +1,1 @@
+"""Adapters to other libraries' attention calls; each imports its library only when it is used."""
