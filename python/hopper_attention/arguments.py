@@ -355,6 +355,23 @@ def resolve_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torc
     return out_dtype
 
 
+def check_out(out: Any, q: Tensor, v: Tensor, out_dtype: torch.dtype | None) -> None:
+    """A tensor for the result."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    shape, dtype = (*q.shape[:-1], v.shape[-1]), q.dtype if out_dtype is None else out_dtype
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}")
+    if out.dtype != dtype:
+        raise ValueError(f"out has dtype {out.dtype}; expected {dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out is on {out.device}, q is on {q.device}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires grad, which what is written cannot; use out.detach()")
+    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out is expanded: several of its elements are one; use out.contiguous()")
+
+
 def check_differentiable(out_dtype: torch.dtype, dtype: torch.dtype) -> None:
     if out_dtype != dtype:
         raise NotImplementedError(

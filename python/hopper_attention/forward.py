@@ -14,32 +14,16 @@ from hopper_attention.ranges import annotated
 def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) on whatever q's device has; the inputs are those that were checked for `plan`.
 
-    `out` is written if given, and checked like the inputs; contiguous and new if not.
+    `out` is written if given (`arguments.check_out`); contiguous and new if not.
     """
     backend = runtime.backend_for(inputs.q)
     if out is not None:
-        check_out(plan, inputs, out)
+        out = arguments.addressable("out", out)
     if backend is runtime.Backend.REFERENCE:
         return _run_reference(plan, inputs, out)
     if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
         return _run_plain(backend, plan, inputs, out)
     return _run_indexed(backend, plan, inputs, out)
-
-
-def check_out(plan: Plan, inputs: Inputs, out: Tensor) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
-    if tuple(out.shape) != plan.out_shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; expected {plan.out_shape}")
-    if out.dtype != plan.out_dtype:
-        raise ValueError(f"out has dtype {out.dtype}; expected {plan.out_dtype}")
-    if out.device != inputs.q.device:
-        raise ValueError(f"out is on {out.device}, q is on {inputs.q.device}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out requires grad; an output that is written cannot")
-    arguments.addressable("out", out)
-    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError("out is expanded: several of its elements are one")
 
 
 def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:

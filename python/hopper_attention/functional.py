@@ -36,6 +36,7 @@ def flash_attn_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Result:
     """softmax(softmax_scale * q k^T) v for every batch entry and head.
 
@@ -67,6 +68,8 @@ def flash_attn_func(
             up to 1e38, or -inf.
         out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others;
             without gradients.
+        out: written and returned, where the result has a place: strides as allowed for q, no
+            memory of q, k or v.  Without gradients.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
@@ -88,8 +91,8 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, pack_gqa, out_dtype,
         sm_margin, deterministic,
     )  # fmt: skip
-    out, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options)
-    return (out, lse) if with_lse else out
+    result, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
+    return (result, lse) if with_lse else result
 
 
 def flash_attn_varlen_func(
@@ -120,6 +123,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Result:
     """`flash_attn_func` for sequences of different lengths, packed or padded; no padding is read.
 
@@ -152,8 +156,8 @@ def flash_attn_varlen_func(
         sm_margin, deterministic,
     )  # fmt: skip
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-    out, lse = ops.attend(q, k, v, learnable_sink, queries, keys, options)
-    return (out, lse) if with_lse else out
+    result, lse = ops.attend(q, k, v, learnable_sink, queries, keys, options, out)
+    return (result, lse) if with_lse else result
 
 
 def flash_attn_qkvpacked_func(

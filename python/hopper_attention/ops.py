@@ -46,6 +46,7 @@ def attend(
     queries: Lengths,
     keys: Lengths,
     options: Options,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a public function's arguments, differentiable if anything requires grad."""
     arguments.check_tensors(q, k, v)
@@ -53,14 +54,19 @@ def attend(
         q, k, v = arguments.autocast(q, k, v)
     sink = arguments.resolve_sink(learnable_sink, q)
     inputs = Inputs(q, k, v, sink, queries, keys)
+    needed = q.requires_grad or k.requires_grad or v.requires_grad
+    needed = (needed or (sink is not None and sink.requires_grad)) and torch.is_grad_enabled()
+    if out is not None:
+        arguments.check_out(out, q, v, options.out_dtype)
+        if needed:
+            raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
     if _watched(q, k, v):
         sharding.register()
-        return torch.ops.hopper_attention.forward(*inputs.flat, *options)
+        result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
+        return (result if out is None else out.copy_(result)), lse
     plan = prepare(inputs, options)
-    needed = q.requires_grad or k.requires_grad or v.requires_grad
-    needed = needed or (sink is not None and sink.requires_grad)
-    if not (needed and torch.is_grad_enabled()):
-        return forward.run(plan, inputs)
+    if not needed:
+        return forward.run(plan, inputs, out)
     arguments.check_differentiable(plan.out_dtype, q.dtype)
     if runtime.backend_for(q) is not runtime.Backend.REFERENCE:
         plan.backward_instances(q, v)  # refuses what has no backward before anything is launched

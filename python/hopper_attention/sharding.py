@@ -28,8 +28,8 @@ def register() -> bool:
     return True
 
 
-# A compiler that traces the call makes it instead.  What torch.compiler.assume_constant_result sets,
-# which would import the compiler, a second's work, here.
+# A compiler that traces the call makes it instead.  This is what assume_constant_result of
+# torch.compiler sets, but that imports the compiler, which takes a second.
 register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from itertools import product
 
 import numpy as np
@@ -179,3 +181,27 @@ def test_packed_rows_beyond_32_bits(monkeypatch):
     out, lse = packed(*inputs, lengths, causal=True)
     assert out.stride(0) == stride
     check_packed(q, k, v, out, lse, lengths, causal=True)
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_written_out(simulated, out_dtype):
+    """Into every other head of a larger tensor, dense and packed; what lies between is left."""
+    q, k, v = random_inputs(Shape(2, 40, 70, 4, 2), 64, torch.bfloat16)
+    offsets_q, offsets_k = (torch.tensor((0, n), dtype=torch.int32) for n in (40, 70))
+
+    def packed_call(**arguments):
+        tensors = (x[0] for x in (q, k, v))
+        return flash_attn_varlen_func(*tensors, offsets_q, offsets_k, 40, 70, **arguments)
+
+    calls = (functools.partial(flash_attn_func, q, k, v), packed_call)
+    with simulator.enabled(seed=1) if simulated else contextlib.nullcontext():
+        for call in calls:
+            expected, lse = call(out_dtype=out_dtype, return_lse=True)
+            space = torch.full((*expected.shape[:-2], 8, 64), 7.0, dtype=out_dtype)
+            out = space[..., ::2, :]
+            result, other_lse = call(out=out, out_dtype=out_dtype, return_lse=True)
+            assert result.data_ptr() == out.data_ptr()
+            assert torch.equal(out, expected)
+            assert torch.equal(other_lse, lse)
+            assert (space[..., 1::2, :] == 7.0).all()

@@ -85,6 +85,34 @@ def test_wrong_tensors(case):
         flash_attn_func(*arguments)
 
 
+WRONG_OUT = {
+    "not a tensor": (TypeError, "^out: expected", [1.0]),
+    "shape": (ValueError, "^out has shape", Q[:, :5].clone()),
+    "dtype": (ValueError, "^out has dtype", Q.float()),
+    "device": (ValueError, "^out is on meta", Q.to("meta")),
+    "requires grad": (ValueError, "^out requires grad", Q.clone().requires_grad_()),
+    "expanded": (ValueError, "^out is expanded", Q[:, :1].clone().expand(-1, 16, -1, -1)),
+    "odd row stride": (ValueError, "^out: stride", odd_stride(Q).zero_()),
+    "last dimension": (ValueError, "^out: the last dimension", Q.mT.contiguous().mT),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OUT)
+def test_wrong_out(case):
+    error, message, out = WRONG_OUT[case]
+    before = out.detach().clone() if isinstance(out, torch.Tensor) else out
+    with pytest.raises(error, match=message):
+        flash_attn_func(Q, K, V, out=out)
+    if isinstance(out, torch.Tensor) and out.is_cpu:
+        assert torch.equal(out, before)
+
+
+def test_out_has_no_gradient():
+    q = Q.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^out: not differentiable"):
+        flash_attn_func(q, K, V, out=torch.empty_like(Q))
+
+
 OPTIONS = [
     (ValueError, {"softmax_scale": 0.0}),
     (ValueError, {"softmax_scale": -1.0}),

@@ -251,6 +251,7 @@ def _flash_forward_inplace(
     _refuse(dropout_p=dropout_p, return_debug_mask=return_debug_mask, **more)
     if num_splits is not None and num_splits > 1:
         raise NotImplementedError("num_splits: keys are not split")
+    arguments.check_out(out, query, value, None)
     options = _options(scale, is_causal, window_size_left, window_size_right)
     lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)
     return _attend(Inputs(query, key, value, None, *lengths), options, out)

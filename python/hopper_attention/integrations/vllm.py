@@ -8,9 +8,7 @@ imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from hopper_attention import arguments, functional
@@ -87,8 +85,7 @@ def flash_attn_varlen_func(
     for name, value in later.items():
         _refuse(value is not None, name, "leave it out")
     arguments.integer("num_splits", num_splits, 0)
-    _check_out(out, q, v)
-    result: Any = functional.flash_attn_varlen_func(
+    return functional.flash_attn_varlen_func(
         q,
         k,
         v,
@@ -104,12 +101,8 @@ def flash_attn_varlen_func(
         deterministic=deterministic,
         return_lse=return_softmax_lse,
         learnable_sink=s_aux,
+        out=out,
     )
-    if out is None:
-        return result
-    values, *lse = result if return_softmax_lse else (result,)
-    out.copy_(values)
-    return (out, *lse) if return_softmax_lse else out
 
 
 PAGED = (
@@ -122,19 +115,3 @@ MERGE = "use one rank, or merge the ranks' results by their log-sum-exp"
 def _refuse(given: bool, what: str, instead: str) -> None:
     if given:
         raise NotImplementedError(f"{what}: not supported yet; {instead}")
-
-
-def _check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
-    if out is None:
-        return
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
-    shape = (*q.shape[:-1], v.shape[-1])
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}")
-    if (out.dtype, out.device) != (q.dtype, q.device):
-        raise ValueError(
-            f"out is {out.dtype} on {out.device}; expected q's {q.dtype} on {q.device}"
-        )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out requires grad; pass a tensor without, or no out")
