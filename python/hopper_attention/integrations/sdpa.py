@@ -1,11 +1,13 @@
 """The flash backend of PyTorch: `F.scaled_dot_product_attention` and `varlen_attn`.
 
 `enable_sdpa` puts our kernels behind the aten operators that PyTorch calls.  What they do not
-support (dropout, other dtypes, other GPUs, ...) goes on to PyTorch's own kernels.
+support (dropout, other dtypes, other GPUs, ...) goes on to PyTorch's own kernels; at level DEBUG
+the logger of this module says what and why.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from hopper_attention import arguments, backward, forward
 from hopper_attention.arguments import Lengths, Options
 from hopper_attention.plan import Inputs, prepare
 
+logger = logging.getLogger(__name__)
 NAME = "hopper_attention"
 """In PyTorch's registry of flash backends."""
 DEVICES = {"cuda": "CUDA", "cpu": "CPU"}
@@ -92,9 +95,10 @@ class _Overrides:
         def implementation(keyset: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return attempt(*args, **kwargs)
-            except (NotImplementedError, ValueError, TypeError):  # before anything was launched
+            except (NotImplementedError, ValueError) as refusal:  # before anything was launched
                 if original is None:
                     raise
+                logger.debug("%s falls through to PyTorch: %s", name, refusal)
             return original.call_boxed(keyset, *args, **kwargs)
 
         assert self._library is not None
