@@ -35,12 +35,16 @@ class CachedAttention:
         self.keys = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.values = torch.empty_like(self.keys)
         self.context = config.context
+        self.layer = 0
+        """Whose turn it is."""
         self.length = 0
         """Tokens kept; the caller adds its new ones when all layers have run."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor:
-        new, end = slice(self.length, self.length + len(q)), self.length + len(q)
-        self.keys[layer, 0, new], self.values[layer, 0, new] = k, v
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        layer, self.layer = self.layer, (self.layer + 1) % len(self.keys)
+        end = self.length + len(q)
+        self.keys[layer, 0, self.length : end] = k
+        self.values[layer, 0, self.length : end] = v
         start = max(0, end - self.context - len(q) + 1)  # nobody sees further back
         seen = slice(start, end)
         keys, values = self.keys[layer, :, seen], self.values[layer, :, seen]

@@ -48,7 +48,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "tiny": Defaults(tokens=2048, lr=3e-3),
+    "tiny": Defaults(tokens=4096, lr=1e-3),
     "small": Defaults(tokens=16384, lr=1e-3),
     "125m": Defaults(tokens=32768, lr=6e-4),
     "350m": Defaults(tokens=32768, lr=3e-4),

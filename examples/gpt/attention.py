@@ -61,7 +61,7 @@ def describe(kind: Kind, backend: SdpaBackend, device: torch.device, full: bool)
     return f"torch's scaled_dot_product_attention on {rows}{chosen}"
 
 
-def hopper(q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor:
+def hopper(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if packing.full:
         q, k, v = (x.unflatten(0, (-1, packing.context)) for x in (q, k, v))
         return cast(Tensor, flash_attn_func(q, k, v, causal=True)).flatten(0, 1)
@@ -71,7 +71,7 @@ def hopper(q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Ten
 
 
 @torch.compiler.disable  # it reads offsets on the host
-def plain(q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return Plain.apply(q, k, v, packing.cu_seqlens)
 
 
@@ -111,7 +111,7 @@ class Sdpa:
     def __init__(self, backend: SdpaBackend):
         self.backend = backend
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         if packs(self.backend, q.device, packing.full):
             offsets, longest = packing.cu_seqlens, packing.context
             out = varlen_attn(

@@ -64,10 +64,11 @@ class Attend(Protocol):
     """Causal attention within each sequence of a packing.
 
     q (tokens, heads, head_dim), k and v (tokens, heads_kv, head_dim), bf16; the result is like q.
-    `layer` is for those that keep keys and values.
+    Called by one layer after the other.  Layers do not say which they are: torch.compile would
+    compile each of them for itself, and give up after eight.
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor: ...
 
 
 class GPT(nn.Module):
@@ -76,7 +77,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
         self._initialize()
@@ -105,10 +106,10 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.mlp = SwiGLU(config)
 
@@ -118,16 +119,16 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.heads = (config.heads, config.heads_kv, config.heads_kv)
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, packing: Packing, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
-        out = attend(rotate(q, rotation), rotate(k, rotation), v, packing, self.layer)
+        out = attend(rotate(q, rotation), rotate(k, rotation), v, packing)
         return self.out(out.flatten(1))
 
 

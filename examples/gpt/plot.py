@@ -1,4 +1,4 @@
-"""Loss curves: each step lightly, smoothed on top; validation as points."""
+"""Loss curves: each step lightly, smoothed on top; validation as points; differences below."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from gpt.report import Record
 from hopper_attention.refusal import Refusal
 
-SMOOTHING = 0.9
-"""Share that an earlier step keeps in the running mean."""
+SMOOTHED = 9
+"""Steps in a mean.  Centred: a running mean would lag behind a falling loss."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,14 @@ class Curve:
 
     @property
     def smooth(self) -> np.ndarray:
-        """Exponential running mean, without a bias to its first value."""
-        total, weight, means = 0.0, 0.0, []
-        for loss in self.losses:
-            total = SMOOTHING * total + (1 - SMOOTHING) * loss
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
-            means.append(total / weight)
-        return np.array(means)
+        """Mean of the steps around each; of fewer at the ends."""
+        window = np.ones(min(SMOOTHED, len(self.losses)))
+        counts = np.convolve(np.ones_like(self.losses), window, mode="same")
+        return np.convolve(self.losses, window, mode="same") / counts
 
 
 def write(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """With two or more curves a second panel has their differences from the first."""
+    """With two or more curves a second panel has how far they are from the first."""
     panels = 2 if len(curves) > 1 else 1
     figure = Figure(figsize=(8, 4.2 + 1.8 * (panels - 1)), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[3, 1][:panels])
@@ -99,13 +96,13 @@ def _draw_differences(axes: Axes, curves: Sequence[Curve]) -> None:
     first = curves[0]
     for index, curve in enumerate(curves[1:], start=1):
         common, ours, theirs = np.intersect1d(first.steps, curve.steps, return_indices=True)
-        difference = curve.losses[theirs] - first.losses[ours]
-        label = f"{curve.label} - {first.label}"
-        axes.plot(common, difference, color=f"C{index}", linewidth=0.9, label=label)
-    axes.axhline(0, color="C0", linewidth=0.8)
-    axes.set_ylabel("difference\nof a step")
+        difference = np.abs(curve.losses[theirs] - first.losses[ours])
+        shown = np.where(difference > 0, difference, np.nan)
+        label = f"|{curve.label} - {first.label}|"
+        axes.semilogy(common, shown, color=f"C{index}", linewidth=0.9, label=label)
+    axes.set_ylabel("difference")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left")
+    axes.legend(fontsize="small", loc="lower right")
 
 
 def max_difference(a: Curve, b: Curve) -> float:

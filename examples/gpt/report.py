@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,8 +24,12 @@ class Report:
 
     def __init__(self, path: Path | None, resumed: bool, quiet: bool):
         self.records: list[Record] = []
-        self.console = Console(quiet=quiet)
-        self._file = path.open("a" if resumed else "w") if path and not quiet else None
+        self._latest: dict[str, Record] = {}
+        self.console = Console(quiet=quiet, highlight=False)
+        self._file: TextIO | None = None
+        if path and not quiet:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a" if resumed else "w")
         self._progress: Progress | None = None
 
     @contextmanager
@@ -45,6 +49,7 @@ class Report:
     def add(self, event: str, **values: Any) -> None:
         record = {"event": event, **values}
         self.records.append(record)
+        self._latest[event] = record
         if self._file:
             print(json.dumps(record), file=self._file, flush=True)
         if self._progress and event == "step":
@@ -56,11 +61,10 @@ class Report:
 
     def last(self, event: str, key: str) -> Any:
         """None if there was no such event."""
-        records = self.of(event)
-        return records[-1][key] if records else None
+        return self._latest.get(event, {}).get(key)
 
     def _status(self) -> str:
-        step, share = self.of("step")[-1], self.last("attention", "share")
+        step, share = self._latest["step"], self.last("attention", "share")
         attention = "" if share is None else f"  attention {share:.0%}"
         return f"loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s{attention}"
 
@@ -78,7 +82,8 @@ class Report:
         }
 
     def print_summary(self, title: str) -> None:
-        summary = self.summary()
+        """Of the event `end`, which has the summary."""
+        summary = self._latest["end"]
         table = Table(title=title, show_header=False)
         table.add_row("steps", f"{summary['steps']}, {summary['tokens']:,} tokens")
         table.add_row("first loss", f"{summary['first_loss']:.3f} nats a byte")

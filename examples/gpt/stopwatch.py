@@ -28,11 +28,11 @@ class TimedAttention:
         """(start, end) of every stretch."""
         self._started: Any = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         if not self.running:
-            return self.attend(q, k, v, packing, layer)
+            return self.attend(q, k, v, packing)
         q, k, v = _Enter.apply(self, q, k, v)
-        return _Leave.apply(self, self.attend(q, k, v, packing, layer))
+        return _Leave.apply(self, self.attend(q, k, v, packing))
 
     @contextmanager
     def timing(self) -> Iterator[None]:

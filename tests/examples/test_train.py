@@ -1,11 +1,14 @@
 """Training runs, by their losses."""
 
+import functools
 import json
-from pathlib import Path
+import os
+import socket
 
 import pytest
 import torch
 import torch.multiprocessing
+from torch._dynamo.utils import counters
 
 from gpt import checkpoint
 from gpt.attention import Kind
@@ -13,7 +16,7 @@ from gpt.data import read_documents
 from gpt.model import GPTConfig
 from gpt.plot import Curve, max_difference
 from hopper_attention.refusal import Refusal
-from train_gpt import draw, train
+from train_gpt import Settings, draw, train
 
 
 def losses(report):
@@ -107,21 +110,32 @@ def test_own_files_are_documents(settings, tmp_path):
         train(settings(data=files))
 
 
-@pytest.mark.parametrize("kind", [Kind.SDPA, Kind.HOPPER])
+NO_OPERATOR = pytest.mark.xfail(
+    strict=False, reason="graphs break where flash_attn_varlen_func is no operator of torch's"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Kind.SDPA, pytest.param(Kind.HOPPER, marks=NO_OPERATOR)])
 def test_compiled_blocks_train_alike_and_compile_once(settings, kind):
-    """Batches have other numbers of documents, but always the same shapes."""
+    """Documents are more in one batch than in another, and layers more than are compiled apart."""
+    deep = GPTConfig(layers=9, dim=32, heads=4, heads_kv=2, hidden=64, context=32)
+    settings = functools.partial(settings, model=deep)
     torch.compiler.reset()
-    plain = train(settings(attention=kind, sample_every=2))
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        compiled = train(settings(attention=kind, sample_every=2, compile=True))
+    counters.clear()
+    compiled = train(settings(attention=kind, steps=4, sample_every=2, compile=True))
+    plain = train(settings(attention=kind, steps=4))
     assert losses(compiled) == pytest.approx(losses(plain), abs=0.02)
     assert "uncompiled" in compiled.last("attention", "how")
+    graphs = counters["stats"]["unique_graphs"]
+    more = train(settings(attention=kind, steps=8, compile=True))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert len(more.of("step")) == 8
+    assert not counters["graph_break"]
 
 
-def in_process(rank: int, folder: Path, port: int, settings) -> None:
+def in_process(rank: int, port: int, settings: Settings) -> None:
     """A rank of two, as torchrun starts it."""
-    import os
-
     os.environ |= {
         "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -132,13 +146,11 @@ def in_process(rank: int, folder: Path, port: int, settings) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_train_like_one(settings, tmp_path):
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sharded = settings(fsdp=True, metrics=tmp_path / "two.jsonl", checkpoint=tmp_path / "two")
-    torch.multiprocessing.spawn(in_process, (tmp_path, port, sharded), nprocs=2)
+    torch.multiprocessing.spawn(in_process, (port, sharded), nprocs=2)
     two = Curve.read(tmp_path / "two.jsonl")
     one = train(settings(accumulate=2, metrics=tmp_path / "one.jsonl"))
     assert max_difference(Curve.of(one.records), two) < 5e-3
