@@ -15,6 +15,7 @@ from gpt.attention import Kind
 from gpt.data import read_documents
 from gpt.model import GPTConfig
 from gpt.plot import Curve, max_difference
+from hopper_attention import simulator
 from hopper_attention.refusal import Refusal
 from train_gpt import Settings, draw, train
 
@@ -157,3 +158,15 @@ def test_two_ranks_train_like_one(settings, tmp_path):
     # One process goes on with what two have written.
     more = settings(accumulate=2, steps=8, checkpoint=tmp_path / "two", resume=True)
     assert [record["step"] for record in train(more).of("step")] == [7, 8]
+
+
+@pytest.mark.simulator
+def test_kernels_on_the_simulator_train_like_the_reference(settings):
+    """Forward and backward kernels, on packed documents."""
+    short = functools.partial(settings, steps=3, tokens=64)
+    plain = train(short(attention=Kind.REFERENCE))
+    with simulator.enabled(seed=1):
+        simulated = train(short(attention=Kind.HOPPER))
+    assert "simulator" in simulated.last("start", "runs")
+    assert losses(simulated) == pytest.approx(losses(plain), abs=2e-3)
+    assert losses(simulated) != losses(plain)
