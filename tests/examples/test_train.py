@@ -77,6 +77,12 @@ def test_accumulated_batches_are_a_larger_batch(settings):
     assert losses(small) == pytest.approx(losses(large), abs=2e-3)
 
 
+def test_a_nudge_is_small_but_seen(settings):
+    a, b = (train(settings(steps=3, nudge=share)) for share in (0.0, 1e-3))
+    assert losses(a) != losses(b)
+    assert losses(a) == pytest.approx(losses(b), abs=0.01)
+
+
 def test_metrics_and_plot(settings, tmp_path):
     files = [tmp_path / f"{kind.value}.jsonl" for kind in (Kind.SDPA, Kind.REFERENCE)]
     for file, kind in zip(files, (Kind.SDPA, Kind.REFERENCE)):
