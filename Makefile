@@ -4,6 +4,7 @@ PYTHON ?= python3
 DEMO_INSTANCES ?= fwd_bf16_d128_causal
 TEST_INSTANCES ?= core
 BIN := .venv/bin
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/python examples/train_gpt.py --device cpu
 
 # Where there is no GPU a pinned torch: its CPU wheel is small, the newest brings gigabytes of CUDA.
 TORCH := $(shell nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
@@ -15,10 +16,17 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake hopper cute_kernels 
 # A build for the tests serves the demo as well, and is not shrunk to the demo's instances.
 DEMO_BUILD := $(if $(wildcard .venv/built-for-test),.venv/built-for-test,.venv/built-for-demo)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo train test bench lint clean
 
 demo: $(DEMO_BUILD)
 	$(BIN)/hopper-attention demo
+
+# Neither of the two runs a kernel: they need the package, whichever instances it has.  One thread
+# each: two are a third quicker alone and several times slower beside other work, as they wait busily.
+train: $(DEMO_BUILD)
+	$(TRAIN) --attention reference --json build/train/reference.jsonl
+	$(TRAIN) --attention sdpa --json build/train/sdpa.jsonl \
+	  --compare build/train/reference.jsonl --plot docs/images/train_loss.png
 
 test: .venv/built-for-test
 	$(BIN)/python -m pytest -n 2

@@ -1,0 +1,1 @@
+"""A byte-level GPT whose attention is exchangeable: what `train_gpt.py` and `generate.py` share."""
