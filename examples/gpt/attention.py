@@ -80,14 +80,15 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, cu_seqlens)
-        out, _ = reference.attention(q, k, v, **Plain.options(q, cu_seqlens))
+        out, lse = reference.attention(q, k, v, **Plain.options(q, cu_seqlens))
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens = ctx.saved_tensors
-        dq, dk, dv, _ = reference.gradients(q, k, v, dout, **Plain.options(q, cu_seqlens))
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        options = Plain.options(q, cu_seqlens)
+        dq, dk, dv, _ = reference.gradients(q, k, v, dout, out=out, lse=lse, **options)
         return dq, dk, dv, None
 
     @staticmethod

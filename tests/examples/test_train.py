@@ -117,13 +117,8 @@ def test_own_files_are_documents(settings, tmp_path):
         train(settings(data=files))
 
 
-NO_OPERATOR = pytest.mark.xfail(
-    strict=False, reason="graphs break where flash_attn_varlen_func is no operator of torch's"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Kind.SDPA, pytest.param(Kind.HOPPER, marks=NO_OPERATOR)])
+@pytest.mark.parametrize("kind", [Kind.SDPA, Kind.HOPPER])
 def test_compiled_blocks_train_alike_and_compile_once(settings, kind):
     """Documents are more in one batch than in another, and layers more than are compiled apart."""
     deep = GPTConfig(layers=9, dim=32, heads=4, heads_kv=2, hidden=64, context=32)
