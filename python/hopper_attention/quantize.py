@@ -1,4 +1,4 @@
-"""Quantisation to FP8 for attention: scales by recipe, rotation, centring; stated plainly in PyTorch.
+"""Quantisation to FP8 for attention, stated plainly: scales by recipe, rotation, centring.
 
 x is approximated by `values * descale`, where `descale` covers, by recipe:
 
@@ -88,7 +88,7 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
 
 def spread(descale: Tensor, x: Tensor) -> Tensor:
     """The factor of every row of x, (batch, seqlen, heads, 1), or of everything."""
-    batch, seqlen, heads, _ = x.shape
+    _, seqlen, heads, _ = x.shape
     if descale.ndim < 2:
         return descale.reshape(1, 1, 1, 1)
     if descale.ndim == 2:
