@@ -67,6 +67,48 @@ class PackedFragment:
 
 
 @dsl_user_op
+def _convert_four(values, *, loc=None, ip=None) -> cutlass.Int32:
+    operands = [x.ir_value(loc=loc, ip=ip) for x in values]
+    code = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    word = llvm.inline_asm(
+        T.i32(), operands, code, "=r,f,f,f,f", has_side_effects=False, loc=loc, ip=ip
+    )
+    return cutlass.Int32(word)
+
+
+@dataclass(frozen=True)
+class Fp8Fragment:
+    """A float32 accumulator as the e4m3 A operand of the next GEMM, of which it has the columns.
+
+    A thread holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t of every 16, where the operand wants 4t to
+    4t + 3.  Nothing is moved: the operand's column 4t + 2x + c is the accumulator's 8x + 2t + c,
+    and B's rows must lie in that order (`interleaved`).
+    """
+
+    words: cute.Tensor
+    """Four columns each: rows r and r + 8 of the first 16 columns, then of the second."""
+
+    @staticmethod
+    def like(acc: cute.Tensor) -> "Fp8Fragment":
+        return Fp8Fragment(cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32))
+
+    def convert(self, acc: cute.Tensor) -> None:
+        for i in range(cute.size(self.words)):
+            start = 16 * (i // 4) + 8 * (i // 2 % 2) + 2 * (i % 2)
+            places = (start, start + 1, start + 4, start + 5)
+            self.words[i] = _convert_four([acc[place] for place in places])
+
+
+def interleaved(column: int) -> int:
+    """Which column of the accumulator an e4m3 operand's column is (`Fp8Fragment`)."""
+    block, t, x, c = column // 16, column % 16 // 4, column // 2 % 2, column % 2
+    return 16 * block + 8 * x + 2 * t + c
+
+
+@dsl_user_op
 def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
     """Tie a float32 fragment to this point of the program; costs no instruction.
 

@@ -1,16 +1,19 @@
 """Online softmax over blocks of keys, in the exp2 domain, on accumulator fragments.
 
-After each block, for every row: row_max = max of the scores so far, row_sum = sum of
-exp2((score - row_max) * scale_log2) over *this thread's* columns; the quad's four partial sums
-are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
+After each block, for every row: row_max = max of score * scale_log2 so far, row_sum = sum of
+exp2(score * scale_log2 - row_max + headroom) over *this thread's* columns; the quad's four partial
+sums are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
 """
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
+from hopper_attention.cute_kernels.fragments import pin
 
 LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -19,12 +22,12 @@ CHAINS = 4
 """Independent chains of a row's reduction: one dependent chain would be bound by latency."""
 
 
-def reduce_row(scores: cute.Tensor, row: int, op) -> Float32:
-    """op over one row of this thread's (rows, columns) fragment."""
-    columns = cute.size(scores, mode=[1])
-    partial = [scores[row, j] for j in range(CHAINS)]
-    for j in range(CHAINS, columns):
-        partial[j % CHAINS] = op(partial[j % CHAINS], scores[row, j])
+def reduce_row(scores: cute.Tensor, row: int, op, columns: range | None = None) -> Float32:
+    """op over one row of this thread's (rows, columns) fragment, or some columns of it."""
+    start, *rest = range(cute.size(scores, mode=[1])) if columns is None else columns
+    partial = [scores[row, start], *(scores[row, j] for j in rest[: CHAINS - 1])]
+    for count, j in enumerate(rest[CHAINS - 1 :]):
+        partial[count % CHAINS] = op(partial[count % CHAINS], scores[row, j])
     return op(op(partial[0], partial[1]), op(partial[2], partial[3]))
 
 
@@ -33,21 +36,42 @@ def add(a, b):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Columns of a block whose scores share a scale."""
+
+    columns: range
+    """Of one thread."""
+    scale_log2: Float32
+    """softmax_scale * log2(e), positive."""
+    headroom: Any = None
+    """exp2 of it is what the largest score so far becomes; None: 0."""
+    weight: Any = None
+    """What the columns count in the sum; None: 1."""
+    inner: Any = None
+    """Of `cap`, if there is one."""
+
+    def of(self, scores: cute.Tensor) -> cute.Tensor:
+        """These columns of (rows, columns)."""
+        place = self.columns.start // len(self.columns)
+        return cute.logical_divide(scores, (None, len(self.columns)))[None, (None, place)]
+
+
+@dataclass(frozen=True)
 class OnlineSoftmax:
     """Running statistics of the rows one thread holds."""
 
     row_max: cute.Tensor
-    """(rows,) float32 registers: unscaled scores."""
+    """(rows,) float32 registers: scores times their scale."""
     row_sum: cute.Tensor
     """(rows,) float32 registers: this thread's share."""
-    scale_log2: Float32
-    """softmax_scale * log2(e), positive."""
+    headroom: float = 0.0
+    """Of parts whose weight is 1."""
 
     @staticmethod
-    def create(rows: int, scale_log2: Float32) -> "OnlineSoftmax":
+    def create(rows: int, headroom: float = 0.0) -> "OnlineSoftmax":
         row_max = cute.make_rmem_tensor((rows,), Float32)
         row_sum = cute.make_rmem_tensor((rows,), Float32)
-        softmax = OnlineSoftmax(row_max, row_sum, scale_log2)
+        softmax = OnlineSoftmax(row_max, row_sum, headroom)
         softmax.reset()
         return softmax
 
@@ -57,19 +81,25 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def step(self, scores: cute.Tensor, first: cutlass.Constexpr, masked: cutlass.Constexpr):
-        """scores (rows, columns) <- exp2((scores - row_max) * scale_log2), statistics updated.
+    def step(
+        self,
+        scores: cute.Tensor,
+        parts: cutlass.Constexpr,
+        first: cutlass.Constexpr,
+        masked: cutlass.Constexpr,
+    ):
+        """scores (rows, columns) <- exp2(scores * scale - row_max + headroom), statistics updated.
 
-        Returns the factors (rows,) by which what was accumulated before must be multiplied, and
-        whether it must be at all, the same for a warp; neither means anything if `first`.  With
-        `masked`, a row may be all -inf so far: its maximum is taken as 0, else -inf - -inf would
-        give NaN.
+        `parts` (`Part`) are all of the columns.  Returns the factors (rows,) by which what was
+        accumulated before must be multiplied, and whether it must be at all, the same for a warp;
+        neither means anything if `first`.  With `masked`, a row may be all -inf so far: its maximum
+        is taken as 0, else -inf - -inf would give NaN.
         """
-        rows, columns = cute.size(self.row_max), cute.size(scores, mode=[1])
+        rows = cute.size(self.row_max)
         largest = cute.make_rmem_tensor_like(self.row_max)
         grown = Boolean(False)
         for i in cutlass.range_constexpr(rows):
-            row_max = reduce_row(scores, i, cute.arch.fmax)
+            row_max = self.largest(scores, parts, i)
             if const_expr(not first):
                 row_max = cute.arch.fmax(row_max, self.row_max[i])
             largest[i] = cute.arch.warp_reduction(row_max, cute.arch.fmax, threads_in_group=4)
@@ -84,20 +114,31 @@ class OnlineSoftmax:
             if must_rescale:
                 for i in cutlass.range_constexpr(rows):
                     top = self.finite(largest[i], masked)
-                    rescale[i] = cute.math.exp2(
-                        (self.row_max[i] - top) * self.scale_log2, fastmath=True
-                    )
+                    rescale[i] = cute.math.exp2(self.row_max[i] - top, fastmath=True)
                     self.row_sum[i] = self.row_sum[i] * rescale[i]
                     self.row_max[i] = largest[i]
+                pin(rescale)  # not to be computed where it is not needed
         for i in cutlass.range_constexpr(rows):
-            shift = self.finite(self.row_max[i], masked) * self.scale_log2
-            for j in cutlass.range_constexpr(columns):
-                scores[i, j] = cute.math.exp2(scores[i, j] * self.scale_log2 - shift, fastmath=True)
-            row_sum = reduce_row(scores, i, add)
-            if const_expr(not first):
-                row_sum = self.row_sum[i] + row_sum
-            self.row_sum[i] = row_sum
+            top = self.finite(self.row_max[i], masked)
+            for part in parts:
+                shift = top if part.headroom is None else top - part.headroom
+                for j in part.columns:
+                    exponent = scores[i, j] * part.scale_log2 - shift
+                    scores[i, j] = cute.math.exp2(exponent, fastmath=True)
+                row_sum = reduce_row(scores, i, add, part.columns)
+                if const_expr(part.weight is not None):
+                    row_sum = row_sum * part.weight
+                if const_expr(not first or part is not parts[0]):
+                    row_sum = self.row_sum[i] + row_sum
+                self.row_sum[i] = row_sum
         return rescale, must_rescale
+
+    def largest(self, scores: cute.Tensor, parts: list, row: int) -> Float32:
+        tops = [
+            reduce_row(scores, row, cute.arch.fmax, part.columns) * part.scale_log2
+            for part in parts
+        ]
+        return functools.reduce(cute.arch.fmax, tops)
 
     @cute.jit
     def finite(self, row_max: Float32, masked: cutlass.Constexpr) -> Float32:
@@ -116,7 +157,9 @@ class OnlineSoftmax:
         factors = cute.make_rmem_tensor_like(self.row_sum)
         for i in cutlass.range_constexpr(cute.size(self.row_sum)):
             row_sum = cute.arch.warp_reduction(self.row_sum[i], add, threads_in_group=4)
-            row_max = self.row_max[i] * self.scale_log2
+            row_max = self.row_max[i]
+            if const_expr(self.headroom != 0.0):
+                row_max = row_max - self.headroom
             sink_log2 = sinks_log2[i]
             top = cute.arch.fmax(row_max, sink_log2)
             finite_top = Float32(0.0) if top == -Float32.inf else top

@@ -4,6 +4,7 @@ Free of imports from the CuTe DSL; see `cute_kernels/instance.py`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 SHARED_MEMORY_CAPACITY = 232448
 """Bytes of shared memory one block may have on sm_90."""
@@ -44,13 +45,20 @@ class ForwardConfig:
     tile_n: int
     stages: int = 2
 
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    element_bytes: ClassVar[int] = 2
+    """Of Q, K, V; O has two."""
+
     def __post_init__(self) -> None:
-        assert self.dtype in DTYPES, self.dtype
+        assert self.dtype in self.dtypes, self.dtype
         assert self.mask in MASKS, self.mask
         assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
         assert self.head_dim <= 256 and self.head_dim_v <= 256, "N of one WGMMA"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS, self.tile_m
-        assert self.tile_n % 16 == 0 and self.tile_n <= 256, "P is the A operand of k16 WGMMAs"
+        assert self.tile_n * self.element_bytes % 32 == 0, (
+            "P is the A operand of WGMMAs of 32 bytes"
+        )
+        assert self.tile_n <= 256, "N of one WGMMA"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
 
     @property
@@ -74,6 +82,8 @@ class ForwardConfig:
         Both are stored swizzle span by swizzle span: a row of O lies in the same row of Q if the
         spans are as wide.
         """
+        if self.element_bytes != 2:
+            return False
         same_span = (self.head_dim % 64 == 0) == (self.head_dim_v % 64 == 0)
         return same_span and self.head_dim_v <= self.head_dim
 
@@ -96,10 +106,21 @@ class ForwardConfig:
 
     def _shared_memory_bytes(self, q_stages: int) -> int:
         """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K, V stages, O."""
-        row, row_v = 2 * self.head_dim, 2 * self.head_dim_v
-        output = 0 if self.output_over_q else self.tile_m * row_v
+        row, row_v = self.element_bytes * self.head_dim, self.element_bytes * self.head_dim_v
+        output = 0 if self.output_over_q else self.tile_m * 2 * self.head_dim_v
         keys = self.stages * self.tile_n * (row + row_v)
         return 1024 + q_stages * self.tile_m * row + keys + output
+
+
+@dataclass(frozen=True)
+class ForwardFp8Config(ForwardConfig):
+    """One forward kernel for e4m3 Q, K and V; V transposed, its keys interleaved."""
+
+    two_level: bool = False
+    """Whether O P V of some key blocks is added up by itself, and to O in float32."""
+
+    dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
+    element_bytes: ClassVar[int] = 1
 
 
 FORWARD_TILES = {
@@ -118,6 +139,25 @@ FORWARD_TILES = {
     (64, 256): {"full": (128, 96), "causal": (128, 96), "local": (128, 64)},
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); "softcap" if it differs from "local"."""
+
+FP8_TILES = {
+    # Keys in whole spans of 128 bytes, for V, of which they are the columns; 64 where masks or
+    # softcap need the registers.
+    (64, 64): {"full": (192, 128), "softcap": (192, 64)},
+    (96, 96): {"full": (128, 128)},
+    (128, 128): {"full": (128, 128)},
+    (192, 192): {"full": (128, 128)},
+    (256, 256): {"full": (128, 128), "softcap": (128, 64)},
+}
+"""(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); what is missing is as the one before, in the
+order full, causal, local, softcap."""
+FP8_TWO_LEVEL_TILES = {
+    # Two warpgroups: three have 160 registers a thread, which spill.
+    (64, 64): {"full": (128, 128)},
+    (96, 96): {"full": (128, 128)},
+    (128, 128): {"full": (128, 128), "local": (128, 64)},
+}
+"""The same where O is in registers twice: no room for that with wider heads."""
 
 BACKWARD_STAGES = 2
 """Of Q, dO and dS in the backward kernels."""

@@ -66,7 +66,7 @@ from hopper_attention.cute_kernels.fragments import (
 from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.memory import read
 from hopper_attention.cute_kernels.sequence import EqualLengths, Lengths, Rows, Sequence
-from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, cap, scale_rows
+from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, Part, cap, scale_rows
 from hopper_attention.cute_kernels.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.tile_queue import TileQueue
 from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
@@ -168,13 +168,12 @@ class Forward:
             scheduler = DenseScheduler.create(
                 seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
             )
-        capped, scale = None, softmax_scale
-        if const_expr(cfg.softcap):
-            capped, scale = (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
+        capped, scale = self.capped(softmax_scale, softcap)
         window = None
         if const_expr(cfg.mask == "local"):
             window = (window_left, window_right, attention_chunk)
         problem = Problem(
+            descales=None,
             queries=queries,
             keys=keys,
             group=group,
@@ -191,6 +190,12 @@ class Forward:
             block=[cfg.threads, 1, 1],
             stream=stream,
         )
+
+    def capped(self, softmax_scale: Float32, softcap: Optional[Float32]) -> tuple:
+        """Factors of `softmax.cap`, if there is one, and of the scores after it."""
+        if self.cfg.softcap:
+            return (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
+        return None, softmax_scale
 
     def tiled_mmas(self) -> Mmas:
         cfg, dtype, k, mn = self.cfg, self.dtype, OperandMajorMode.K, OperandMajorMode.MN
@@ -247,6 +252,28 @@ class Forward:
             v_start = storage.v.data_ptr()
             self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start)
 
+    # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv.
+
+    headroom = 0.0
+    """Of `OnlineSoftmax`."""
+
+    def fragment_p(self, acc_s: cute.Tensor) -> PackedFragment:
+        return PackedFragment.like(acc_s, self.dtype)
+
+    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
+        return acc_o
+
+    def scales(self, problem: Problem, work: Work) -> Any:
+        """What `parts` has to know of a tile."""
+
+    def parts(self, problem: Problem, scales: Any, n_block: Int32) -> tuple[Part, ...]:
+        """Of a key block, by what its scores are scaled."""
+        inner = problem.softcap[0] if self.cfg.softcap else None
+        return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
+
+    def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work) -> None:
+        """Scales of V, into the factors of O's rows."""
+
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
         """By the producer warp."""
@@ -287,9 +314,9 @@ class Forward:
         cfg = self.cfg
         layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
 
-        def buffer(layout, used=True):
+        def buffer(layout, dtype=self.dtype, used=True):
             size = cute.cosize(layout) if used else 0
-            return cute.struct.Align[cute.struct.MemRange[self.dtype, size], 1024]
+            return cute.struct.Align[cute.struct.MemRange[dtype, size], 1024]
 
         @cute.struct
         class Storage:
@@ -301,7 +328,7 @@ class Forward:
             q: buffer(layout_q)
             k: buffer(layout_k)
             v: buffer(layout_v)
-            o: buffer(layout_o, not cfg.output_over_q)
+            o: buffer(layout_o, self.output.dtype, not cfg.output_over_q)
 
         return Storage
 
@@ -421,15 +448,17 @@ class Forward:
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim_v))
         acc_s = cute.make_rmem_tensor(shape_s, Float32)
+        acc_o = cute.make_rmem_tensor(shape_o, Float32)
         fragments = Fragments(
             q=wgmma.Operand.of(uniform_qk.partition_A(tiles.q)),
             k=wgmma.Operand.of(uniform_qk.partition_B(tiles.k)),
             v=wgmma.Operand.of(uniform_pv.partition_B(tiles.v)),
-            p=PackedFragment.like(acc_s, self.dtype),
+            p=self.fragment_p(acc_s),
             acc_s=acc_s,
-            acc_o=cute.make_rmem_tensor(shape_o, Float32),
+            acc_o=acc_o,
+            acc_pv=self.accumulator_pv(acc_o),
         )
-        softmax = OnlineSoftmax.create(2, problem.scale_log2)
+        softmax = OnlineSoftmax.create(2, self.headroom)
         turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         queue, count = pipelines.tiles, Int32(0)
@@ -514,32 +543,33 @@ class Forward:
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
         k_state.advance()
-        self.update_softmax(acc_s, softmax, problem, mask, last, first=True)
+        scales = self.scales(problem, work)
+        parts = self.parts(problem, scales, last)
+        self.update_softmax(acc_s, softmax, problem, parts, mask, last, first=True)
         fragments.p.convert(acc_s)
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
-        step = partial(self.step, fragments, q_block, pipelines, softmax, turns, problem)
+        step = partial(self.step, fragments, q_block, pipelines, softmax, turns, problem, scales)
         unmasked_end = minimum(blocks.unmasked_end, last)
         unmasked_first = minimum(blocks.unmasked_first, last)
         if const_expr(cfg.mask != "full"):
             for i in cutlass.range(opaque(last - unmasked_end), unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, last - 1 - i)
-        for _ in cutlass.range(opaque(unmasked_end - unmasked_first), unroll=1):
-            k_state, v_state = step(k_state, v_state, None, None)
+        for i in cutlass.range(opaque(unmasked_end - unmasked_first), unroll=1):
+            k_state, v_state = step(k_state, v_state, None, unmasked_end - 1 - i)
         if const_expr(cfg.mask == "local"):
             blocks = self.current_work(problem, pipelines.tiles, count).blocks
             for i in cutlass.range(opaque(unmasked_first - blocks.first), unroll=1):
                 k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
-        v_block = fragments.v.stage(v_state.index)
-        wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
+        self.issue_pv(fragments, fragments.v.stage(v_state.index))
         work = self.current_work(problem, pipelines.tiles, count)
         factors = softmax.finish(self.read_sinks(mmas, problem, work))
-        warpgroup.wait_group(0)
-        pin(acc_o)
+        self.finish_pv(fragments)
         pipelines.v.consumer_release(v_state)
+        self.descale_output(factors, problem, work)
         scale_rows(rows_and_columns(acc_o), factors)
         return k_state
 
@@ -552,37 +582,48 @@ class Forward:
         softmax: OnlineSoftmax,
         turns: Turns,
         problem: Problem,
+        scales: Any,
         k_state: pipeline.PipelineState,
         v_state: pipeline.PipelineState,
         mask: Optional[Mask],
-        n_block: Optional[Int32],
+        n_block: Int32,
     ):
         """S and softmax of one key block beside O += P V of the block before; states advanced."""
-        acc_s, acc_o = fragments.acc_s, fragments.acc_o
+        acc_s = fragments.acc_s
         k_block = fragments.k.stage(k_state.index)
         v_block = fragments.v.stage(v_state.index)
+        parts = self.parts(problem, scales, n_block)
         pipelines.k.consumer_wait(k_state)
         turns.wait()
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state)
-        wgmma.issue(acc_o, fragments.p, v_block, accumulate=True)
+        self.issue_pv(fragments, v_block)
         turns.give()
         warpgroup.wait_group(1)
         pin(acc_s)
         pipelines.k.consumer_release(k_state)
         rescale, must_rescale = self.update_softmax(
-            acc_s, softmax, problem, mask, n_block, first=False
+            acc_s, softmax, problem, parts, mask, n_block, first=False
         )
         finish_before(softmax.row_sum)
-        warpgroup.wait_group(0)
-        pin(acc_o)
+        self.finish_pv(fragments)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
         if must_rescale:
-            scale_rows(rows_and_columns(acc_o), rescale)
+            scale_rows(rows_and_columns(fragments.acc_o), rescale)
         following = k_state.clone()
         following.advance()
         return following, k_state
+
+    @cute.jit
+    def issue_pv(self, fragments: Fragments, v_block: wgmma.Operand):
+        wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
+
+    @cute.jit
+    def finish_pv(self, fragments: Fragments):
+        """Waits for the last group, P V; O has it then."""
+        warpgroup.wait_group(0)
+        pin(fragments.acc_pv)
 
     @cute.jit
     def update_softmax(
@@ -590,17 +631,19 @@ class Forward:
         acc_s: cute.Tensor,
         softmax: OnlineSoftmax,
         problem: Problem,
+        parts: tuple[Part, ...],
         mask: Optional[Mask],
-        n_block: Optional[Int32],
+        n_block: Int32,
         first: cutlass.Constexpr,
     ):
         """S of one key block, capped and masked, becomes P in place; the factors for O."""
         scores = rows_and_columns(acc_s)
         if const_expr(self.cfg.softcap):
-            cap(scores, *problem.softcap)
+            for part in parts:
+                cap(part.of(scores), part.inner, problem.softcap[1])
         if const_expr(mask is not None):
             mask.apply(scores, n_block)
-        return softmax.step(scores, first=first, masked=mask is not None)
+        return softmax.step(scores, parts, first=first, masked=mask is not None)
 
     @cute.jit
     def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
-from hopper_attention.cute_kernels.fragments import PackedFragment, opaque, rows_and_columns
+from hopper_attention.cute_kernels.fragments import opaque, rows_and_columns
 from hopper_attention.cute_kernels.sequence import Rows, Sequence
 from hopper_attention.cute_kernels.tile_queue import TileQueue
 from hopper_attention.cute_kernels.tile_scheduler import Tile
@@ -34,6 +34,8 @@ class Problem:
     """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
     sink: Int64
     """Address of a float32 score for each head, or 0."""
+    descales: Any
+    """`Descales` of quantised tensors, or None."""
     output_float32: Int32
     """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
 
@@ -123,9 +125,12 @@ class Fragments:
     q: wgmma.Operand
     k: wgmma.Operand
     v: wgmma.Operand
-    p: PackedFragment
+    p: Any
+    """PackedFragment or Fp8Fragment."""
     acc_s: cute.Tensor
     acc_o: cute.Tensor
+    acc_pv: cute.Tensor
+    """What P V is added to by WGMMA: acc_o, or a part of it that is added later."""
 
 
 def consumer_thread() -> Int32:

@@ -1,4 +1,4 @@
-"""WGMMA of 16-bit operands: descriptors of shared memory; groups of fence, instructions, commit.
+"""WGMMA: descriptors of shared memory; groups of fence, instructions, commit.
 
 The DSL's own descriptors are computed from the address in shared memory anew in each iteration of a
 loop, and each needs two to three uniform instructions; these need one (docs/tuning.md).
@@ -15,19 +15,21 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.fragments import opaque
 
-PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16"}
+PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16", cutlass.Float8E4M3FN: "e4m3"}
+DEPTH_BITS = 256
+"""Of one instruction: K is 16, or 32 of FP8."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A swizzled tile in shared memory as A or B of k16 WGMMAs."""
+    """A swizzled tile in shared memory as A or B of WGMMAs."""
 
     low: Int32
-    """Half of the descriptor of one stage's first 16 columns of K: address, leading offset."""
+    """Half of the descriptor of one stage's first columns of K: address, leading offset."""
     high: Int32
     """The other half: stride offset, swizzle mode."""
     tile: cute.Tensor
-    """((M or N, 16), 1, K / 16) and perhaps stages: `partition_A` or `partition_B` of the tile."""
+    """((M or N, k), 1, K / k) and perhaps stages: `partition_A` or `partition_B` of the tile."""
 
     @staticmethod
     def of(tile: cute.Tensor) -> "Operand":
@@ -64,7 +66,7 @@ class Operand:
         return Operand(self.low + index * stride, self.high, self.tile)
 
     def slice(self, k: int) -> Int64:
-        """Descriptor of columns [16 k, 16 k + 16) of K."""
+        """Descriptor of what instruction `k` reads."""
         place = (0, 0, k, 0)[: cute.rank(self.tile)]
         offset = cute.crd2idx(place, self.tile.layout)
         first = Int64(Uint32(self.low)) | Int64(self.high) << 32
@@ -77,18 +79,18 @@ def units(elements: int, dtype) -> int:
 
 
 def issue(acc: cute.Tensor, a: Any, b: Operand, accumulate: bool) -> None:
-    """acc = a b, or acc += a b, as one committed group; `a` is an Operand or a PackedFragment.
+    """acc = a b, or acc += a b, as one committed group; `a` is an Operand or a packed fragment.
 
     Asynchronous: neither acc nor the operands may be touched before `warpgroup.wait_group`.
     """
     warpgroup.fence()
     for k in range(b.slices):
-        _issue_k16(acc, a, b, k, accumulate or k > 0)
+        _issue_one(acc, a, b, k, accumulate or k > 0)
     warpgroup.commit_group()
 
 
 @dsl_user_op
-def _issue_k16(acc, a, b: Operand, k: int, accumulate: bool, *, loc=None, ip=None) -> None:
+def _issue_one(acc, a, b: Operand, k: int, accumulate: bool, *, loc=None, ip=None) -> None:
     n = cute.size(acc)
     shared = isinstance(a, Operand)
     operands = [a.slice(k)] if shared else [a.words[4 * k + i] for i in range(4)]
@@ -96,13 +98,15 @@ def _issue_k16(acc, a, b: Operand, k: int, accumulate: bool, *, loc=None, ip=Non
     registers = [f"${i}" for i in range(2 * n + len(operands))]
     sources = registers[2 * n :]
     place_a = sources[0] if shared else "{" + ", ".join(sources[:4]) + "}"
-    majors = [int(x.transposed) for x in (a, b) if isinstance(x, Operand)]
+    width = b.tile.element_type.width
+    transposed = [int(x.transposed) for x in (a, b) if isinstance(x, Operand)]
+    assert width == 16 or not any(transposed), "FP8 operands have K contiguous"
+    majors = "".join(f", {major}" for major in transposed) if width == 16 else ""
     dtype = PTX_TYPES[b.tile.element_type]
     code = (
         f"{{ .reg .pred p; setp.ne.b32 p, {int(accumulate)}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{2 * n}k16.f32.{dtype}.{dtype} "
-        f"{{{', '.join(registers[:n])}}}, {place_a}, {sources[-1]}, p, 1, 1, "
-        f"{', '.join(map(str, majors))}; }}"
+        f"wgmma.mma_async.sync.aligned.m64n{2 * n}k{DEPTH_BITS // width}.f32.{dtype}.{dtype} "
+        f"{{{', '.join(registers[:n])}}}, {place_a}, {sources[-1]}, p, 1, 1{majors}; }}"
     )
     constraints = ["=f"] * n + [str(i) for i in range(n)]
     constraints += ["l" if shared else "r"] * (len(operands) - 1) + ["l"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hopper_attention import backward, forward
+from hopper_attention import backward
 from hopper_attention.arguments import Lengths
 from hopper_attention.plan import Inputs, Plan
 
@@ -15,13 +16,15 @@ from hopper_attention.plan import Inputs, Plan
 class Attention(torch.autograd.Function):
     """(out, lse) of q, k, v and the sinks, all of them differentiable, lse included.
 
-    The ctx form costs half of the form with `setup_context` a call.
+    `run` computes them; gradients are those of the attention that the plan describes.  The ctx form
+    costs half of the form with `setup_context` a call.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: Plan,
+        run: Callable[[Plan, Inputs], tuple[Tensor, Tensor]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -30,7 +33,7 @@ class Attention(torch.autograd.Function):
         keys: Lengths,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(q, k, v, sink, queries, keys)
-        out, lse = forward.run(plan, inputs)
+        out, lse = run(plan, inputs)
         ctx.save_for_backward(out, lse, *inputs.flat)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -39,7 +42,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
-            return (None,) * 7
+            return (None,) * 8
         out, lse, *flat = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
@@ -49,6 +52,6 @@ class Attention(torch.autograd.Function):
             )
         else:
             gradients = backward.run(ctx.plan, Inputs.of(flat), out, lse, dout, dlse)
-        needed = ctx.needs_input_grad[1:5]
+        needed = ctx.needs_input_grad[2:6]
         kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
-        return (None, *kept, None, None)
+        return (None, None, *kept, None, None)

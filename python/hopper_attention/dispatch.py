@@ -22,6 +22,22 @@ def forward_instance(
     return _attention_instance("forward", dtype, head_dim, head_dim_v, mask, softcap, varlen)
 
 
+@functools.cache
+def forward_fp8_instance(
+    head_dim: int, head_dim_v: int, mask: str, softcap: bool, two_level: bool | None
+) -> str:
+    """As `forward_instance`, for e4m3; `two_level` None: if there is an instance for it."""
+    for level in (True, False) if two_level is None else (two_level,):
+        try:
+            return _attention_instance(
+                "forward_fp8", "e4m3", head_dim, head_dim_v, mask, softcap, False, two_level=level
+            )
+        except NotImplementedError:
+            if two_level is not None or not level:
+                raise
+    raise AssertionError
+
+
 @dataclass(frozen=True)
 class BackwardInstances:
     """The three kernels of one backward, and how dQ accumulates between them."""
@@ -70,10 +86,11 @@ def _attention_instance(
     mask: str,
     softcap: bool,
     varlen: bool,
+    **more: bool,
 ) -> str:
     """The instance of `family` with the least tile that holds both head dims."""
     mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
-    wanted = {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen}
+    wanted = {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen, **more}
     tiles = {
         (instance.config["head_dim"], instance.config["head_dim_v"]): name
         for name, instance in manifest.instances().items()

@@ -70,7 +70,7 @@ def attend(
     arguments.check_differentiable(plan.out_dtype, q.dtype)
     if runtime.backend_for(q) is not runtime.Backend.REFERENCE:
         plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
-    return autograd.Attention.apply(plan, *inputs)
+    return autograd.Attention.apply(plan, forward.run, *inputs)
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:

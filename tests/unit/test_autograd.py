@@ -12,7 +12,6 @@ from hopper_attention import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
-    forward,
     reference,
 )
 from hopper_attention.arguments import UNBOUNDED, Lengths, Mask
@@ -52,9 +51,8 @@ def exact(monkeypatch):
                 **problem,
             )  # fmt: skip
 
-        monkeypatch.setattr(forward, "run", run_forward)
         monkeypatch.setattr(backward, "run", run_backward)
-        return Attention.apply(None, *inputs)
+        return Attention.apply(None, run_forward, *inputs)
 
     return attention
 

@@ -1,0 +1,234 @@
+"""Forward attention of FP8 tensors on sm_90a: `forward.py` with QGMMA for both GEMMs.
+
+Roles, pipelines and timeline are those of forward.py.  Otherwise:
+
+Layouts    Q (batch, seqlen_q, heads, d), K (batch, seqlen_k, heads_kv, d) e4m3; V transposed,
+           (batch, heads_kv, dv, keys), keys a multiple of 16 and zeros behind the last, since FP8
+           WGMMA reads operands with contiguous K only; and in every 16 keys interleaved as P lies
+           in registers (`Fp8Fragment`), so that P needs no shuffles.  O bf16 or float32.
+
+Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  A consumer has
+           64 rows of Q, so its factor is one number.  Those of a key block's halves go into the
+           factor in exp2's argument.  V's is split: the largest of a head normalises O, and how far
+           a half's is below it is taken from the half's P (exp2's argument again); row sums take
+           it back.  So no scale costs an instruction an element.
+
+P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
+           offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
+
+Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
+           section 3.3.2).  Then P V of each key block goes to accumulators of its own, which are
+           added to O in float32: `tile_n` products at most are summed with few digits.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.fragments import Fp8Fragment, pin
+from hopper_attention.cute_kernels.sequence import EqualLengths
+from hopper_attention.cute_kernels.softmax import LOG2_E, Part
+from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler
+from hopper_attention.cute_kernels.types import key_scales, row_statistics, strided
+from hopper_attention.hopper import wgmma
+from hopper_attention.hopper.config import ForwardFp8Config
+from hopper_attention.hopper.forward import Forward
+from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Tensors, Tma, Work
+from hopper_attention.hopper.output import Output
+from hopper_attention.hopper.tma import permute
+from hopper_attention.hopper.turns import consumer_warpgroup
+
+
+@dataclass(frozen=True)
+class Descales:
+    """What quantised values must be multiplied by."""
+
+    q: cute.Tensor
+    """(batch, heads, ceil(seqlen_q / 64))"""
+    keys: cute.Tensor
+    """(batch, heads_kv, ceil(seqlen_k / 128), 4): for each half of the keys, K's descale and how
+    far V's is below the largest of its head, log2(descale / largest)."""
+    v: cute.Tensor
+    """(batch, heads_kv, 1): the largest."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of one tile and consumer."""
+
+    q: Float32
+    keys: cute.Tensor
+    """(pairs of blocks, 4)"""
+
+
+BLOCK = 64
+"""Rows that share a scale."""
+
+
+class ForwardFp8(Forward):
+    """The kernel of one `ForwardFp8Config`."""
+
+    headroom = 8.0
+
+    def __init__(self, config: ForwardFp8Config):
+        super().__init__(config)
+        self.output = Output(config, BFloat16)
+
+    def example_arguments(self) -> tuple:
+        """What `__call__` is compiled for, without the stream."""
+        operands = (*(strided(self.dtype, 4) for _ in range(3)), strided(BFloat16, 4))
+        table = row_statistics(strided_rows=True)
+        descales = (table, key_scales(), table)
+        softcap = Float32(1.0) if self.cfg.softcap else None
+        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
+        rest = (Int32(0), Int64(0), Int32(1))
+        return (
+            *(*operands, row_statistics(), *descales),
+            *(Float32(1.0), Int64(0), softcap, *window, *rest),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mVt: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        q_descale: cute.Tensor,
+        key_descales: cute.Tensor,
+        v_descale: cute.Tensor,
+        softmax_scale: Float32,
+        learnable_sink: Int64,
+        softcap: Optional[Float32],
+        window_left: Optional[Int32],
+        window_right: Optional[Int32],
+        attention_chunk: Optional[Int32],
+        output_float32: Int32,
+        tile_counter: Int64,
+        max_blocks: Int32,
+        stream: cuda.CUstream,
+    ):
+        cfg = self.cfg
+        entries, seqlen_q, heads, _ = mQ.shape
+        _, seqlen_k, heads_kv, _ = mK.shape
+        mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
+        mV = permute(mVt, (2, 3, 1, 0))  # (d, s, h, b): N and K of the second GEMM
+
+        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
+        tma = Tma(
+            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
+            make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
+            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
+            self.output.tma(mO),
+        )
+        key_bytes = cfg.head_dim + cfg.head_dim_v
+        scheduler = DenseScheduler.create(
+            seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
+        )
+        capped, scale = self.capped(softmax_scale, softcap)
+        window = None
+        if const_expr(cfg.mask == "local"):
+            window = (window_left, window_right, attention_chunk)
+        problem = Problem(
+            queries=EqualLengths(seqlen_q),
+            keys=EqualLengths(seqlen_k),
+            group=Int32(1),
+            tiles_per_kvhead=heads // heads_kv,
+            scale_log2=scale * LOG2_E,
+            softcap=capped,
+            window=window,
+            sink=learnable_sink,
+            descales=Descales(q_descale, key_descales, v_descale),
+            output_float32=output_float32,
+        )
+        tensors = Tensors(None, mO, mLSE)
+        self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
+            grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
+        )
+
+    def tiled_mmas(self) -> Mmas:
+        cfg, dtype, k = self.cfg, self.dtype, OperandMajorMode.K
+        make, warpgroups = sm90.make_trivial_tiled_mma, (self.cfg.warpgroups, 1, 1)
+        registers = warpgroup.OperandSource.RMEM
+        return Mmas(
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_n)),
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.head_dim_v), registers),
+        )
+
+    def shared_layouts(self) -> tuple:
+        """Swizzled layouts of Q, K, V and O with their stages."""
+        cfg, row = self.cfg, LayoutEnum.ROW_MAJOR
+        qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
+        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
+        q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
+        k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
+        v = sm90.make_smem_layout_b(row, pv, self.dtype, cfg.stages)
+        return q, k, v, self.output.layout()
+
+    def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
+        return Fp8Fragment.like(acc_s)
+
+    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
+        return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o
+
+    def scales(self, problem: Problem, work: Work) -> Scales:
+        descales, batch, head = problem.descales, work.queries.batch, work.tile.head
+        block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
+        last = descales.q.shape[2] - 1
+        head_kv = head // problem.tiles_per_kvhead
+        return Scales(
+            descales.q[batch, head, minimum(block, last)],
+            descales.keys[batch, head_kv, None, None],
+        )
+
+    def parts(self, problem: Problem, scales: Scales, n_block: Int32) -> tuple[Part, ...]:
+        """Loads what belongs to a key block, early: it is needed when S is done."""
+        blocks, columns = self.cfg.tile_n // BLOCK, BLOCK // 4
+        values = cute.make_rmem_tensor((2 * blocks,), Float32)
+        stride = Int32(scales.keys.stride[0])  # 0 or 4
+        place = n_block * stride if blocks == 2 else n_block // 2 * stride + n_block % 2 * 2
+        start = (scales.keys.iterator + place).align(8 * blocks)
+        cute.autovec_copy(cute.make_tensor(start, cute.make_layout(2 * blocks)), values)
+        found = []
+        for i in range(blocks):
+            factor, shift = scales.q * values[2 * i], values[2 * i + 1]
+            scale_log2, inner = problem.scale_log2, None
+            if self.cfg.softcap:
+                inner = problem.softcap[0] * factor
+            else:
+                scale_log2 = scale_log2 * factor
+            weight = cute.math.exp2(-shift, fastmath=True)
+            own = range(i * columns, (i + 1) * columns)
+            found.append(Part(own, scale_log2, self.headroom + shift, weight, inner))
+        return tuple(found)
+
+    @cute.jit
+    def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work):
+        head_kv = work.tile.head // problem.tiles_per_kvhead
+        descale = problem.descales.v[work.queries.batch, head_kv, 0]
+        for i in cutlass.range_constexpr(cute.size(factors)):
+            factors[i] = factors[i] * descale
+
+    @cute.jit
+    def issue_pv(self, fragments: Fragments, v_block: wgmma.Operand):
+        wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=not self.cfg.two_level)
+
+    @cute.jit
+    def finish_pv(self, fragments: Fragments):
+        """Waits for the last group, P V; O has it then."""
+        warpgroup.wait_group(0)
+        pin(fragments.acc_pv)
+        if const_expr(self.cfg.two_level):
+            for i in cutlass.range_constexpr(cute.size(fragments.acc_o)):
+                fragments.acc_o[i] = fragments.acc_o[i] + fragments.acc_pv[i]

@@ -1,0 +1,191 @@
+"""Attention of FP8 tensors: descales in the forms that the kernel takes, dispatch, launch.
+
+How values are quantised: quantize.py; what the kernel does with them: hopper/forward_fp8.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments, autograd, dispatch, reference, runtime
+from hopper_attention.arguments import Options
+from hopper_attention.plan import Inputs, Plan, prepare
+from hopper_attention.quantize import Quantized, Recipe, block_rows, quantize, spread
+from hopper_attention.ranges import annotated
+
+BLOCK = 64
+"""Rows that share a scale in the kernel (hopper/forward_fp8.py)."""
+INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+"""Which of 16 keys a place of V's columns has: as P lies in registers (`Fp8Fragment`)."""
+
+
+class Operands(NamedTuple):
+    """Quantised tensors of one call, dense."""
+
+    q: Quantized
+    k: Quantized
+    v: Quantized
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    recipe: str | Recipe = "block64",
+    hadamard: bool = False,
+    smooth_k: bool = False,
+    two_level: bool | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attn_func` with Q, K and V quantised to e4m3; gradients as if they were not.
+
+    Backward is that of `flash_attn_func`, in bf16 or fp16, with this forward's results.
+
+    Args:
+        q, k, v: as for `flash_attn_func`, bf16 or fp16; head dims multiples of 16.
+        recipe: which elements share a scale: "per_tensor", "per_head", "block64", "block128".
+        hadamard: Q and K are rotated first, which spreads outliers over a head's columns.
+        smooth_k: the mean of K over its sequence is taken off first, which no softmax sees.
+        two_level: each key block's P V is added to O in float32, since FP8 tensor cores keep about
+            14 bits of their sums; None: where there is a kernel for it.
+        Everything else as for `flash_attn_func`.
+
+    Returns:
+        out (batch, seqlen_q, heads, head_dim_v) in q's dtype, and if asked for lse.
+
+    Raises:
+        TypeError, ValueError: as `flash_attn_func`.
+        NotImplementedError: smooth_k with softcap or sinks, which see what it takes off; two_level
+            of head dims beyond 128.
+    """
+    try:
+        recipe = Recipe(recipe)
+    except ValueError:
+        have = ", ".join(r.value for r in Recipe)
+        raise ValueError(f"recipe must be one of {have}; got {recipe!r}") from None
+    options = Options.of(
+        softmax_scale, causal, window_size, attention_chunk, softcap, None, None, None, 0,
+        deterministic,
+    )  # fmt: skip
+    for name, flag in (("hadamard", hadamard), ("smooth_k", smooth_k), ("return_lse", return_lse)):
+        arguments.flag(name, flag)
+    arguments.check_tensors(q, k, v)
+    sink = arguments.resolve_sink(learnable_sink, q)
+    if smooth_k and (softcap or sink is not None):
+        raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
+    inputs = Inputs(q, k, v, sink)
+    plan = prepare(inputs, options)
+    instance = dispatch.forward_fp8_instance(
+        q.shape[-1], v.shape[-1], plan.mask.kind, plan.softcap is not None, two_level
+    )
+
+    def quantize_and_run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v, sink, *_ = inputs
+        operands = Operands(
+            quantize(q, recipe, heads_kv=k.shape[2], hadamard=hadamard),
+            quantize(k, recipe, hadamard=hadamard, centered=smooth_k),
+            quantize(v, recipe),
+        )
+        out, lse = run(plan, instance, operands, sink, q.dtype)
+        return out, lse + plan.scale * _scores_of_mean(q, k) if smooth_k else lse
+
+    out, lse = autograd.Attention.apply(plan, quantize_and_run, *inputs)
+    return (out, lse) if return_lse else out
+
+
+def _scores_of_mean(q: Tensor, k: Tensor) -> Tensor:
+    """(batch, heads, seqlen_q): q times the mean of its head's keys."""
+    mean = k.float().mean(dim=1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    return torch.einsum("bqhd,bhd->bhq", q.float(), mean)
+
+
+@annotated("forward_fp8")
+def run(
+    plan: Plan, instance: str, operands: Operands, sink: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on whatever the operands' device has; they fit the plan, but for their dtype."""
+    q, k, v = (x.values for x in operands)
+    backend = runtime.backend_for(q)
+    if backend is runtime.Backend.REFERENCE:
+        exact = (x.values.float() * spread(x.descale, x.values) for x in operands)
+        return reference.attention(
+            *exact, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+    written = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    out, lse = (
+        q.new_empty(plan.out_shape, dtype=written),
+        q.new_empty(plan.lse_shape, dtype=torch.float32),
+    )
+    stored = out.view(torch.bfloat16)  # float32 as pairs
+    if out.numel() > 0:
+        rows = q.contiguous(), k.contiguous()
+        scales = _query_scales(operands), *_key_scales(operands)
+        tensors = (*rows, columns_of(v), stored, lse, *scales)
+        values = plan.values | {
+            "output_float32": int(written == torch.float32),
+            "learnable_sink": 0 if sink is None else sink.data_ptr(),
+        }
+        scalars = [values[name] for name in runtime.scalar_names(instance)]
+        pointees = () if sink is None else (sink,)
+        runtime.launch(backend, instance, tensors, scalars, pointees, plan.options.sm_margin)
+    return out.to(out_dtype), lse
+
+
+def columns_of(v: Tensor) -> Tensor:
+    """(batch, heads_kv, head_dim_v, keys): V transposed, keys interleaved, zeros up to a 16th.
+
+    A pass over V, which is read again for every tile of queries; in the kernel it would be
+    transposed for every tile (docs/fp8.md).
+    """
+    seqlen = v.shape[1]
+    padded = torch.nn.functional.pad(v.view(torch.uint8), (0, 0, 0, 0, 0, -seqlen % 16))
+    groups = padded.unflatten(1, (-1, 16))[:, :, INTERLEAVED]
+    return groups.flatten(1, 2).permute(0, 2, 3, 1).contiguous().view(v.dtype)
+
+
+def _query_scales(operands: Operands) -> Tensor:
+    """(batch, heads, ceil(seqlen_q / 64)); strides of 0 where a scale covers more."""
+    values, descale = operands.q
+    batch, seqlen, heads, _ = values.shape
+    blocks = -(-seqlen // BLOCK)
+    return _in_blocks(descale, seqlen, heads).expand(batch, heads, blocks)
+
+
+def _key_scales(operands: Operands) -> tuple[Tensor, Tensor]:
+    """`Descales.keys` and `.v` of hopper/forward_fp8.py."""
+    (values, k_descale), (_, v_descale) = operands.k, operands.v
+    batch, seqlen, heads_kv, _ = values.shape
+    k, v = (_in_blocks(d, seqlen, heads_kv) for d in (k_descale, v_descale))
+    largest = v.amax(dim=2, keepdim=True).expand(batch, heads_kv, 1)
+    shift = torch.log2(v / v.amax(dim=2, keepdim=True))
+    both = torch.stack(torch.broadcast_tensors(k, shift), dim=3).expand(batch, heads_kv, -1, 2)
+    pairs = -(-seqlen // (2 * BLOCK))
+    if both.shape[2] == 1:  # the same for all
+        both = both.expand(batch, heads_kv, 2, 2).flatten(2).unsqueeze(2)
+        return both.expand(batch, heads_kv, pairs, 4), largest
+    if both.shape[2] % 2:  # beyond the last key: any number, as -inf is multiplied by it
+        both = torch.cat([both, both[:, :, -1:]], dim=2)
+    return both.reshape(batch, heads_kv, pairs, 4), largest
+
+
+def _in_blocks(descale: Tensor, seqlen: int, heads: int) -> Tensor:
+    """(batch or 1, heads or 1, blocks of 64 or 1)."""
+    if descale.ndim < 2:
+        return descale.reshape(1, 1, 1)
+    if descale.ndim == 2:
+        return descale.repeat_interleave(heads // descale.shape[1], dim=1)[..., None]
+    rows = block_rows(descale.shape[2], seqlen)
+    blocks = -(-seqlen // BLOCK)
+    return descale.repeat_interleave(rows // BLOCK, dim=2)[..., :blocks]
