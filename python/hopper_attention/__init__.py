@@ -7,6 +7,7 @@ implementation, or, inside `simulator.enabled()`, to the same kernels on a funct
 from importlib.metadata import version
 
 from hopper_attention import simulator
+from hopper_attention.fp8 import attention_fp8
 from hopper_attention.functional import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
@@ -18,6 +19,7 @@ __version__ = version("hopper-attention")
 
 __all__ = [
     "__version__",
+    "attention_fp8",
     "disable_sdpa",
     "enable_sdpa",
     "flash_attn_func",

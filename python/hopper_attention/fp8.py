@@ -12,10 +12,12 @@ from torch import Tensor
 
 from hopper_attention import arguments, autograd, dispatch, reference, runtime
 from hopper_attention.arguments import Options
-from hopper_attention.plan import Inputs, Plan, prepare
+from hopper_attention.plan import Inputs, Plan, make_plan, prepare
 from hopper_attention.quantize import Quantized, Recipe, block_rows, quantize, spread
 from hopper_attention.ranges import annotated
 
+DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 64
 """Rows that share a scale in the kernel (hopper/forward_fp8.py)."""
 INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
@@ -80,6 +82,8 @@ def attention_fp8(
     )  # fmt: skip
     for name, flag in (("hadamard", hadamard), ("smooth_k", smooth_k), ("return_lse", return_lse)):
         arguments.flag(name, flag)
+    if two_level is not None:
+        arguments.flag("two_level", two_level)
     arguments.check_tensors(q, k, v)
     sink = arguments.resolve_sink(learnable_sink, q)
     if smooth_k and (softcap or sink is not None):
@@ -102,6 +106,71 @@ def attention_fp8(
 
     out, lse = autograd.Attention.apply(plan, quantize_and_run, *inputs)
     return (out, lse) if return_lse else out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    descales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    options: Options,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `flash_attn_func`'s arguments, where q is FP8."""
+    arguments.check_tensors(q, k, v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != torch.float8_e4m3fn:
+            raise NotImplementedError(
+                f"{name} has dtype {tensor.dtype}; with FP8 tensors all three are float8_e4m3fn"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
+        if tensor.shape[-1] % 16:
+            raise NotImplementedError(
+                f"head_dim {tensor.shape[-1]} of {name} is not supported for FP8; supported: "
+                f"multiples of 16 (nearest: {-(-tensor.shape[-1] // 16) * 16})"
+            )
+    out_dtype = options.out_dtype or torch.bfloat16
+    if out_dtype not in OUT_DTYPES:
+        have = ", ".join(map(str, OUT_DTYPES))
+        raise NotImplementedError(f"out_dtype={out_dtype} is not supported for FP8; use {have}")
+    sink = arguments.resolve_sink(learnable_sink, q)
+    shapes = (q.shape, k.shape, v.shape)
+    plan = make_plan(shapes, (torch.bfloat16,) * 3, options._replace(out_dtype=None))
+    arguments.check_sink_values(sink)
+    operands = Operands(
+        Quantized(q, _checked_descale("q_descale", descales[0], q, k.shape[2])),
+        Quantized(k, _checked_descale("k_descale", descales[1], k, k.shape[2])),
+        Quantized(v, _checked_descale("v_descale", descales[2], v, k.shape[2])),
+    )
+    if out is not None:
+        arguments.check_out(out, q, v, out_dtype)
+    instance = dispatch.forward_fp8_instance(
+        q.shape[-1], v.shape[-1], plan.mask.kind, plan.softcap is not None, None
+    )
+    result, lse = run(plan, instance, operands, sink, out_dtype)
+    return (result if out is None else out.copy_(result)), lse
+
+
+def _checked_descale(name: str, descale: Tensor | None, x: Tensor, heads_kv: int) -> Tensor:
+    if descale is None:
+        return torch.ones(1, device=x.device)
+    if not isinstance(descale, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(descale).__name__}")
+    if descale.device != x.device:
+        raise ValueError(f"{name} is on {descale.device}, its tensor is on {x.device}")
+    if descale.dtype != torch.float32:
+        raise ValueError(f"{name} has dtype {descale.dtype}; expected torch.float32")
+    batch, seqlen, heads, _ = x.shape
+    blocks = [-(-seqlen // rows) for rows in (64, 128)]
+    fitting = [(1,), (), (batch, heads_kv), *((batch, heads, n) for n in blocks)]
+    if tuple(descale.shape) not in fitting:
+        raise ValueError(
+            f"{name} has shape {tuple(descale.shape)}; expected (1,), (batch, heads_kv) = "
+            f"{(batch, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or {fitting[4]}"
+        )
+    return descale
 
 
 def _scores_of_mean(q: Tensor, k: Tensor) -> Tensor:
@@ -130,7 +199,7 @@ def run(
     )
     stored = out.view(torch.bfloat16)  # float32 as pairs
     if out.numel() > 0:
-        rows = q.contiguous(), k.contiguous()
+        rows = _addressable(q), _addressable(k)
         scales = _query_scales(operands), *_key_scales(operands)
         tensors = (*rows, columns_of(v), stored, lse, *scales)
         values = plan.values | {
@@ -141,6 +210,13 @@ def run(
         pointees = () if sink is None else (sink,)
         runtime.launch(backend, instance, tensors, scalars, pointees, plan.options.sm_margin)
     return out.to(out_dtype), lse
+
+
+def _addressable(tensor: Tensor) -> Tensor:
+    """Rows of bytes that TMA can address: copied, if need be."""
+    *outer, last = tensor.stride()
+    aligned = last == 1 and all(stride % 16 == 0 for stride in outer)
+    return tensor if aligned and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
 
 
 def columns_of(v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, ops
+from hopper_attention import arguments, fp8, ops
 from hopper_attention.arguments import WHOLE, Lengths, Options
 
 WindowSize = Sequence[int | None]
@@ -44,6 +44,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), bf16 or fp16; head_dim a multiple of 8 up to 256.
+            Or, with k and v, float8_e4m3fn, head_dim a multiple of 16; any strides (what TMA cannot
+            address is copied), v with either rows or columns contiguous.
         k: (batch, seqlen_k, heads_kv, head_dim), dtype and device of `q`.  `heads` must be a
             multiple of `heads_kv`; query head h reads key head h // (heads // heads_kv).
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v as head_dim, and may differ from it.
@@ -64,10 +66,13 @@ def flash_attn_func(
             where there are few queries; None: where that saves a third of them.
         sm_margin: multiprocessors that forward leaves to other work, such as communication.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
+        q_descale, k_descale, v_descale: of FP8 tensors, float32, what values must be multiplied
+            by: one number, (batch, heads_kv), or of blocks of 64 or 128 rows (batch, heads or
+            heads_kv, blocks); None: 1.
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
             up to 1e38, or -inf.
         out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others;
-            without gradients.
+            without gradients.  Of FP8 tensors bf16 by default, fp16 or float32; without gradients.
         out: written and returned, where the result has a place: strides as allowed for q, no
             memory of q, k or v.  Without gradients.
 
@@ -85,13 +90,19 @@ def flash_attn_func(
 
     FlashAttention-3, arXiv 2407.08608.
     """
-    _check_unsupported(qv, q_descale, k_descale, v_descale, num_splits)
+    _check_unsupported(qv, num_splits)
     with_lse = _with_lse(return_attn_probs, return_lse)
     options = Options.of(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, pack_gqa, out_dtype,
         sm_margin, deterministic,
     )  # fmt: skip
-    result, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
+    if getattr(q, "dtype", None) in fp8.DTYPES:
+        descales = (q_descale, k_descale, v_descale)
+        result, lse = fp8.attend(q, k, v, learnable_sink, descales, options, out)
+    else:
+        if not (q_descale is k_descale is v_descale is None):
+            _check_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+        result, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
     return (result, lse) if with_lse else result
 
 
@@ -146,7 +157,8 @@ def flash_attn_varlen_func(
         As `flash_attn_func`.  The values of the index tensors are checked on the CPU; on a GPU only
         with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
     """
-    _check_unsupported(qv, q_descale, k_descale, v_descale, num_splits)
+    _check_unsupported(qv, num_splits)
+    _check_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     with_lse = _with_lse(return_attn_probs, return_lse)
     _check_bounds(max_seqlen_q, max_seqlen_k)
     # Whatever is longer is the same to a plan, which is kept by its options.
@@ -229,21 +241,19 @@ LONG = 1024
 """From so many queries on, packing the heads of a group cannot save a third of the tiles."""
 
 
-def _check_unsupported(
-    qv: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    num_splits: int,
-) -> None:
+def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
     """Arguments of flash-attn 3 that no kernel here serves yet."""
     if arguments.integer("num_splits", num_splits, 0) > 1:
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
-    if qv is q_descale is k_descale is v_descale is None:
-        return
-    arguments.check_unsupported(
-        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
-    )
+    if qv is not None:
+        arguments.check_unsupported(qv=qv)
+
+
+def _check_descales(**descales: Tensor | None) -> None:
+    """Where there is nothing to descale."""
+    for name, descale in descales.items():
+        if descale is not None:
+            raise NotImplementedError(f"{name}: only of dense float8_e4m3fn tensors; leave it out")
 
 
 def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor | None) -> None:

@@ -60,10 +60,10 @@ def prepare(inputs: Inputs, options: Options) -> Plan:
     q, k, v, sink, queries, keys = inputs
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
     if queries is WHOLE and keys is WHOLE:
-        plan = _make_plan(shapes, dtypes, options)
+        plan = make_plan(shapes, dtypes, options)
     else:
         packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
-        plan = _make_plan(shapes, dtypes, options, *packed, inputs.varlen)
+        plan = make_plan(shapes, dtypes, options, *packed, inputs.varlen)
         runtime.backend_for(q)  # refuses other devices before their index tensors are read
         _check_index_tensors(inputs)
     if sink is not None:
@@ -139,7 +139,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def _make_plan(
+def make_plan(
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     options: Options,
@@ -147,6 +147,7 @@ def _make_plan(
     packed_k: bool = False,
     varlen: bool = False,
 ) -> Plan:
+    """Raises what `prepare` does about these."""
     arguments.check_dtypes(*dtypes)
     q, k, v = shapes
     arguments.check_shapes(q, k, v, packed_q, packed_k)
