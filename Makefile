@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 DEMO_INSTANCES ?= fwd_bf16_d128_causal
-TEST_INSTANCES ?= core
+TEST_INSTANCES ?= full
 BIN := .venv/bin
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/python examples/train_gpt.py --device cpu
 

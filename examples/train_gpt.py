@@ -428,8 +428,9 @@ def main(
     model = replace(SIZES[size.value], tied=not untied)
     model = replace(model, context=context or model.context)
     defaults = DEFAULTS[size.value]
+    lr = defaults.lr if lr is None else lr
     settings = Settings(
-        model=model, steps=steps, tokens=tokens or defaults.tokens, lr=lr or defaults.lr,
+        model=model, steps=steps, tokens=tokens or defaults.tokens, lr=lr,
         attention=attention, sdpa_backend=sdpa_backend, data=tuple(data or ()),
         full_context=full_context, accumulate=accumulate, warmup=min(warmup, steps // 2),
         seed=seed, nudge=nudge, device=device or choose_device(attention), compile=compile,

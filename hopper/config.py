@@ -147,7 +147,7 @@ FP8_TILES = {
     (96, 96): {"full": (128, 128)},
     (128, 128): {"full": (128, 128)},
     (192, 192): {"full": (128, 128)},
-    (256, 256): {"full": (128, 128), "softcap": (128, 64)},
+    (256, 256): {"full": (128, 128), "local": (128, 64)},
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); what is missing is as the one before, in the
 order full, causal, local, softcap."""

@@ -99,6 +99,7 @@ def _forward_fp8(dims: tuple[int, int], mask: str, softcap: bool, two_level: boo
         kernel="hopper_attention.hopper.forward_fp8:ForwardFp8",
         config=ForwardFp8Config("e4m3", *dims, mask, softcap, False, *tile, two_level=two_level),
         claims=("QGMMA", "UTMALDG"),
+        group="fp8",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import math
 from contextlib import nullcontext
 from typing import Any, cast
@@ -17,6 +18,11 @@ from gpt.data import Packing
 from gpt.model import Attend
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, reference, runtime
 from hopper_attention.arguments import CAUSAL, Lengths
+
+# torch 2.11 takes grouped heads without being told.
+GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 class Kind(str, enum.Enum):
@@ -116,7 +122,7 @@ class Sdpa:
         if packs(self.backend, q.device, packing.full):
             offsets, longest = packing.cu_seqlens, packing.context
             out = varlen_attn(
-                q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
+                q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **GROUPED
             )
             return cast(Tensor, out)
         q, k, v = (pad(x, packing).transpose(1, 2) for x in (q, k, v))

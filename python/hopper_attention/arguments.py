@@ -276,6 +276,11 @@ class Options(NamedTuple):
             flag("deterministic", deterministic) or torch.are_deterministic_algorithms_enabled(),
         )
 
+    def checked(self) -> Options:
+        """Raises what `of` does."""
+        scale, causal, left, right, chunk, softcap, *rest = self
+        return Options.of(scale, causal, (left, right), chunk, softcap, *rest)
+
 
 MAX_SM_MARGIN = 100
 """Every sm_90 GPU has more multiprocessors."""
@@ -355,7 +360,7 @@ def resolve_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torc
     return out_dtype
 
 
-def check_out(out: Any, q: Tensor, v: Tensor, out_dtype: torch.dtype | None) -> None:
+def check_out(out: Any, q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype | None) -> None:
     """A tensor for the result."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
@@ -368,8 +373,44 @@ def check_out(out: Any, q: Tensor, v: Tensor, out_dtype: torch.dtype | None) -> 
         raise ValueError(f"out is on {out.device}, q is on {q.device}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad, which what is written cannot; use out.detach()")
-    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError("out is expanded: several of its elements are one; use out.contiguous()")
+    if _overlaps_itself(out):
+        raise ValueError("out overlaps itself: several of its elements are one")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if type(out) is type(tensor) is Tensor and not out.is_meta and _overlap(out, tensor):
+            raise ValueError(f"out overlaps {name}: it is written while others are read")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return True
+            reach += (n - 1) * stride
+    return False
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether elements may be shared; not where both are columns of rows of the same length."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel():
+        return False
+    if a.data_ptr() == b.data_ptr():
+        return True
+    rows = a.stride(0) == b.stride(0) and a.stride(-3) == b.stride(-3)
+    (first, n), (second, m) = ((x.data_ptr(), _reach(x)) for x in (a, b))
+    apart = first + n <= second or second + m <= first
+    if apart or not rows:
+        return not apart
+    row = a.stride(-3) * a.element_size()
+    return (second - first) % row < _reach(a[..., :1, :, :]) or (first - second) % row < _reach(
+        b[..., :1, :, :]
+    )
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to behind the last."""
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (sum(steps) + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def check_differentiable(out_dtype: torch.dtype, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hopper_attention import backward
 from hopper_attention.arguments import Lengths
 from hopper_attention.plan import Inputs, Plan
+from hopper_attention.watched import watched
 
 
 class Attention(torch.autograd.Function):
@@ -46,12 +47,14 @@ class Attention(torch.autograd.Function):
         out, lse, *flat = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        if torch.is_grad_enabled():  # create_graph: only the operator refuses second derivatives
+        inputs = Inputs.of(flat)
+        # create_graph: only the operator refuses second derivatives.
+        if torch.is_grad_enabled() or watched(inputs):
             gradients = torch.ops.hopper_attention.backward(
                 dout, dlse, out, lse, *flat, *ctx.plan.options
             )
         else:
-            gradients = backward.run(ctx.plan, Inputs.of(flat), out, lse, dout, dlse)
+            gradients = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
         needed = ctx.needs_input_grad[2:6]
         kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
         return (None, None, *kept, None, None)

@@ -84,6 +84,7 @@ def run(
     Then these are the gradients' shares of the keys at hand, as ring attention needs them.
     """
     backend = runtime.backend_for(inputs.q)
+    _check_results(plan, inputs, out, lse, dout, dlse)
     if backend is runtime.Backend.REFERENCE:
         q, k, v, sink, queries, keys = inputs
         return reference.gradients(
@@ -91,6 +92,23 @@ def run(
             softcap=plan.softcap, sink=sink, queries=queries, keys=keys,
         )  # fmt: skip
     return _run_kernels(backend, plan, inputs, out, lse, dout, dlse)
+
+
+def _check_results(
+    plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> None:
+    """Of forward, and their gradients: kernels take them as they come."""
+    rows = (plan.out_shape, inputs.q.dtype)
+    statistics = (plan.lse_shape, torch.float32)
+    given = (("dout", dout, rows), ("out", out, rows), ("lse", lse, statistics))
+    for name, tensor, (shape, dtype) in given:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            have = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {have}; expected {dtype} of shape {shape}")
+        if tensor.device != inputs.q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {inputs.q.device}")
+    if dlse is not None and tuple(dlse.shape) != plan.lse_shape:
+        raise ValueError(f"dlse has shape {tuple(dlse.shape)}; expected {plan.lse_shape}")
 
 
 def _run_kernels(
@@ -139,7 +157,7 @@ def _run_kernels(
         runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
 
     q, k, v, dout, out = (_as_entry(x, 4) for x in (q, k, v, dout, out))
-    lse = _as_entry(lse, 3)
+    lse = _as_entry(lse.contiguous(), 3)
     statistics = (workspace.lse, workspace.delta)
     dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
     launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))

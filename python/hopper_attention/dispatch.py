@@ -74,7 +74,7 @@ def _helper_instance(family: str, wanted: dict[str, str | int]) -> str:
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
     raise NotImplementedError(
         f"this build has no {family} kernel for {kind}; rebuild with "
-        "HOPPER_ATTENTION_INSTANCES=core"
+        "HOPPER_ATTENTION_INSTANCES=full"
     )
 
 
@@ -103,7 +103,7 @@ def _attention_instance(
     if not tiles:
         raise NotImplementedError(
             f"this build has no {family} kernel for {kind}; rebuild with "
-            "HOPPER_ATTENTION_INSTANCES=core"
+            "HOPPER_ATTENTION_INSTANCES=full"
         )
     have = ", ".join(f"{d}/{dv}" for d, dv in sorted(tiles))
     nearest = min(tiles, key=lambda dims: abs(dims[0] - head_dim) + abs(dims[1] - head_dim_v))

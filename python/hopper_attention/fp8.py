@@ -145,7 +145,7 @@ def attend(
         Quantized(v, _checked_descale("v_descale", descales[2], v, k.shape[2])),
     )
     if out is not None:
-        arguments.check_out(out, q, v, out_dtype)
+        arguments.check_out(out, q, k, v, out_dtype)
     instance = dispatch.forward_fp8_instance(
         q.shape[-1], v.shape[-1], plan.mask.kind, plan.softcap is not None, None
     )

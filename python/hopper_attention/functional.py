@@ -151,7 +151,8 @@ def flash_attn_varlen_func(
     Returns:
         out in q's layout, and if asked for lse (heads, total_q), or (batch, heads, seqlen_q) for an
         unpacked q.  Rows that seqused_q leaves out are 0 and -inf; packed rows behind the last
-        sequence are undefined on a GPU; their gradients are 0.
+        sequence are undefined on a GPU (in training, do not multiply what comes of them: 0 * NaN);
+        their gradients are 0.
 
     Raises:
         As `flash_attn_func`.  The values of the index tensors are checked on the CPU; on a GPU only
@@ -261,7 +262,8 @@ def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor 
         if isinstance(bound, Tensor):
             if bound.numel() != 1 or bound.dtype.is_floating_point:
                 raise ValueError(f"{name}: expected one integer, got a {bound.dtype} tensor")
-        elif bound is not None:
+        elif bound is not None and not torch.compiler.is_compiling():
+            # What only the device knows cannot be compared while a compiler traces.
             arguments.integer(name, bound, 0)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from hopper_attention import arguments, autograd, backward, forward, runtime, sharding
 from hopper_attention.arguments import Lengths, Options
-from hopper_attention.plan import Inputs, check_shapes_of, prepare, result_shapes
+from hopper_attention.plan import Inputs, Plan, check_shapes_of, prepare, result_shapes
+from hopper_attention.watched import watched
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
@@ -57,15 +59,18 @@ def attend(
     needed = q.requires_grad or k.requires_grad or v.requires_grad
     needed = (needed or (sink is not None and sink.requires_grad)) and torch.is_grad_enabled()
     if out is not None:
-        arguments.check_out(out, q, v, options.out_dtype)
+        arguments.check_out(out, q, k, v, options.out_dtype)
         if needed:
             raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
-    if _watched(q, k, v):
+    if watched(inputs):
+        _refuse_tangents(q, k, v)
         sharding.register()
         result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
         return (result if out is None else out.copy_(result)), lse
     plan = prepare(inputs, options)
     if not needed:
+        if out is not None:
+            torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
         return forward.run(plan, inputs, out)
     arguments.check_differentiable(plan.out_dtype, q.dtype)
     if runtime.backend_for(q) is not runtime.Backend.REFERENCE:
@@ -73,37 +78,38 @@ def attend(
     return autograd.Attention.apply(plan, forward.run, *inputs)
 
 
-def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether something would miss a call that goes past the dispatcher."""
-    return (
-        torch.compiler.is_compiling()
-        or not (type(q) is type(k) is type(v) is Tensor)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-        or q.is_meta
-        or q.is_neg()  # views that only the dispatcher resolves
-        or k.is_neg()
-        or v.is_neg()
-    )
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """The operator would drop them without a word where nothing requires grad."""
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError("forward-mode derivatives of attention are not supported")
 
 
 def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
     return Inputs.of(flat[:_NUM_TENSORS]), Options(*flat[_NUM_TENSORS:])
 
 
+def _checked(flat: tuple[Any, ...]) -> tuple[Inputs, Plan]:
+    """For those who call an operator directly: what the functions check before."""
+    inputs, options = _unflat(flat)
+    arguments.check_tensors(*inputs[:3])
+    inputs = inputs._replace(sink=arguments.resolve_sink(inputs.sink, inputs.q))
+    return inputs, prepare(inputs, options.checked())
+
+
 @torch.library.impl(_library, "forward", _KERNELS)
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = _unflat(flat)
-    return forward.run(prepare(inputs, options), inputs)
+    inputs, plan = _checked(flat)
+    return forward.run(plan, inputs)
 
 
 @torch.library.impl(_library, "backward", _KERNELS)
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, options = _unflat(flat)
-    dq, dk, dv, dsink = backward.run(prepare(inputs, options), inputs, out, lse, dout, dlse)
+    inputs, plan = _checked(flat)
+    dq, dk, dv, dsink = backward.run(plan, inputs, out, lse, dout, dlse)
     return dq, dk, dv, _or_nothing(dsink, inputs.q)
 
 

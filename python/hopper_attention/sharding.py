@@ -6,6 +6,7 @@ By heads (tensor parallelism), whatever the layout; by batch entries, where noth
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,8 @@ def _shardings(
         return [place(dims) for dims in results], [*arguments, *index, *[None] * scalars]
 
     found = [sharding(lambda _: Replicate(), Replicate())]
-    if all(k.shape[-2] % size == 0 for size in k.mesh.shape):  # a group of heads stays together
+    # A group of heads stays together, even if every mesh dimension splits them.
+    if k.shape[-2] % math.prod(k.mesh.shape) == 0:
         found.append(sharding(heads, Replicate()))
     cu_seqlens_q, cu_seqlens_k, *_ = lengths
     if cu_seqlens_q is None and cu_seqlens_k is None:

@@ -91,7 +91,14 @@ WRONG_OUT = {
     "dtype": (ValueError, "^out has dtype", Q.float()),
     "device": (ValueError, "^out is on meta", Q.to("meta")),
     "requires grad": (ValueError, "^out requires grad", Q.clone().requires_grad_()),
-    "expanded": (ValueError, "^out is expanded", Q[:, :1].clone().expand(-1, 16, -1, -1)),
+    "expanded": (ValueError, "^out overlaps itself", Q[:, :1].clone().expand(-1, 16, -1, -1)),
+    "folded": (
+        ValueError,
+        "^out overlaps itself",
+        torch.ones(9000).bfloat16().as_strided((1, 16, 4, 64), (4096, 256, 56, 1)),
+    ),
+    "q": (ValueError, "^out overlaps q", Q),
+    "part of k": (ValueError, "^out overlaps k", None),
     "odd row stride": (ValueError, "^out: stride", odd_stride(Q).zero_()),
     "last dimension": (ValueError, "^out: the last dimension", Q.mT.contiguous().mT),
 }
@@ -100,9 +107,13 @@ WRONG_OUT = {
 @pytest.mark.parametrize("case", WRONG_OUT)
 def test_wrong_out(case):
     error, message, out = WRONG_OUT[case]
+    k = K
+    if case == "part of k":
+        room = torch.ones(3 * K.numel()).bfloat16()
+        k, out = room[: K.numel()].view(K.shape), room[8 : 8 + Q.numel()].view(Q.shape)
     before = out.detach().clone() if isinstance(out, torch.Tensor) else out
     with pytest.raises(error, match=message):
-        flash_attn_func(Q, K, V, out=out)
+        flash_attn_func(Q, k, V, out=out)
     if isinstance(out, torch.Tensor) and out.is_cpu:
         assert torch.equal(out, before)
 

@@ -7,11 +7,14 @@ import functools
 import pytest
 import torch
 from cases import offsets
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, ops
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, ops, simulator
 from hopper_attention.arguments import Options
 
 FORWARD = torch.ops.hopper_attention.forward.default
@@ -67,15 +70,14 @@ def test_opcheck(qkv, changes, sink):
     opcheck(BACKWARD, (torch.randn_like(out), torch.randn_like(lse), out, lse, *arguments))
 
 
-@pytest.mark.parametrize("out_dtype", [None, torch.float32])
-def test_opcheck_of_packed_sequences(out_dtype):
+def test_opcheck_of_packed_sequences():
     arguments = [*packed_tensors(), *options(max_seqlen_q=10, causal=True)]
     opcheck(FORWARD, tuple(arguments))
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    arguments[-3] = out_dtype
-    opcheck(FORWARD, tuple(arguments))
     out, lse = FORWARD(*arguments)
     opcheck(BACKWARD, (torch.randn_like(out), None, out, lse, *arguments))
+    arguments[-3] = torch.float32
+    opcheck(FORWARD, tuple(arguments))
 
 
 def test_options_are_the_schema():
@@ -260,6 +262,95 @@ def test_profiler_shows_operators(qkv):
         attention_loss(*qkv).backward()
     names = {event.key for event in profile.key_averages()}
     assert {"hopper_attention::forward", "hopper_attention::backward"} <= names
+
+
+WATCHERS = {
+    "jit.trace": lambda f, *x: torch.jit.trace(f, x, check_trace=False)(*x),
+    "make_fx": lambda f, *x: make_fx(f)(*x)(*x),
+    "make_fx before dispatch": lambda f, *x: make_fx(f, pre_dispatch=True)(*x)(*x),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_what_is_traced_is_the_operator(monkeypatch, qkv, watcher):
+    """Not what an eager call does instead, of which kernels are no part."""
+    inputs = [x.detach() for x in qkv]
+    expected = flash_attn_func(*inputs)
+    count, run = [], ops.forward.run
+    monkeypatch.setattr(ops.forward, "run", lambda *args: (count.append(0), run(*args))[1])
+
+    def attention(q, k, v):
+        return flash_attn_func(q, k, v)
+
+    assert torch.equal(WATCHERS[watcher](attention, *inputs), expected)
+    assert len(count) == 2
+
+
+def test_forward_derivatives_are_refused(qkv):
+    q, k, v = (x.detach() for x in qkv)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        flash_attn_func(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+
+
+def test_sink_of_another_class(qkv):
+    """Its memory is not where a tensor's is: a call must not go on without it."""
+    q, k, v = (x.detach() for x in qkv)
+    sink = torch.randn(4)
+    out = flash_attn_func(q, k, v, learnable_sink=TwoTensor(sink, sink))
+    assert torch.equal(out.a, flash_attn_func(q, k, v, learnable_sink=sink))
+
+
+def test_out_is_known_to_be_written(qkv):
+    q, k, v = (x.detach() for x in qkv)
+    weight = torch.ones(1, requires_grad=True)
+    out = torch.ones(2, 17, 4, 48).bfloat16()
+    product = (weight * out).sum()
+    with simulator.enabled():
+        flash_attn_func(q, k, v, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_flops_of_backward_alone(qkv):
+    loss = attention_loss(*qkv)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 2 * 2 * 4 * 17 * 19 * (3 * 64 + 2 * 48)
+
+
+def test_bounds_that_only_the_device_knows():
+    def loss(q, cu_seqlens):
+        longest = int(cu_seqlens.diff().max().item())
+        return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest).sum()
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        q, cu_seqlens = leaf(12, 2, 64), offsets((5, 7))
+        torch.testing.assert_close(compiled(q, cu_seqlens), loss(q, cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (0, torch.zeros(2, 17, 4, 48), "^dout is torch.float32"),
+        (0, torch.zeros(2, 17, 4, 40).bfloat16(), "^dout is torch.bfloat16 of shape"),
+        (1, torch.zeros(2, 4, 9), "^dlse has shape"),
+        (2, torch.zeros(2, 17, 4, 48), "^out is torch.float32"),
+        (3, torch.zeros(2, 4, 17).bfloat16(), "^lse is torch.bfloat16"),
+        (7, torch.zeros(1), r"^learnable_sink has shape \(1,\)"),
+        (12, float("nan"), "^softmax_scale must"),
+        (14, -7, "^window_size must"),
+        (17, -3.0, "^softcap must"),
+    ],
+)
+def test_bad_input_of_backward(qkv, place, wrong, message):
+    inputs = [*(x.detach() for x in qkv), torch.zeros(4), *DENSE[1:], *options()]
+    out, lse = FORWARD(*inputs)
+    arguments = [out, lse, out, lse, *inputs]
+    BACKWARD(*arguments)
+    arguments[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        BACKWARD(*arguments)
 
 
 def test_bad_input_of_operators(qkv):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from cases import offsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import attention
-from torch.nn.attention.varlen import AuxRequest, varlen_attn, varlen_attn_out
+from torch.nn.attention import varlen
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from hopper_attention import (
     disable_sdpa,
@@ -23,6 +26,8 @@ from hopper_attention import (
 from hopper_attention.numerics import FLOOR, Error
 
 aten = torch.ops.aten
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+"""torch 2.11 takes grouped heads without being told, and neither used keys nor out."""
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +142,38 @@ def test_what_is_restored():
         enable_sdpa("tpu")
 
 
+@pytest.mark.parametrize("outer", ["cpu", "cuda"])
+def test_nested_devices(runs, outer):
+    inner = "cuda" if outer == "cpu" else "cpu"
+    q, k, v = (heads_first() for _ in range(3))
+    with enable_sdpa(outer):
+        with enable_sdpa(inner):
+            pass
+        F.scaled_dot_product_attention(q, k, v)
+        assert len(runs) == (outer == "cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (outer == "cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_enabled_inside_a_choice_of_kernels():
+    """What `sdpa_kernel` switches off for a while is not taken for what was before."""
+    with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+        enable_sdpa()
+    disable_sdpa()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_gradients_of_another_dtype_fall_through():
+    q, k, v = (heads_first().detach() for _ in range(3))
+    state = torch.zeros(2, dtype=torch.uint64)
+    with enable_sdpa("cpu"):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+        with pytest.raises(ValueError, match=r"^dout is torch.float32"):
+            aten._scaled_dot_product_flash_attention_backward(
+                out.float(), q, k, v, out, lse, None, None, 19, 19, 0.0, False, state, state
+            )
+
+
 def test_cudnn_that_was_off_stays_off():
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -191,19 +228,23 @@ def test_varlen_attn(window):
     tensors = (q, k, v, offsets(lengths), offsets(more), 12, 12)
     expected, lse = flash_attn_varlen_func(*tensors, window_size=window, return_lse=True)
     gradients = torch.autograd.grad(expected.float().sin().sum(), (q, k, v))
-    arguments = {"window_size": window, "enable_gqa": True}
+    arguments = {"window_size": window}
+    if "enable_gqa" in VARLEN_OPTIONS:
+        arguments["enable_gqa"] = True
     with enable_sdpa(device="cpu"):
         out, aux = varlen_attn(*tensors, **arguments, return_aux=AuxRequest(lse=True))
         assert torch.equal(out, expected)
         assert torch.equal(aux, lse)
         ours = torch.autograd.grad(out.float().sin().sum(), (q, k, v))
-        written = torch.empty_like(out)
-        with torch.no_grad():
-            varlen_attn_out(written, *tensors, **arguments)
-        assert torch.equal(written, expected)
+        if hasattr(varlen, "varlen_attn_out"):
+            written = torch.empty_like(out)
+            with torch.no_grad():
+                varlen.varlen_attn_out(written, *tensors, **arguments)
+            assert torch.equal(written, expected)
     assert all(map(torch.equal, ours, gradients))
 
 
+@pytest.mark.skipif("seqused_k" not in VARLEN_OPTIONS, reason="not in this version of PyTorch")
 def test_varlen_attn_with_used_keys():
     lengths = (5, 12)
     q, k, v = (packed(lengths).detach() for _ in range(3))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +47,13 @@ def enable_sdpa(device: str = "cuda") -> AbstractContextManager[None]:
     """
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
-    before = attention.current_flash_attention_impl()
-    _activate(device)
+    before = _State.now()
+    try:
+        attention.register_flash_attention_impl(NAME, register_fn=lambda: _Overrides(device))
+        attention.activate_flash_attention_impl(NAME)
+    except BaseException:
+        before.restore()
+        raise
     return _restoring(before)
 
 
@@ -57,34 +63,55 @@ def disable_sdpa() -> None:
         attention.restore_flash_attention_impl()
 
 
+@dataclass(frozen=True)
+class _State:
+    """Which flash backend is active; of ours, on which device."""
+
+    name: str | None
+    device: str
+
+    @staticmethod
+    def now() -> _State:
+        return _State(attention.current_flash_attention_impl(), _Overrides.device)
+
+    def restore(self) -> None:
+        if self.name is None:
+            disable_sdpa()
+        elif self.name == NAME:
+            enable_sdpa(self.device)
+        else:
+            attention.activate_flash_attention_impl(self.name)
+
+
 @contextmanager
-def _restoring(before: str | None) -> Iterator[None]:
+def _restoring(before: _State) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            disable_sdpa()
-        elif before != NAME:
-            attention.activate_flash_attention_impl(before)
-
-
-def _activate(device: str) -> None:
-    attention.register_flash_attention_impl(NAME, register_fn=lambda: _Overrides(device))
-    attention.activate_flash_attention_impl(NAME)
+        before.restore()
 
 
 class _Overrides:
     """Our implementations of PyTorch's operators on one device, until `remove`."""
 
+    device = "cuda"
+    """Of the one that was made last."""
+
     def __init__(self, device: str):
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
-        self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        self._switched_cudnn_off = False
         operators = _OPERATORS | (_CPU_OPERATORS if device == "cpu" else {})
-        for name, attempt in operators.items():
-            if hasattr(torch.ops.aten, name):  # in this version of PyTorch
-                self._override(name, attempt, DEVICES[device])
-        if device == "cuda":
+        try:
+            for name, attempt in operators.items():
+                if hasattr(torch.ops.aten, name):  # in this version of PyTorch
+                    self._override(name, attempt, DEVICES[device])
+        except BaseException:
+            self.remove()
+            raise
+        if device == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+            self._switched_cudnn_off = True
             torch.backends.cuda.enable_cudnn_sdp(False)
+        _Overrides.device = device
 
     def _override(self, name: str, attempt: Callable[..., Any], key: str) -> None:
         try:
@@ -108,7 +135,8 @@ class _Overrides:
         if self._library is not None:
             self._library._destroy()
             self._library = None
-            torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+            if self._switched_cudnn_off:
+                torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _refuse(**arguments: Any) -> None:
@@ -255,7 +283,7 @@ def _flash_forward_inplace(
     _refuse(dropout_p=dropout_p, return_debug_mask=return_debug_mask, **more)
     if num_splits is not None and num_splits > 1:
         raise NotImplementedError("num_splits: keys are not split")
-    arguments.check_out(out, query, value, None)
+    arguments.check_out(out, query, key, value, None)
     options = _options(scale, is_causal, window_size_left, window_size_right)
     lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)
     return _attend(Inputs(query, key, value, None, *lengths), options, out)

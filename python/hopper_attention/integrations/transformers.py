@@ -228,9 +228,9 @@ def attention_forward(
         sliding_window: W: a query sees itself and W - 1 keys before, and without causality as
             many behind.
         s_aux: (heads,), attention sinks.
-        position_ids: (batch or 1, seqlen_q).  Without a mask or a cache, positions that restart
-            separate sequences packed into a row.  Seeing that takes one wait for the device in a
-            forward pass; a graph (torch.compile, CUDA graphs) cannot wait, so there packing must
+        position_ids: (batch or 1, seqlen_q).  Without a mask (or one that hides nothing) and a
+            cache, positions that restart separate sequences packed into a row.  Seeing that takes
+            one wait for the device in a forward pass; a graph (torch.compile, CUDA graphs) cannot wait, so there packing must
             be given as `cu_seq_lens_q` (DataCollatorWithFlattening(return_flash_attn_kwargs=
             True)) and positions that restart without are a failed device assertion.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1), of sequences packed in one row.
@@ -262,6 +262,11 @@ def attention_forward(
     if attention_mask is not None:
         if cu_seq_lens_q is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given; give one of them")
+        if _in_graph() and attention_mask.dtype != torch.int32:
+            # Where all tokens count, an eager call sees no mask, but perhaps packed sequences.
+            positions = _own_positions(position_ids, query, key)
+            if positions is not None:
+                _assert_whole(_restarts(positions) & attention_mask.bool().all())
         return _padded(query, key, value, attention_mask, options), None
     if cu_seq_lens_q is None:
         cu_seq_lens_q = _sequences(position_ids, query, key)
@@ -474,15 +479,23 @@ def _sequences(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     In a graph the number of sequences would have to be a bound, the number of tokens; every tile
     looks for its sequence among them, which would cost more than attention.
     """
-    (batch, seqlen), seqlen_k = q.shape[:2], k.shape[1]
+    positions = _own_positions(position_ids, q, k)
+    if positions is None:
+        return None
+    if _in_graph():
+        _assert_whole(_restarts(positions))
+        return None
+    return _offsets(positions, q.shape[0])
+
+
+def _own_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Of positions that are those of the layer's own tokens, without a cache."""
+    seqlen, seqlen_k = q.shape[1], k.shape[1]
     if seqlen == 1 or seqlen != seqlen_k:
         return None
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != seqlen:
         return None  # three-dimensional ones are places in an image and say nothing of sequences
-    if _in_graph():
-        _assert_whole(_restarts(position_ids))
-        return None
-    return _offsets(position_ids, batch)
+    return position_ids
 
 
 @_once_a_tensor

@@ -76,11 +76,11 @@ def flash_attn_varlen_func(
     if (cu_seqlens_k is None) == (seqused_k is None):
         raise ValueError("exactly one of cu_seqlens_k and seqused_k must be given")
     _refuse(block_table is not None, "block_table", PAGED)
-    _refuse(bool(dropout_p), f"dropout_p={dropout_p}", "use 0")
+    _refuse(bool(dropout_p), "dropout_p", "use 0")
     _refuse(q_v is not None, "q_v", "use None: attention without a second pair of queries")
     _refuse(alibi_slopes is not None, "alibi_slopes", "use None: a model without ALiBi")
     _refuse(return_attn_probs, "return_attn_probs", "use return_softmax_lse")
-    _refuse(cp_world_size != 1, f"cp_world_size={cp_world_size}", MERGE)
+    _refuse(cp_world_size != 1, "cp_world_size", MERGE)
     _refuse(cp_tot_seqused_k is not None, "cp_tot_seqused_k", MERGE)
     for name, value in later.items():
         _refuse(value is not None, name, "leave it out")

@@ -89,6 +89,9 @@ def _attention(
         raise NotImplementedError(f"p={p}: dropout is not supported; use p=0.0")
     if op is not None:
         raise NotImplementedError("op: other operators are xFormers' own; use op=None")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if not query.ndim == key.ndim == value.ndim or query.ndim not in (3, 4, 5):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(
@@ -177,6 +180,8 @@ def _name(bias: Any) -> str:
     A class derived from it may add what it likes but not another mask.  LowerTriangularMask is a
     subclass of torch.Tensor without values; a real tensor has none of the names.
     """
+    if type(bias).__name__ in MASKS:
+        return type(bias).__name__  # compilers cannot read base classes
     for kind in type(bias).__mro__:
         if kind.__name__ in MASKS:
             return kind.__name__

@@ -1,0 +1,43 @@
+"""Whether something would miss a call that goes past PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.autograd import profiler as autograd_profiler
+
+from hopper_attention.plan import Inputs
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = DispatchKey.PreDispatch
+
+
+def watched(inputs: Inputs) -> bool:
+    """Compilers and tracers, dispatch modes, transforms, subclasses, the profiler.
+
+    Views that only the dispatcher resolves and tensors without data belong there, too.
+    """
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return (
+        torch.compiler.is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor)
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or autograd_profiler._is_profiler_enabled
+        or q.is_meta
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
+        or (inputs.sink is not None and type(inputs.sink) not in _PLAIN)
+        or (inputs.varlen and not _plain_lengths(inputs))
+    )
+
+
+def _plain_lengths(inputs: Inputs) -> bool:
+    return all(type(x) is Tensor for x in inputs.flat[4:] if isinstance(x, Tensor))
