@@ -99,7 +99,7 @@ def attention_fp8(
         operands = Operands(
             quantize(q, recipe, heads_kv=k.shape[2], hadamard=hadamard),
             quantize(k, recipe, hadamard=hadamard, centered=smooth_k),
-            quantize(v, recipe),
+            quantize(v, recipe, octaves=True),
         )
         out, lse = run(plan, instance, operands, sink, q.dtype)
         return out, lse + plan.scale * _scores_of_mean(q, k) if smooth_k else lse

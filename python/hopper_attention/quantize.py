@@ -46,6 +46,7 @@ def quantize(
     heads_kv: int | None = None,
     hadamard: bool = False,
     centered: bool = False,
+    octaves: bool = False,
     transposed: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Quantized:
@@ -57,6 +58,8 @@ def quantize(
         hadamard: x is rotated first (`rotated`); queries and keys must be both or neither.
         centered: the mean over seqlen of each channel is taken off first.  Of keys: it adds the
             same number to all scores of a query, which softmax does not see.
+        octaves: descales of blocks differ from the largest of their head by powers of two.  Of V:
+            the kernel multiplies P by the ratio before it rounds it, and what was 1 remains exact.
         transposed: values lie in memory with successive rows next to each other, each column
             starting at a multiple of 16 bytes, as the second GEMM wants V.
     """
@@ -66,6 +69,8 @@ def quantize(
     if hadamard:
         x = rotated(x)
     descale = descale_of(x, recipe, heads_kv, torch.finfo(dtype).max)
+    if octaves and descale.ndim == 3:
+        descale = in_octaves(descale)
     values = (x / spread(descale, x)).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return Quantized(_stored(values.to(dtype), transposed), descale)
 
@@ -84,6 +89,13 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
         padded = torch.nn.functional.pad(x.abs().amax(dim=3), (0, 0, 0, -seqlen % rows))
         top = padded.unflatten(1, (-1, rows)).amax(dim=2).transpose(1, 2)
     return (top / largest).clamp(min=LEAST).contiguous()
+
+
+def in_octaves(descale: Tensor) -> Tensor:
+    """The least that are not smaller and powers of two below the largest of their head."""
+    largest = descale.amax(dim=2, keepdim=True)
+    _, exponent = torch.frexp(largest / descale)  # of a mantissa from 1/2: one more than log2's
+    return torch.ldexp(largest, 1 - exponent)
 
 
 def spread(descale: Tensor, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def quantized(q, k, v, recipe, **how):
     return fp8.Operands(
         quantize(q, recipe, heads_kv=k.shape[2], **how),
         quantize(k, recipe, **how),
-        quantize(v, recipe),
+        quantize(v, recipe, octaves=True),
     )
 
 
@@ -122,7 +122,10 @@ def check(instance, q, k, v, out, lse, recipe, sink=None, **arguments):
         pytorch_attention(*(x.to(q.dtype).double() for x in values), **problem),
     )
     error = Error.of(out, expected)
-    assert error.within_twice(torch_error), (error, torch_error)
+    # Some P lie so near the middle of two e4m3 numbers that the kernel rounds them the other way.
+    rounding = expected.square().mean().sqrt().item() * torch.finfo(q.dtype).eps / 2
+    assert error.rms <= 2 * torch_error.rms + rounding, (error, torch_error, rounding)
+    assert error.maximum <= values[2].abs().max().item() / 16, error
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -190,7 +193,7 @@ def test_accumulators_of_14_bits(two_level, worst):
     if two_level:
         assert narrow <= worst * exactly
     else:
-        assert narrow > 3 * exactly
+        assert narrow > 1.5 * exactly
 
 
 def test_gradients_are_those_of_the_unquantised():

@@ -230,9 +230,10 @@ def attention_forward(
         s_aux: (heads,), attention sinks.
         position_ids: (batch or 1, seqlen_q).  Without a mask (or one that hides nothing) and a
             cache, positions that restart separate sequences packed into a row.  Seeing that takes
-            one wait for the device in a forward pass; a graph (torch.compile, CUDA graphs) cannot wait, so there packing must
-            be given as `cu_seq_lens_q` (DataCollatorWithFlattening(return_flash_attn_kwargs=
-            True)) and positions that restart without are a failed device assertion.
+            one wait for the device in a forward pass; a graph (torch.compile, CUDA graphs) cannot
+            wait, so there packing must be given as `cu_seq_lens_q`
+            (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), and positions that restart
+            without are a failed device assertion.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1), of sequences packed in one row.
 
     Returns:
