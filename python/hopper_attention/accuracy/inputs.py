@@ -66,11 +66,10 @@ class Inputs:
     def shape(self) -> str:
         batch, seqlen_q, heads, head_dim = self.q.shape
         seqlen_k, heads_kv = self.k.shape[1:3]
+        sequences = "" if batch == 1 else f"{batch} x "
+        group = f"{heads} heads" if heads == heads_kv else f"{heads} heads on {heads_kv}"
         kind = "" if self.mask == FULL else f", {self.mask.kind}"
-        return (
-            f"{batch} x {seqlen_q} queries x {seqlen_k} keys, heads {heads}/{heads_kv}, "
-            f"d {head_dim}{kind}"
-        )
+        return f"{sequences}{seqlen_q} queries, {seqlen_k} keys, {group} of {head_dim}{kind}"
 
 
 def draw(distribution: Distribution, size: Size, seed: int) -> Inputs:

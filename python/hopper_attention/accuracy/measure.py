@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hopper_attention import fp8_emulation, reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
-from hopper_attention.fp8_emulation import EXACT, HOPPER, PLAIN, Arithmetic, exactly
+from hopper_attention.fp8_emulation import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
 from hopper_attention.numerics import Error, pytorch_attention
 from hopper_attention.quantize import Quantized, Recipe, quantize
 
@@ -123,8 +123,9 @@ def _reference(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dty
     return out
 
 
-def _bf16(inputs: Inputs) -> Tensor:
-    q, k, v = (x.bfloat16() for x in (inputs.q, inputs.k, inputs.v))
+def _rounded(dtype: torch.dtype, inputs: Inputs) -> Tensor:
+    """The reference on rounded inputs, with a rounded result."""
+    q, k, v = (x.to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     return _reference(inputs, q, k, v, torch.float32)
 
 
@@ -144,7 +145,7 @@ def _v_alone(inputs: Inputs) -> Tensor:
 
 BASELINES: dict[str, Callable[[Inputs], Tensor]] = {
     "PyTorch SDPA, bf16": lambda inputs: _sdpa(torch.bfloat16, inputs),
-    "reference, bf16": _bf16,
+    "reference, bf16": lambda inputs: _rounded(torch.bfloat16, inputs),
     "only P in e4m3": _p_cast_alone,
     "only V in e4m3 (block64)": _v_alone,
 }
@@ -175,11 +176,20 @@ def compare_with_paper(size: Size, seed: int) -> dict[str, float]:
     """RMSE on the paper's distribution of PAPER's methods and of each ingredient alone."""
     inputs = draw(Distribution.OUTLIERS, size, seed)
     exact = exact_attention(inputs)
-    outputs = {"fp16": _reference(inputs, inputs.q.half(), inputs.k.half(), inputs.v.half(),
-                                  torch.float32)}  # fmt: skip
+    outputs = {"fp16": _rounded(torch.float16, inputs)}
     for name in ("per_tensor", "block64", "per_tensor+hadamard", "block64+hadamard"):
         outputs[name] = Variant.parse(name).run(inputs)
     return {name: Error.of(out, exact).rms for name, out in outputs.items()}
+
+
+def pooled(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """RMSE over runs of equal size."""
+    squares = {name: sum(run[name] ** 2 for run in runs) / len(runs) for name in runs[0]}
+    return {name: square**0.5 for name, square in squares.items()}
+
+
+def gain(run: dict[str, float]) -> float:
+    return run["per_tensor"] / run["block64+hadamard"]
 
 
 @dataclass(frozen=True)
@@ -193,23 +203,23 @@ class Accumulated:
     """Root mean square of the difference to exact sums of the same quantised operands."""
 
 
-def accumulation_modes(intervals: Sequence[int] = (1, 4, 16)) -> dict[str, Arithmetic]:
-    plain = {"exact": EXACT, "plain": PLAIN}
-    levels = {f"two-level, every {n}": Arithmetic(accumulate_every=n) for n in intervals}
-    return plain | levels
+def accumulation_modes(where: Cut = Cut.SUMS) -> dict[str, Arithmetic]:
+    modes = {"exact": EXACT, "plain": replace(PLAIN, cut=where)}
+    for n in (1, 4, 16):
+        modes[f"two-level, every {n}"] = Arithmetic(accumulate_every=n, cut=where)
+    return modes
 
 
 def accumulation(
-    keys: int, recipe: Recipe, queries: int, head_dim: int, v_mean: float, seed: int
+    size: Size, recipe: Recipe, v_mean: float, seed: int, where: Cut = Cut.SUMS
 ) -> Iterator[Accumulated]:
     """What sums of 14 bits lose over a context: normal inputs, values with a mean."""
-    size = Size(keys, heads=1, head_dim=head_dim, queries=queries)
     inputs = draw(Distribution.NORMAL, size, seed)
     inputs = replace(inputs, v=inputs.v + v_mean)
     operands = Variant(recipe).operands(inputs)
     truth = exact_attention(inputs)
     summed = emulated(operands, inputs, EXACT)
-    for label, arithmetic in accumulation_modes().items():
+    for label, arithmetic in accumulation_modes(where).items():
         out = emulated(operands, inputs, arithmetic)
         errors = Error.of(out, truth).rms, Error.of(out, summed).rms
-        yield Accumulated(keys, label, *errors)
+        yield Accumulated(size.seqlen, label, *errors)
