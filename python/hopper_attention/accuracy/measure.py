@@ -168,7 +168,7 @@ def measure(inputs: Inputs, chosen: Sequence[Variant]) -> Iterator[Row]:
 PAPER = {"fp16": 1.9e-4, "per_tensor": 2.4e-2, "block64+hadamard": 9.1e-3}
 """FlashAttention-3, arXiv 2407.08608, table 3: RMSE, the last with FlashAttention-3's block scales.
 
-The sizes are not given there.
+At which sizes we do not know.
 """
 
 

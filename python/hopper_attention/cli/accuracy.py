@@ -239,7 +239,9 @@ def _caption(facts: dict[str, Any]) -> str:
 def _table(rows: Sequence[Row]) -> Table:
     """A distribution's; the least error among FP8's is bold."""
     title = f"{rows[0].distribution}: {rows[0].shape}"
-    table = Table("method", "accumulation", title=title, title_justify="left", box=None)
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("method", no_wrap=True, min_width=max(len(row.method) for row in rows))
+    table.add_column("PV")
     for column in ("RMSE", "of output", "max error", "1 - cosine"):
         table.add_column(column, justify="right")
     least = min((row.rmse for row in rows if row.accumulation), default=0.0)
