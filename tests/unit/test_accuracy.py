@@ -8,7 +8,15 @@ import torch
 from typer.testing import CliRunner
 
 from hopper_attention.accuracy import measure as lab
-from hopper_attention.accuracy.inputs import HAY, RANDOM, Distribution, Inputs, Size, draw
+from hopper_attention.accuracy.inputs import (
+    HAY,
+    RANDOM,
+    Distribution,
+    Inputs,
+    Size,
+    activations,
+    draw,
+)
 from hopper_attention.accuracy.measure import Accumulation, Variant
 from hopper_attention.arguments import CAUSAL
 from hopper_attention.cli import app, main
@@ -16,6 +24,15 @@ from hopper_attention.fp8_emulation import Cut
 from hopper_attention.quantize import Recipe
 
 SMALL = Size(seqlen=160, heads=2, head_dim=32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On small tiles more are slower wherever something else computes as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows_of(inputs, *names):
@@ -231,6 +248,8 @@ def test_activations_of_a_model(tmp_path):
     )
     assert {row["distribution"] for row in report["rows"]} == {"activations"}
     assert report["rows"][0]["shape"] == "4 x 64 queries, 64 keys, 2 heads on 1 of 16, causal"
+    first, second = (activations(tmp_path, layer) for layer in (0, 1))
+    assert not torch.equal(first.q, second.q) and second.mask == CAUSAL
     refused = runner.invoke(app, ["accuracy", "--activations", str(tmp_path), "--layer", "2"])
     assert "layers 0 to 1" in str(refused.exception)
 

@@ -31,6 +31,15 @@ NO_ROUNDING = replace(EXACT, p_dtype=None)
 MASKS = {"full": FULL, "causal": CAUSAL, "window": Mask(left=70, right=10), "chunk": Mask(chunk=96)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On small tiles more are slower wherever something else computes as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
