@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from hopper_attention.cli.accuracy import accuracy
 from hopper_attention.cli.bench import bench
 from hopper_attention.cli.demo import demo
 from hopper_attention.cli.info import info
@@ -24,6 +25,7 @@ app.command()(info)
 app.command()(demo)
 app.command()(sass)
 app.command()(simulate)
+app.add_typer(accuracy, name="accuracy")
 app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
 
