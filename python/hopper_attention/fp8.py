@@ -5,6 +5,7 @@ How values are quantised: quantize.py; what the kernel does with them: hopper/fo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +172,23 @@ def _checked_descale(name: str, descale: Tensor | None, x: Tensor, heads_kv: int
             f"{(batch, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or {fitting[4]}"
         )
     return descale
+
+
+def compute(
+    operands: tuple[Quantized, Quantized, Quantized],
+    softmax_scale: float,
+    mask: arguments.Mask,
+    two_level: bool | None = None,
+) -> Tensor:
+    """out (batch, seqlen_q, heads, head_dim_v), float32, of quantised tensors and a resolved mask.
+
+    By the kernel: CUDA tensors, or CPU tensors inside `simulator.enabled()`.
+    """
+    q, k, v = (x.values for x in operands)
+    plain = Options.of(softmax_scale, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
+    plan = replace(make_plan((q.shape, k.shape, v.shape), (torch.bfloat16,) * 3, plain), mask=mask)
+    instance = dispatch.forward_fp8_instance(q.shape[-1], v.shape[-1], mask.kind, False, two_level)
+    return run(plan, instance, Operands(*operands), None, torch.float32)[0]
 
 
 def _scores_of_mean(q: Tensor, k: Tensor) -> Tensor:

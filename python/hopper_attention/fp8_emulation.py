@@ -5,9 +5,9 @@ For every query, over tiles of keys from the last to the first (`quantize.py` ma
     S = Q K^T                                   tensor core: e4m3 products, `bits` bits kept of sums
     s = S * descale_q * descale_k * softmax_scale * log2(e)                              float32
     m = max(m, max(s));  p = 2^(s - m + 8);  l = l * 2^(m_before - m) + sum(p)           float32
-    P = e4m3(p), to the nearest, ties to even
+    P = e4m3(p * descale_v / its largest of the head), to the nearest, ties to even
     O = O * 2^(m_before - m) + P V              tensor core, or flushed into float32: `Arithmetic`
-    out = O / l;  lse = (m - 8) ln 2 + ln l
+    out = O / l * the largest descale_v;  lse = (m - 8) ln 2 + ln l
 
 p spans [0, 256], below e4m3's 448: of the powers of two the one that leaves the fewest of its
 values to the subnormal numbers (FlashAttention-3; arXiv 2606.06521).  l sums p unrounded, as in
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from hopper_attention import reference
 from hopper_attention.arguments import FULL, Mask
-from hopper_attention.quantize import Quantized, block_rows, spread
+from hopper_attention.quantize import Quantized, spread
 
 HOPPER_BITS = 14
 """Significant bits of a sum, the leading one included."""
@@ -67,9 +67,8 @@ class Arithmetic:
     bits: significant bits that tensor cores keep of sums; None: float32's.
     cut: where bits are lost.
     two_level: PV of `accumulate_every` tiles goes into an accumulator of its own, which is then
-        added to O in float32, times V's descale; where that changes with blocks of V, sooner.
-        False: one accumulator in the tensor core for all tiles ("plain"), rescaled in float32 when
-        the maximum grows or V's descale changes.
+        added to O in float32.  False: one accumulator in the tensor core for all tiles ("plain"),
+        rescaled in float32 when the maximum grows.
     p_dtype: P is rounded to it; None: not at all.
     tile_n: keys of a tile.
     """
@@ -188,9 +187,10 @@ class _Sequence:
     """(heads, seqlen_q, 1): descale times softmax_scale times log2(e)."""
     k_factor: Tensor
     """(heads, 1, seqlen_k): each query head's, of the head it reads."""
-    v_units: Tensor
-    """(heads, 1, blocks): descale of each `v_rows` values."""
-    v_rows: int
+    v_largest: Tensor
+    """(heads, 1, 1): descale."""
+    v_relative: Tensor
+    """(heads, 1, seqlen_k): descales over the largest of a head."""
 
     @staticmethod
     def of(q: Quantized, k: Quantized, v: Quantized, b: int, scale: float) -> _Sequence:
@@ -205,15 +205,18 @@ class _Sequence:
             batch, seqlen, count, _ = x.values.shape
             return spread(x.descale, x.values).expand(batch, seqlen, count, 1)[b].transpose(0, 1)
 
-        v_rows = block_rows(v.descale.shape[-1], seqlen_k) if v.descale.ndim == 3 else seqlen_k
+        v_factor = factors(v).mT.repeat_interleave(group, dim=0)
+        v_largest = (
+            v_factor.amax(dim=-1, keepdim=True) if seqlen_k else v_factor.new_ones(heads, 1, 1)
+        )
         return _Sequence(
             q=heads_first(q),
             k=heads_first(k),
             v=heads_first(v),
             q_factor=factors(q) * scale,
             k_factor=factors(k).mT.repeat_interleave(group, dim=0),
-            v_units=factors(v)[:, :: max(1, v_rows)].mT.repeat_interleave(group, dim=0),
-            v_rows=v_rows,
+            v_largest=v_largest,
+            v_relative=v_factor / v_largest,
         )
 
     def blocks_of_queries(self, tile_n: int, mask: Mask) -> Iterator[slice]:
@@ -236,13 +239,10 @@ class _Sequence:
             keys = slice(start, min(start + n, seqlen_k))
             if seen is not None and not seen[:, keys].any():
                 continue
-            p = state.weights(self.scores(rows, keys, seen, arithmetic))
-            for part in self.parts_of_one_scale(keys):
-                unit = self.v_units[..., part.start // self.v_rows, None]
-                inside = slice(part.start - start, part.stop - start)
-                state.add(p[..., inside], self.v[:, part], unit)
-            state.end_tile()
-        return state.result()
+            scores = self.scores(rows, keys, seen, arithmetic)
+            state.add(state.weights(scores, self.v_relative[..., keys]), self.v[:, keys])
+        out, lse = state.result()
+        return out * self.v_largest, lse
 
     def scores(
         self, rows: slice, keys: slice, seen: Tensor | None, arithmetic: Arithmetic
@@ -252,13 +252,6 @@ class _Sequence:
         products = _ungrouped(gemm(_grouped(q, len(k)), k.mT, None, arithmetic), self.q.shape[0])
         scores = products * self.q_factor[:, rows] * self.k_factor[..., keys]
         return scores if seen is None else scores.masked_fill_(~seen[:, keys], -torch.inf)
-
-    def parts_of_one_scale(self, keys: slice) -> Iterator[slice]:
-        """Of a tile, in ascending order, as an instruction's steps are."""
-        first, last = keys.start // self.v_rows, (keys.stop - 1) // self.v_rows
-        for block in range(first, last + 1):
-            start, stop = block * self.v_rows, (block + 1) * self.v_rows
-            yield slice(max(start, keys.start), min(stop, keys.stop))
 
 
 @dataclass
@@ -271,9 +264,7 @@ class _State:
     main: Tensor
     """(heads, rows, dv), float32: what was flushed."""
     partial: Tensor | None = None
-    """The tensor core's accumulator, in units of `unit`."""
-    unit: Tensor | None = None
-    """V's descale, (heads, 1, 1)."""
+    """The tensor core's accumulator."""
     tiles: int = 0
     """In `partial`."""
 
@@ -282,7 +273,7 @@ class _State:
         least = torch.full((heads, rows, 1), -torch.inf)
         return _State(arithmetic, least, torch.zeros_like(least), torch.zeros((heads, rows, dv)))
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, v_relative: Tensor) -> Tensor:
         """P of a tile as the tensor core gets it; everything before is rescaled."""
         row_max = torch.maximum(self.row_max, scores.amax(dim=-1, keepdim=True))
         shown = torch.where(row_max == -torch.inf, 0.0, row_max)  # a row without keys so far
@@ -293,29 +284,22 @@ class _State:
         if self.partial is not None:
             self.partial *= alpha
         self.row_max = row_max
-        dtype = self.arithmetic.p_dtype
+        dtype, p = self.arithmetic.p_dtype, p * v_relative
         return p if dtype is None else p.to(dtype).float()
 
-    def add(self, p: Tensor, v: Tensor, unit: Tensor) -> None:
-        """p (heads, rows, keys) times v (heads_kv, keys, dv), whose descale is `unit`."""
-        if self.partial is not None and self.unit is not None and not torch.equal(unit, self.unit):
-            if self.arithmetic.two_level:
-                self.flush()
-            else:  # the one accumulator goes over to the next block's unit
-                self.partial *= self.unit / unit
+    def add(self, p: Tensor, v: Tensor) -> None:
+        """p (heads, rows, keys) times v (heads_kv, keys, dv): a tile."""
         heads_kv, heads = len(v), len(p)
         total = None if self.partial is None else _grouped(self.partial, heads_kv)
         sums = gemm(_grouped(p, heads_kv), v, total, self.arithmetic)
-        self.partial, self.unit = _ungrouped(sums, heads), unit
-
-    def end_tile(self) -> None:
+        self.partial = _ungrouped(sums, heads)
         self.tiles += 1
         if self.arithmetic.two_level and self.tiles % self.arithmetic.accumulate_every == 0:
             self.flush()
 
     def flush(self) -> None:
-        if self.partial is not None and self.unit is not None:
-            self.main += self.partial * self.unit
+        if self.partial is not None:
+            self.main += self.partial
         self.partial = None
 
     def result(self) -> tuple[Tensor, Tensor]:

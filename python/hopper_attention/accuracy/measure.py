@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hopper_attention import fp8_emulation, reference
+from hopper_attention import fp8, fp8_emulation, reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
 from hopper_attention.fp8_emulation import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
 from hopper_attention.numerics import Error, pytorch_attention
@@ -62,11 +62,16 @@ class Variant:
         return (
             quantize(inputs.q, self.recipe, heads_kv=heads_kv, hadamard=self.hadamard),
             quantize(inputs.k, self.recipe, hadamard=self.hadamard, centered=self.smooth_k),
-            quantize(inputs.v, self.recipe),
+            quantize(inputs.v, self.recipe, octaves=True),
         )
 
     def run(self, inputs: Inputs) -> Tensor:
         return emulated(self.operands(inputs), inputs, self.accumulation.arithmetic)
+
+    def run_kernel(self, inputs: Inputs) -> Tensor:
+        """On a GPU, or the simulator; its accumulators are as exact as those are."""
+        two_level = self.accumulation is Accumulation.TWO_LEVEL
+        return fp8.compute(self.operands(inputs), inputs.softmax_scale, inputs.mask, two_level)
 
 
 def variants(
@@ -152,13 +157,13 @@ BASELINES: dict[str, Callable[[Inputs], Tensor]] = {
 """What FP8 stands beside: 16 bits; and two parts of its error that no treatment of Q, K lowers."""
 
 
-def measure(inputs: Inputs, chosen: Sequence[Variant]) -> Iterator[Row]:
+def measure(inputs: Inputs, chosen: Sequence[Variant], by_kernel: bool = False) -> Iterator[Row]:
     """Baselines, then variants: a row for each, as it is done."""
     exact = exact_attention(inputs)
     for name, method in BASELINES.items():
         yield Row.of(inputs, name, "", method(inputs), exact)
     for variant in chosen:
-        out = variant.run(inputs)
+        out = variant.run_kernel(inputs) if by_kernel else variant.run(inputs)
         yield Row.of(inputs, variant.name, variant.accumulation.value, out, exact)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hopper_attention import simulator
 from hopper_attention.accuracy.inputs import RANDOM, Distribution, Inputs, Size, activations, draw
 from hopper_attention.accuracy.measure import (
     BASELINES,
@@ -35,7 +36,7 @@ from hopper_attention.accuracy.measure import (
 )
 from hopper_attention.accuracy.measure import accumulation as accumulate
 from hopper_attention.bench import environment
-from hopper_attention.fp8_emulation import Cut
+from hopper_attention.fp8_emulation import HOPPER_BITS, Cut
 from hopper_attention.quantize import Recipe
 from hopper_attention.refusal import Refusal
 
@@ -85,15 +86,14 @@ def recipes(
     """FP8 attention by recipe and input, with and without rotation and centring, beside bf16."""
     if context.invoked_subcommand is not None:
         return
-    if backend is Backend.KERNEL:
-        raise Refusal("there is no FP8 kernel yet; use --backend emulation")
     size = Size(seqlen, heads, head_dim)
     chosen = variants(recipe or tuple(Recipe), accumulation or list(Accumulation)[:2])
     problems = _problems(distribution, size, seed, checkpoint, layer)
     rows: list[Row] = []
-    with _progress(len(problems) * (len(BASELINES) + len(chosen))) as step:
+    by_kernel = backend is Backend.KERNEL
+    with _progress(len(problems) * (len(BASELINES) + len(chosen))) as step, _computing(by_kernel):
         for make in problems:
-            for row in measure(make(), chosen):
+            for row in measure(make(), chosen, by_kernel):
                 rows.append(row)
                 step(f"{row.distribution}: {row.method}")
     facts = _facts(seed)
@@ -106,6 +106,16 @@ def recipes(
         from hopper_attention.accuracy.plots import write_recipes
 
         write_recipes(png, rows, _caption(facts))
+
+
+@contextmanager
+def _computing(by_kernel: bool) -> Iterator[None]:
+    """The kernels run on the simulator: with 14 bits of sums, and slowly."""
+    if not by_kernel:
+        yield
+        return
+    with simulator.enabled(fp8_accumulator_bits=HOPPER_BITS):
+        yield
 
 
 @accuracy.command()
