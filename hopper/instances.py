@@ -1,14 +1,20 @@
 """The list of sm_90a kernels that are compiled: the build and the dispatcher have no other."""
 
+from itertools import product
+
 from hopper_attention.cute_kernels.instance import Instance
 from hopper_attention.hopper.config import (
     BACKWARD_TILES,
     DTYPES,
     FORWARD_TILES,
+    QUANTIZE_COLUMNS,
+    AbsMaxConfig,
     BackwardConfig,
+    ColumnSumsConfig,
     ForwardConfig,
     PostprocessConfig,
     PreprocessConfig,
+    QuantizeConfig,
     WideBackwardConfig,
 )
 
@@ -85,6 +91,36 @@ def _postprocess(dtype: str, head_dim: int, tile_m: int) -> Instance:
     )
 
 
+def _quantize(dtype: str, columns: int, transposed: bool) -> Instance:
+    return Instance(
+        name=f"quantize_{dtype}_d{columns}" + ("_transposed" if transposed else ""),
+        family="quantize",
+        kernel="hopper_attention.cute_kernels.quantize:Quantize",
+        config=QuantizeConfig(dtype, columns, transposed),
+        claims=("LDG", "F2FP", "REDUX"),
+    )
+
+
+def _abs_max(dtype: str, columns: int) -> Instance:
+    return Instance(
+        name=f"quantize_absmax_{dtype}_d{columns}",
+        family="quantize_absmax",
+        kernel="hopper_attention.cute_kernels.quantize:AbsMax",
+        config=AbsMaxConfig(dtype, columns),
+        claims=("LDG", "REDUX", "REDG"),
+    )
+
+
+def _column_sums(dtype: str) -> Instance:
+    return Instance(
+        name=f"quantize_sums_{dtype}",
+        family="quantize_sums",
+        kernel="hopper_attention.cute_kernels.quantize:ColumnSums",
+        config=ColumnSumsConfig(dtype),
+        claims=("LDG",),
+    )
+
+
 FORWARD = tuple(
     _forward(dtype, dims, mask, softcap, varlen)
     for dtype in DTYPES
@@ -109,10 +145,17 @@ WIDE = tuple(
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
+# Recipe, rotation and centring are arguments.
+QUANTIZE = (
+    *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
+    *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
+    *(_column_sums(dtype) for dtype in DTYPES),
+)
 INSTANCES = (
     *FORWARD,
     *BACKWARD,
     *WIDE,
     *(_preprocess(dtype) for dtype in DTYPES),
     *(_postprocess(dtype, *tile) for dtype in DTYPES for tile in DQ_TILES.items()),
+    *QUANTIZE,
 )
