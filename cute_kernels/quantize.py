@@ -1,34 +1,32 @@
 """Quantisation to FP8: x ~ values * descale, as python/hopper_attention/quantize.py states it.
 
-    Quantize     scale and cast; where a block of 64 or 128 rows shares a scale, finds it in the same pass
-    AbsMax       before it, where all rows of a head or of everything share a scale
-    ColumnSums   before both, if the mean over seqlen is taken off: sums of 256 rows
+    ColumnSums   first, if the mean over seqlen is taken off: sums of 256 rows
+    AbsMax       then, where all rows of a head or everything share a scale
+    Quantize     scale and cast; finds the scale in the same pass where 64 or 128 rows share one
 
-A block of 256 threads holds 128 rows of one head: four lanes a row, `columns / 32` vectors of 8 columns
-(16 bytes) a lane, two successive rows a thread, all of them in registers as float32 from the load to the
-cast.  Heads, with the mean off and rotated as asked for, go
+A block of 256 threads holds 128 rows of one head: four lanes a row, `columns / 32` vectors of 8
+columns (16 bytes) a lane, two successive rows a thread.  All of them stay in registers, as float32,
+from load to cast; mean and rotation are arguments:
 
-    load 16 bytes -> - mean -> rotation (hadamard.py) -> greatest magnitude -> / divisor -> e4m3 -> store
+    load -> - mean -> rotation (hadamard.py) -> greatest magnitude -> / descale -> e4m3 -> store
 
-The greatest magnitude is that of a warp (16 rows; redux on the bits of non-negative floats, in the order
-of integers), then of four or eight warps through shared memory.  AbsMax ends with an atomic maximum of
-the bits into a table of zeros, from which Quantize reads instead.  NaN counts as greater than all, so NaN
-and infinity reach everything that shares their scale: dequantised, all of it is NaN.
+The greatest magnitude is that of a warp's 16 rows (redux on the bits: floats that are not negative
+compare as integers), then of four or eight warps through shared memory.  AbsMax ends with an atomic
+maximum of the bits into a table of zeros, which Quantize reads then.  NaN is greater than all, so
+NaN and infinity reach everything that shares their scale: dequantised it is NaN.
 
-Rows behind the last are loaded as the last, vectors behind the last as the last: both count nothing for a
-maximum, but for rotated vectors, which are left out.  Neither is stored.
+Rows behind the last are loaded as the last, vectors behind the last as the last: neither changes a
+maximum, but for rotated vectors, which are left out, and neither is stored.
 
-Values whose rows lie next to each other (`transposed`) go through shared memory: a thread stores its two
-rows of a column as 16 bits; column c has 128 bytes, its 16-byte chunk k at chunk k ^ (c / 8) % 8.  Four
-lanes store to columns 8 apart, 16 bytes in each, eight lanes load a column: no bank is asked twice.
-Columns are padded with zeros to multiples of 16 rows.
+With `transposed`, values go through shared memory: a thread stores its two rows of a column as 16
+bits; column c has 128 bytes, its 16-byte chunk k at chunk k ^ (c / 8) % 8.  Four lanes store to
+columns 8 apart, 16 bytes in each, and eight lanes load a column: no bank is asked twice.  Columns
+are filled up with zeros to multiples of 16 rows.
 
-The quotient is that of an IEEE division: q = x r with the rounded reciprocal r of the divisor d, and
-q - (q d - x) r (Markstein, IBM J. Res. Dev. 34, 1990); the signs of the terms keep -0.
+The quotient is an IEEE division's: q = x r with the rounded reciprocal r of the divisor d, then
+q - (q d - x) r (Markstein, IBM J. Res. Dev. 34, 1990); with these signs -0 stays -0.
 
-What a copy leaves: 4.8 TB/s over 132 SMs at 1.755 GHz are 20.7 bytes a clock and SM, so 16 bytes loaded
-and 8 stored take 1.16 clocks, in which an SM issues 148 instructions a lane (37 shuffles, 74 of the
-integer pipe).  docs/tuning.md has what these kernels need of that.
+What it costs beside the copy: docs/tuning.md.
 """
 
 from dataclasses import dataclass
@@ -399,7 +397,7 @@ class AbsMax:
         signs: Int64,
         stream: cuda.CUstream,
     ):
-        """mTops (batch, heads / group): zeros before, bits of the greatest magnitudes afterwards."""
+        """mTops (batch, heads / group): zeros; then the bits of the greatest magnitudes."""
         rotation = Rotation(rotation_size, signs)
         self.kernel(mX, mTops, mean, group, rotation).launch(
             grid=self.rows.grid(mX), block=[self.cfg.threads, 1, 1], stream=stream
@@ -424,7 +422,7 @@ class AbsMax:
 
 
 class ColumnSums:
-    """Deterministic: a block adds 256 rows of a head in an order that depends on the columns only."""
+    """Deterministic: a block adds 256 rows of a head in an order that only columns change."""
 
     def __init__(self, config: ColumnSumsConfig):
         self.cfg = config
