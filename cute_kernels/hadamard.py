@@ -2,8 +2,8 @@
 
 Columns of a row are numbered by bits: three within a vector of 8 that a thread loads at once, two
 for the lane of the row's four, the rest for the thread's vector.  H of n = 2^k columns is k stages,
-one a bit, in any order: a, b <- a + b, a - b for all pairs of columns that differ in that bit.  Only
-the lanes' bits need shuffles: two of up to eight stages.
+one a bit, in any order: a, b <- a + b, a - b for all pairs of columns that differ in that bit.  The
+lanes' bits need shuffles: two of up to eight stages.
 """
 
 from dataclasses import dataclass
