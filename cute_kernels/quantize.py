@@ -30,7 +30,6 @@ What it costs beside the copy: docs/tuning.md.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -80,15 +79,9 @@ class Rows:
         """mean; group; size and signs of the rotation."""
         return (Int64(0), Int32(1), Int32(1), Int64(0))
 
-    def place(self, mX: cute.Tensor) -> tuple[Any, Any, Any]:
-        """(head, block of rows, batch) of this block: heads, which share pages, run together."""
-        heads = mX.shape[2]
-        blocks = ceil_div(mX.shape[1], ROWS)
-        index = cute.arch.block_idx()[0]
-        return index % heads, index // heads % blocks, index // heads // blocks
-
     def grid(self, mX: cute.Tensor) -> list:
-        return [mX.shape[2] * ceil_div(mX.shape[1], ROWS) * mX.shape[0], 1, 1]
+        """Heads first: they share pages, and no division is needed."""
+        return [mX.shape[2], ceil_div(mX.shape[1], ROWS), mX.shape[0]]
 
     def first_row(self, block: Int32, thread: Int32) -> Int32:
         """The first of the two of this thread."""
@@ -97,7 +90,7 @@ class Rows:
     @cute.jit
     def load(self, mX: cute.Tensor, place: tuple, mean: Int64, rotation: Rotation, thread: Int32):
         """(VECTOR, vectors, 2) float32: this thread's, mean off, rotated."""
-        head, block, batch = place
+        head, block, batch = place  # the index of this block
         x = mX[batch, None, head, None]
         row, lane = self.first_row(block, thread), thread % LANES
         last_row, last = x.shape[0] - 1, x.shape[1] // VECTOR - 1
@@ -269,7 +262,7 @@ class Quantize:
         self, mX: cute.Tensor, mValues: cute.Tensor, scales: tuple, mean: Int64, rotation: Rotation
     ):
         thread = cute.arch.thread_idx()[0]
-        place = self.rows.place(mX)
+        place = cute.arch.block_idx()
         allocator = SmemAllocator()
         shared = of_warps(allocator)
         values = self.rows.load(mX, place, mean, rotation, thread)
@@ -408,7 +401,7 @@ class AbsMax:
         self, mX: cute.Tensor, mTops: cute.Tensor, mean: Int64, group: Int32, rotation: Rotation
     ):
         thread = cute.arch.thread_idx()[0]
-        place = self.rows.place(mX)
+        place = cute.arch.block_idx()
         head, _, batch = place
         shared = of_warps(SmemAllocator())
         values = self.rows.load(mX, place, mean, rotation, thread)

@@ -28,6 +28,12 @@ from hopper_attention.runtime import Backend
 
 LEAST = 1e-12
 """Of a descale: what is all zeros needs some."""
+SUM_ROWS = 256
+"""Of one sum of the kernel."""
+BLOCK_ROWS = 128
+"""Of a block of the kernels."""
+GRID = 65535
+"""Most blocks along the second and third dimension of a grid."""
 
 
 class Recipe(str, enum.Enum):
@@ -222,8 +228,11 @@ def _check_kernels(x: Tensor, dtype: torch.dtype) -> None:
             f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
             f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
         )
-    if x.shape[1] >= arguments.UNBOUNDED:
-        raise ValueError(f"x has {x.shape[1]} rows; at most {arguments.UNBOUNDED - 1}")
+    for axis, what, most in ((0, "batch", GRID), (1, "seqlen", GRID * BLOCK_ROWS)):
+        if x.shape[axis] > most:
+            raise NotImplementedError(
+                f"x has {what} {x.shape[axis]}; supported: up to {most} (split it)"
+            )
     arguments.addressable("x", x)
 
 
@@ -299,10 +308,6 @@ class _Table:
         if table.ndim == 1:
             return table.view(1, 1, 1).expand(self.batch, 1, 1)
         return table if table.ndim == 3 else table.unsqueeze(2)
-
-
-SUM_ROWS = 256
-"""Of one sum of the kernel."""
 
 
 def _means(backend: Backend, x: Tensor) -> Tensor:
