@@ -202,7 +202,7 @@ class Divisor:
         return fma(-excess, self.reciprocal, quotient)
 
 
-def of_warps(allocator: SmemAllocator) -> cute.Tensor:
+def one_of_each_warp(allocator: SmemAllocator) -> cute.Tensor:
     return allocator.allocate_tensor(Float32, cute.make_layout(WARPS), byte_alignment=16)
 
 
@@ -220,14 +220,7 @@ class Quantize:
         shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
         descale = make_fake_tensor(Float32, (*shape,), (*stride, 1), assumed_align=4)
         x = strided(self.rows.dtype, 4)
-        return (
-            x,
-            values,
-            descale,
-            Int64(0),
-            Int32(64),
-            *self.rows.example_arguments(),
-        )
+        return (x, values, descale, Int64(0), Int32(64), *self.rows.example_arguments())
 
     @cute.jit
     def __call__(
@@ -264,7 +257,7 @@ class Quantize:
         thread = cute.arch.thread_idx()[0]
         place = cute.arch.block_idx()
         allocator = SmemAllocator()
-        shared = of_warps(allocator)
+        shared = one_of_each_warp(allocator)
         values = self.rows.load(mX, place, mean, rotation, thread)
         divisor = Divisor.of(self.descale(values, mX.shape[3], scales, place, shared, thread))
         if cutlass.const_expr(self.cfg.transposed):
@@ -403,7 +396,7 @@ class AbsMax:
         thread = cute.arch.thread_idx()[0]
         place = cute.arch.block_idx()
         head, _, batch = place
-        shared = of_warps(SmemAllocator())
+        shared = one_of_each_warp(SmemAllocator())
         values = self.rows.load(mX, place, mean, rotation, thread)
         low, high = self.rows.tops(values, mX.shape[3], shared, thread)
         if thread == 0:
@@ -456,11 +449,10 @@ class ColumnSums:
 
     @cute.jit
     def sum_rows(self, x: cute.Tensor, chunk: Int32, row: Int32, vector: Int32, at_once: Int32):
-        """(VECTOR,) float32: this thread's rows of `chunk`; none if it is left over."""
+        """(VECTOR,) float32: this thread's rows of `chunk`; not read from threads left over."""
         sums = cute.make_rmem_tensor((VECTOR,), Float32)
         sums.fill(0.0)
         end = minimum((chunk + 1) * SUM_ROWS, x.shape[0])
-        end = end if row < at_once else Int32(0)
         first, step = chunk * SUM_ROWS + row, AHEAD * at_once
         for i in cutlass.range((SUM_ROWS + step - 1) // step, unroll=1):
             loaded = cute.make_rmem_tensor((VECTOR, AHEAD), self.dtype)
