@@ -295,3 +295,57 @@ class PostprocessConfig:
     @property
     def shared_memory_bytes(self) -> int:
         return self.tile_m * 2 * self.head_dim
+
+
+QUANTIZE_COLUMNS = (64, 128, 256)
+"""Tiles of the quantisation kernels; smaller heads leave lanes idle, which memory hides."""
+
+
+@dataclass(frozen=True)
+class AbsMaxConfig:
+    """Greatest magnitudes of heads of at most `columns` columns."""
+
+    dtype: str
+    columns: int
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.columns in QUANTIZE_COLUMNS, self.columns
+
+    threads: int = 256
+    shared_memory_bytes: int = 32
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """FP8 from heads of at most `columns` columns."""
+
+    dtype: str
+    columns: int
+    transposed: bool
+    """Successive rows next to each other."""
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        assert self.columns in QUANTIZE_COLUMNS, self.columns
+
+    @property
+    def threads(self) -> int:
+        return 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return 32 + (128 * self.columns if self.transposed else 0)
+
+
+@dataclass(frozen=True)
+class ColumnSumsConfig:
+    """Sums of 256 rows, any head dim."""
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    threads: int = 256
+    shared_memory_bytes: int = 8192

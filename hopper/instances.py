@@ -1,5 +1,7 @@
 """The list of sm_90a kernels that are compiled: the build and the dispatcher have no other."""
 
+from itertools import product
+
 from hopper_attention.cute_kernels.instance import Instance
 from hopper_attention.hopper.config import (
     BACKWARD_TILES,
@@ -7,11 +9,15 @@ from hopper_attention.hopper.config import (
     FORWARD_TILES,
     FP8_TILES,
     FP8_TWO_LEVEL_TILES,
+    QUANTIZE_COLUMNS,
+    AbsMaxConfig,
     BackwardConfig,
+    ColumnSumsConfig,
     ForwardConfig,
     ForwardFp8Config,
     PostprocessConfig,
     PreprocessConfig,
+    QuantizeConfig,
     WideBackwardConfig,
 )
 
@@ -103,6 +109,39 @@ def _forward_fp8(dims: tuple[int, int], mask: str, softcap: bool, two_level: boo
     )
 
 
+def _quantize(dtype: str, columns: int, transposed: bool) -> Instance:
+    return Instance(
+        name=f"quantize_{dtype}_d{columns}" + ("_transposed" if transposed else ""),
+        family="quantize",
+        kernel="hopper_attention.cute_kernels.quantize:Quantize",
+        config=QuantizeConfig(dtype, columns, transposed),
+        claims=("LDG", "F2FP", "REDUX"),
+        group="fp8",
+    )
+
+
+def _abs_max(dtype: str, columns: int) -> Instance:
+    return Instance(
+        name=f"quantize_absmax_{dtype}_d{columns}",
+        family="quantize_absmax",
+        kernel="hopper_attention.cute_kernels.quantize:AbsMax",
+        config=AbsMaxConfig(dtype, columns),
+        claims=("LDG", "REDUX", "REDG"),
+        group="fp8",
+    )
+
+
+def _column_sums(dtype: str) -> Instance:
+    return Instance(
+        name=f"quantize_sums_{dtype}",
+        family="quantize_sums",
+        kernel="hopper_attention.cute_kernels.quantize:ColumnSums",
+        config=ColumnSumsConfig(dtype),
+        claims=("LDG",),
+        group="fp8",
+    )
+
+
 FORWARD = tuple(
     _forward(dtype, dims, mask, softcap, varlen)
     for dtype in DTYPES
@@ -133,6 +172,12 @@ FP8 = tuple(
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
+# Recipe, rotation and centring are arguments.
+QUANTIZE = (
+    *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
+    *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
+    *(_column_sums(dtype) for dtype in DTYPES),
+)
 INSTANCES = (
     *FORWARD,
     *FP8,
@@ -140,4 +185,5 @@ INSTANCES = (
     *WIDE,
     *(_preprocess(dtype) for dtype in DTYPES),
     *(_postprocess(dtype, *tile) for dtype in DTYPES for tile in DQ_TILES.items()),
+    *QUANTIZE,
 )

@@ -67,6 +67,33 @@ def backward_instances(
     )
 
 
+@functools.cache
+def quantize_instance(dtype: str, head_dim: int, transposed: bool) -> str:
+    """The quantisation kernel with the least tile that holds `head_dim` columns."""
+    return _column_instance("quantize", {"dtype": dtype, "transposed": transposed}, head_dim)
+
+
+@functools.cache
+def abs_max_instance(dtype: str, head_dim: int) -> str:
+    """As `quantize_instance`: greatest magnitudes."""
+    return _column_instance("quantize_absmax", {"dtype": dtype}, head_dim)
+
+
+@functools.cache
+def column_sums_instance(dtype: str) -> str:
+    return _helper_instance("quantize_sums", {"dtype": dtype})
+
+
+def _column_instance(family: str, wanted: dict[str, str | bool], head_dim: int) -> str:
+    columns = {
+        instance.config["columns"]
+        for instance in manifest.instances().values()
+        if instance.family == family and wanted.items() <= instance.config.items()
+    }
+    tile = min((n for n in columns if n >= head_dim), default=head_dim)
+    return _helper_instance(family, {**wanted, "columns": tile})
+
+
 def _helper_instance(family: str, wanted: dict[str, str | int]) -> str:
     for name, instance in manifest.instances().items():
         if instance.family == family and wanted.items() <= instance.config.items():

@@ -38,7 +38,7 @@ class Backend(enum.Enum):
     REFERENCE = "reference"
 
 
-def backend_for(tensor: Tensor) -> Backend:
+def backend_for(tensor: Tensor, name: str = "q") -> Backend:
     """Raises NotImplementedError for a device without kernels."""
     if tensor.is_cuda:
         check_gpu(tensor.device)
@@ -46,8 +46,8 @@ def backend_for(tensor: Tensor) -> Backend:
     if tensor.is_cpu:
         return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
     raise NotImplementedError(
-        f"q is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference and "
-        "simulator"
+        f"{name} is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference "
+        "and simulator"
     )
 
 

@@ -15,7 +15,7 @@ from hopper_attention import fp8, fp8_emulation, reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
 from hopper_attention.fp8_emulation import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
 from hopper_attention.numerics import Error, pytorch_attention
-from hopper_attention.quantize import Quantized, Recipe, quantize
+from hopper_attention.quantize import Quantized, Recipe, stated
 
 
 class Accumulation(str, enum.Enum):
@@ -60,9 +60,9 @@ class Variant:
     def operands(self, inputs: Inputs) -> tuple[Quantized, Quantized, Quantized]:
         heads_kv = inputs.k.shape[2]
         return (
-            quantize(inputs.q, self.recipe, heads_kv=heads_kv, hadamard=self.hadamard),
-            quantize(inputs.k, self.recipe, hadamard=self.hadamard, centered=self.smooth_k),
-            quantize(inputs.v, self.recipe, octaves=True),
+            stated(inputs.q, self.recipe, heads_kv, self.hadamard),
+            stated(inputs.k, self.recipe, hadamard=self.hadamard, centered=self.smooth_k),
+            stated(inputs.v, self.recipe, octaves=True),
         )
 
     def run(self, inputs: Inputs) -> Tensor:
@@ -144,7 +144,7 @@ def _p_cast_alone(inputs: Inputs) -> Tensor:
 
 
 def _v_alone(inputs: Inputs) -> Tensor:
-    operands = exactly(inputs.q), exactly(inputs.k), quantize(inputs.v, Recipe.BLOCK64)
+    operands = exactly(inputs.q), exactly(inputs.k), stated(inputs.v, Recipe.BLOCK64)
     return emulated(operands, inputs, replace(EXACT, p_dtype=None))
 
 

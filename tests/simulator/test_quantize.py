@@ -1,0 +1,156 @@
+"""Quantisation by the compiled kernels, interpreted from their PTX, against the plain statement."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from quantize_cases import DTYPES, HEAD_DIMS, check_equal, check_near, some
+from torch import Tensor
+
+from hopper_attention import manifest, simulator
+from hopper_attention.quantize import LEAST, Quantized, Recipe, quantize, spread, stated
+
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(
+        not any(i.family == "quantize" for i in manifest.instances().values()),
+        reason="this build has no quantisation kernels",
+    ),
+]
+
+
+def simulate(x: Tensor, recipe: Recipe, seed: int = 1, **arguments) -> Quantized:
+    with simulator.enabled(seed=seed, hazards="raise"):
+        return quantize(x, recipe, **arguments)
+
+
+@pytest.mark.parametrize(("transposed", "seed"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [*product(HEAD_DIMS, [torch.bfloat16]), *product((64, 128, 256), [torch.float16])],
+)
+def test_is_what_is_stated(head_dim, dtype, transposed, seed):
+    """Two blocks of rows, the last with one row of its second half."""
+    x = some((1, 193, 2, head_dim), dtype, seed)
+    for recipe in Recipe:
+        got = simulate(x, recipe, seed, heads_kv=1, transposed=transposed)
+        check_equal(got, stated(x, recipe, 1, transposed=transposed))
+
+
+@pytest.mark.parametrize("heads_kv", [None, 1, 2, 4])
+def test_groups_of_heads(heads_kv):
+    x = some((2, 40, 4, 64))
+    for hadamard in (False, True):
+        got = simulate(x, Recipe.PER_HEAD, heads_kv=heads_kv, hadamard=hadamard)
+        assert got.descale.shape == (2, heads_kv or 4)
+        check_near(got, stated(x, Recipe.PER_HEAD, heads_kv, hadamard))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_rotated_and_centered(head_dim, centered, hadamard):
+    x = some((2, 70, 2, head_dim))
+    for recipe, transposed in zip(Recipe, (False, True, True, False)):
+        arguments = {"hadamard": hadamard, "centered": centered, "transposed": transposed}
+        check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments))
+
+
+def test_means_of_many_rows():
+    """More than one sum of 256 rows, the last of one; a sum's rows not a multiple of a pass's."""
+    x = some((1, 513, 1, 80))
+    check_near(
+        simulate(x, Recipe.BLOCK128, centered=True), stated(x, Recipe.BLOCK128, centered=True)
+    )
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 15, 16, 17, 64, 65, 128, 129])
+@pytest.mark.parametrize("recipe", [Recipe.BLOCK64, Recipe.BLOCK128])
+def test_row_counts(seqlen, recipe):
+    x = some((2, seqlen, 1, 64), seed=seqlen)
+    for transposed in (False, True):
+        got = simulate(x, recipe, transposed=transposed)
+        check_equal(got, stated(x, recipe, transposed=transposed))
+
+
+@pytest.mark.parametrize("recipe", Recipe)
+def test_strides(recipe):
+    """Heads before rows, parts of longer rows, every second row; all surrounded by NaN."""
+    room = torch.full((2, 3, 150, 3 * 64), torch.nan, dtype=torch.bfloat16)
+    x = room[:, :, 10:140:2, 64:128].transpose(1, 2)
+    x.copy_(some((2, 65, 3, 64)))
+    check_equal(simulate(x, recipe), stated(x, recipe))
+    check_near(
+        simulate(x, recipe, hadamard=True, centered=True),
+        stated(x, recipe, hadamard=True, centered=True),
+    )
+
+
+@pytest.mark.parametrize("recipe", Recipe)
+def test_zeros(recipe):
+    """Of both signs; the scale is the least there is."""
+    x = torch.zeros(1, 130, 2, 64, dtype=torch.bfloat16)
+    x[:, ::3] = -0.0
+    got = simulate(x, recipe)
+    check_equal(got, stated(x, recipe))
+    assert (got.descale == torch.tensor(LEAST)).all()
+    assert torch.equal(got.values.float().signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("recipe", Recipe)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_reaches_all_that_shares_its_scale(recipe, value):
+    x = some((2, 130, 2, 64))
+    x[0, 65, 1, 7] = value
+    got = simulate(x, recipe)
+    check_equal(got, stated(x, recipe))
+    lost = (got.values.float() * spread(got.descale, x)).isnan()
+    shares = torch.zeros_like(lost)
+    rows = slice(64, 128) if recipe is Recipe.BLOCK64 else slice(0, 128)
+    shares[0, rows if recipe.rows else slice(None), 1] = True
+    assert torch.equal(lost, shares | (recipe is Recipe.PER_TENSOR))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_the_input(dtype):
+    """All 2^16, whose quotients meet ties and subnormal numbers; among small ones and large."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    numbers = numbers[numbers.float().abs().argsort()][: numbers.numel() // 256 * 256]
+    x = numbers.view(1, -1, 1, 256)
+    check_equal(simulate(x, Recipe.BLOCK64), stated(x, Recipe.BLOCK64))
+    ordinary = x.clamp(-3, 3)
+    check_equal(simulate(ordinary, Recipe.BLOCK128), stated(ordinary, Recipe.BLOCK128))
+
+
+def test_same_bits_every_time():
+    x = some((1, 300, 2, 128))
+    runs = [simulate(x, Recipe.PER_HEAD, s, centered=True, hadamard=True) for s in (0, 1, 2)]
+    for run in runs[1:]:
+        check_equal(run, runs[0])
+
+
+def test_refusals():
+    x = some((1, 8, 2, 64))
+    for bad, message in (
+        (x.float(), r"x has dtype torch.float32; .* \(nearest: x.bfloat16"),
+        (some((1, 8, 2, 60)), r"head_dim 60 of x is not supported; .* \(nearest: 64\)"),
+        (some((1, 8, 2, 264)), r"head_dim 264 of x .* \(nearest: 256\)"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            simulate(bad, Recipe.PER_HEAD)
+    with pytest.raises(NotImplementedError, match="float8_e5m2 has no kernel"):
+        simulate(x, Recipe.PER_HEAD, dtype=torch.float8_e5m2)
+    with pytest.raises(ValueError, match="x: the last dimension must be contiguous"):
+        simulate(x.transpose(1, 3), Recipe.PER_HEAD)
+    with pytest.raises(ValueError, match="x: stride 4 of dimension 1 is not a multiple of 8"):
+        simulate(x.as_strided((1, 8, 1, 8), (0, 4, 8, 1)), Recipe.PER_HEAD)
+
+
+def test_nothing_to_do():
+    for shape in ((1, 0, 2, 64), (0, 8, 2, 64)):
+        x = torch.empty(shape, dtype=torch.bfloat16)
+        for recipe in Recipe:
+            check_equal(simulate(x, recipe), stated(x, recipe))
