@@ -220,19 +220,32 @@ def test_paper_and_accumulation(tmp_path):
     assert all(file.stat().st_size > 10_000 for file in files)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--backend", "kernel"], "no FP8 kernel yet"),
-        (["--distribution", "activations"], "--activations CHECKPOINT"),
-    ],
-)
-def test_refusals(arguments, says, monkeypatch, capsys):
+def test_refusal(monkeypatch, capsys):
+    arguments = ["--distribution", "activations"]
     monkeypatch.setattr("sys.argv", ["hopper-attention", "accuracy", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+    assert "--activations CHECKPOINT" in capsys.readouterr().err
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("accumulation", ["two_level", "plain"])
+def test_kernels_err_as_the_emulation_says(accumulation):
+    """On the simulator with 14 bits of sums, whose model the emulation's is."""
+    chosen = ["--seqlen", "192", "--heads", "1", "--head-dim", "64", "--distribution", "outliers"]
+    chosen += ["--recipe", "block64", "--accumulation", accumulation, "--json"]
+    emulated, computed = (
+        [
+            row["rmse"]
+            for row in json.loads(invoke(*chosen, "--backend", backend))["rows"]
+            if row["accumulation"]
+        ]
+        for backend in ("emulation", "kernel")
+    )
+    assert len(computed) == 4
+    for ours, theirs in zip(computed, emulated, strict=True):
+        assert abs(ours - theirs) < 0.02 * theirs
 
 
 def test_activations_of_a_model(tmp_path):

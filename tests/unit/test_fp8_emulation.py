@@ -206,7 +206,7 @@ def round_p(x):
 def row_scalar(q, k, v, unit, arithmetic, seen):
     """(out, lse) of one query, number by number; q and k stand for themselves, v for v * unit."""
     row_max, row_sum, main, partial = -math.inf, 0.0, [0.0] * len(v[0]), [0.0] * len(v[0])
-    held, bits = None, arithmetic.bits
+    largest, bits = max(unit), arithmetic.bits
     tiles = -(-len(k) // 128)
     for count, tile in enumerate(reversed(range(tiles)), start=1):
         keys = list(range(tile * 128, min(tile * 128 + 128, len(k))))
@@ -222,22 +222,14 @@ def row_scalar(q, k, v, unit, arithmetic, seen):
         p = {j: 2 ** (scores[j] - new_max + 8) for j in keys}
         row_sum, row_max = row_sum * alpha + sum(p.values()), new_max
         main, partial = [x * alpha for x in main], [x * alpha for x in partial]
-        for block in sorted({j // 64 for j in keys}):
-            ours = [j for j in keys if j // 64 == block]
-            if held is not None and unit[block] != held:
-                if arithmetic.two_level:
-                    main = [m + x * held for m, x in zip(main, partial)]
-                    partial = [0.0] * len(main)
-                else:
-                    partial = [x * held / unit[block] for x in partial]
-            held = unit[block]
-            for column, start in itertools.product(range(len(main)), range(0, len(ours), 32)):
-                pairs = [(round_p(p[j]), v[j][column]) for j in ours[start : start + 32]]
-                partial[column] = sum_scalar(pairs, partial[column], bits, Cut.SUMS)
+        for column, start in itertools.product(range(len(main)), range(0, len(keys), 32)):
+            ours = keys[start : start + 32]
+            pairs = [(round_p(p[j] * unit[j // 64] / largest), v[j][column]) for j in ours]
+            partial[column] = sum_scalar(pairs, partial[column], bits, Cut.SUMS)
         if arithmetic.two_level and count % arithmetic.accumulate_every == 0:
-            main = [m + x * held for m, x in zip(main, partial)]
+            main = [m + x for m, x in zip(main, partial)]
             partial = [0.0] * len(main)
-    main = [m + x * held for m, x in zip(main, partial)]
+    main = [(m + x) * largest for m, x in zip(main, partial)]
     return [m / row_sum for m in main], (row_max - 8) * math.log(2) + math.log(row_sum)
 
 
