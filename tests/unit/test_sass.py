@@ -230,14 +230,15 @@ def configs_of(family):
 @needs_disassembler
 def test_every_attention_instance_has_main_loops(rows):
     assert {row.name for row in rows} == set(manifest.instances())
-    attention = {*configs_of("forward"), *configs_of("backward")}
+    fp8 = {*configs_of("forward_fp8")}
+    attention = {*configs_of("forward"), *configs_of("backward"), *fp8}
     for row in rows:
         assert row.spills == 0
         assert bool(row.loops) == (row.name in attention)
         for loop in row.loops.values():
             assert "unknown" not in loop.pipes
             assert sum(loop.pipes.values()) == loop.instructions
-            assert 0 < loop.tflops < 1000
+            assert 0 < loop.tflops < (2000 if row.name in fp8 else 1000)
 
 
 @needs_disassembler
@@ -254,6 +255,31 @@ def test_forward_loops_are_within_the_model(rows):
             assert loop.clocks["tensor"] == 2 * tile * dims // 4096
             assert loop.clocks["mufu"] >= tile // 16
             assert loop.ex2[1] == sum(loop.ex2), "softmax runs under O += P V"
+
+
+@needs_disassembler
+def test_fp8_loops_are_within_the_model(rows):
+    configs = configs_of("forward_fp8")
+    for row in (row for row in rows if row.name in configs):
+        config = configs[row.name]
+        tile, dims = config["tile_m"] * config["tile_n"], config["head_dim"] + config["head_dim_v"]
+        for loop in row.loops.values():
+            assert loop.waits == 2, "one for S, one for O: WGMMA is asynchronous"
+            assert loop.clocks["tensor"] == 2 * tile * dims // 8192, "twice bf16's speed"
+            # But for the two weights of V's scales, known before S is.
+            assert loop.ex2[1] >= sum(loop.ex2) - 2, "softmax runs under O += P V"
+
+
+@needs_disassembler
+def test_fp8_instances_have_no_other_products():
+    """Whoever asks for FP8 gets QGMMA, not bf16 behind a cast."""
+    names = {f"{name}_0" for name in configs_of("forward_fp8")}
+    for cubin in (c for c in find_cubins(EXTENSION) if c.kernels[0].symbol in names):
+        (code,) = disassembler.disassemble(cubin.image).values()
+        products = {i.opcode.split(".")[0] for i in code if "MMA" in i.opcode}
+        assert products == {"QGMMA"}, cubin.kernels[0].symbol
+        names.remove(cubin.kernels[0].symbol)
+    assert not names
 
 
 @needs_disassembler
