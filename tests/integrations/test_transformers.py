@@ -438,12 +438,18 @@ def test_a_step_with_a_static_cache_compiles(ahead, padding):
     torch.testing.assert_close(*results, rtol=0, atol=0.05)
 
 
-def test_positions_that_restart_in_a_graph_are_refused():
-    """Packing would have to be looked for; and ignored, it would give wrong numbers."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_that_restart_in_a_graph_are_refused(masked):
+    """Packing would have to be looked for; and ignored, it would give wrong numbers.
+
+    So with a mask of ones, too: an eager call sees that it hides nothing.
+    """
     model = on(model_of(llama(num_hidden_layers=1)), NAME)
     torch._dynamo.reset()
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     inputs = packed_inputs("position_ids")
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.no_grad(), pytest.raises(RuntimeError, match="cu_seq_lens_q"):
         forward(**inputs, use_cache=False)
 

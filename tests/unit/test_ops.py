@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import offsets
 from torch.autograd import forward_ad
+from torch.distributed.tensor import Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, ops, simulator
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, ops, sharding, simulator
 from hopper_attention.arguments import Options
 
 FORWARD = torch.ops.hopper_attention.forward.default
@@ -361,3 +363,16 @@ def test_bad_input_of_operators(qkv):
     tensors = packed_tensors(cu_seqlens_k=(0, 9, 10, 20))
     with pytest.raises(ValueError, match=r"^cu_seqlens_k must"):
         FORWARD(*tensors, *options())
+
+
+@pytest.mark.parametrize(("heads_kv", "split"), [(8, True), (6, False), (2, False)])
+def test_heads_that_a_whole_mesh_would_tear_apart(heads_kv, split):
+    """Two mesh dimensions may both split heads: a group must stay on one rank even then."""
+
+    def spec(*shape):
+        mesh = SimpleNamespace(shape=(2, 2))
+        return SimpleNamespace(shape=shape, ndim=len(shape), mesh=mesh)
+
+    kv = spec(2, 9, heads_kv, 64)
+    found = sharding._forward(spec(2, 9, 24, 64), kv, kv, *DENSE, *options())
+    assert (Shard(2) in [results[0] for results, _ in found]) == split
