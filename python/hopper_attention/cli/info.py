@@ -70,7 +70,6 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
             i["spill_stores"] + i["spill_loads"],
             *(i["opcodes"].get(opcode, 0) for opcode in opcodes),
         )
-        table.add_row(
-            i["name"], f"{i['config']['tile_m']}x{i['config']['tile_n']}", *map(str, figures)
-        )
+        sides = [i["config"][side] for side in ("tile_m", "tile_n") if side in i["config"]]
+        table.add_row(i["name"], "x".join(map(str, sides)), *map(str, figures))
     console.print(table)
