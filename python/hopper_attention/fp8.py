@@ -91,6 +91,7 @@ def attention_fp8(
         raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
     inputs = Inputs(q, k, v, sink)
     plan = prepare(inputs, options)
+    _check_head_dims(q, v)
     instance = dispatch.forward_fp8_instance(
         q.shape[-1], v.shape[-1], plan.mask.kind, plan.softcap is not None, two_level
     )
@@ -103,7 +104,9 @@ def attention_fp8(
             quantize(v, recipe, octaves=True),
         )
         out, lse = run(plan, instance, operands, sink, q.dtype)
-        return out, lse + plan.scale * _scores_of_mean(q, k) if smooth_k else lse
+        if smooth_k and k.shape[1] > 0:
+            lse = lse + plan.scale * _scores_of_mean(q, k)
+        return out, lse
 
     out, lse = autograd.Attention.apply(plan, quantize_and_run, *inputs)
     return (out, lse) if return_lse else out
@@ -127,11 +130,7 @@ def attend(
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
-        if tensor.shape[-1] % 16:
-            raise NotImplementedError(
-                f"head_dim {tensor.shape[-1]} of {name} is not supported for FP8; supported: "
-                f"multiples of 16 (nearest: {-(-tensor.shape[-1] // 16) * 16})"
-            )
+    _check_head_dims(q, v)
     out_dtype = options.out_dtype or torch.bfloat16
     if out_dtype not in OUT_DTYPES:
         have = ", ".join(map(str, OUT_DTYPES))
@@ -152,6 +151,16 @@ def attend(
     )
     result, lse = run(plan, instance, operands, sink, out_dtype)
     return (result if out is None else out.copy_(result)), lse
+
+
+def _check_head_dims(q: Tensor, v: Tensor) -> None:
+    """Rows of bytes are addressed in steps of 16."""
+    for name, tensor in (("q and k", q), ("v", v)):
+        if tensor.ndim and tensor.shape[-1] % 16:
+            raise NotImplementedError(
+                f"head_dim {tensor.shape[-1]} of {name} is not supported for FP8; supported: "
+                f"multiples of 16 (nearest: {-(-tensor.shape[-1] // 16) * 16})"
+            )
 
 
 def _checked_descale(name: str, descale: Tensor | None, x: Tensor, heads_kv: int) -> Tensor:
@@ -204,7 +213,7 @@ def run(
     """(out, lse) on whatever the operands' device has; they fit the plan, but for their dtype."""
     q, k, v = (x.values for x in operands)
     backend = runtime.backend_for(q)
-    if backend is runtime.Backend.REFERENCE:
+    if backend is runtime.Backend.REFERENCE or k.numel() == 0:
         exact = (x.values.float() * spread(x.descale, x.values) for x in operands)
         return reference.attention(
             *exact, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,

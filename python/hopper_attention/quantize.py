@@ -137,6 +137,8 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
 
 def in_octaves(descale: Tensor) -> Tensor:
     """The least that are not smaller and powers of two below the largest of their head."""
+    if descale.numel() == 0:
+        return descale
     largest = descale.amax(dim=2, keepdim=True)
     _, exponent = torch.frexp(largest / descale)  # of a mantissa from 1/2: one more than log2's
     return torch.ldexp(largest, 1 - exponent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from itertools import product
 
@@ -9,10 +10,17 @@ import pytest
 import torch
 from cases import WINDOWS, Shape, random_inputs
 
-from hopper_attention import attention_fp8, fp8, manifest, reference, simulator
+from hopper_attention import (
+    attention_fp8,
+    flash_attn_func,
+    fp8,
+    manifest,
+    reference,
+    simulator,
+)
 from hopper_attention.arguments import Mask, Options, resolve_mask
 from hopper_attention.numerics import Error, pytorch_attention
-from hopper_attention.quantize import Recipe, quantize, spread
+from hopper_attention.quantize import Quantized, Recipe, quantize, spread, stated
 
 pytestmark = pytest.mark.simulator
 
@@ -106,8 +114,11 @@ def model(operands, call: Options, tile_n: int, sink=None):
 
 
 def check(instance, q, k, v, out, lse, recipe, sink=None, **arguments):
-    """Beside PyTorch's error in bf16 on the same quantised values."""
-    config, operands = manifest.instances()[instance].config, quantized(q, k, v, recipe)
+    """Beside PyTorch's error in bf16 on the same quantised values; recipe None: q, k, v are."""
+    config = manifest.instances()[instance].config
+    operands = fp8.Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
+    if recipe is not None:
+        operands = quantized(q, k, v, recipe)
     call = options(**arguments)
     expected, expected_lse = model(operands, call, config["tile_n"], sink)
     values = exact(operands)
@@ -126,7 +137,8 @@ def check(instance, q, k, v, out, lse, recipe, sink=None, **arguments):
     rounding = expected.square().mean().sqrt().item() * torch.finfo(q.dtype).eps / 2
     assert error.rms <= 2 * torch_error.rms + rounding, (error, torch_error, rounding)
     assert error.maximum <= values[2].abs().max().item() / 16, error
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    if lse is not None:
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("instance", INSTANCES)
@@ -212,6 +224,69 @@ def test_gradients_are_those_of_the_unquantised():
         assert Error.of(gradient, expected).rms < 0.05 * expected.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_quantised_tensors(simulated, recipe):
+    """A descale's shape says what shares it; V's rows or its columns lie together."""
+    tensors = outliers(*random_inputs(Shape(2, 70, 200, 4, 2), 64, torch.bfloat16))
+    q, k, v = quantized(*tensors, recipe)
+    names = ("q_descale", "k_descale", "v_descale")
+    descales = dict(zip(names, (x.descale for x in (q, k, v)), strict=True))
+    columns = stated(tensors[2], recipe, octaves=True, transposed=True).values
+    assert columns.stride(1) == 1
+    with simulator.enabled(seed=1) if simulated else contextlib.nullcontext():
+        expected, lse = attention_fp8(*tensors, recipe=recipe, causal=True, return_lse=True)
+        for values in (v.values, columns):
+            out, other = flash_attn_func(
+                q.values, k.values, values, causal=True, return_lse=True, **descales
+            )
+            assert torch.equal(out, expected)
+            assert torch.equal(other, lse)
+        wide = flash_attn_func(
+            q.values, k.values, v.values, causal=True, out_dtype=torch.float32, **descales
+        )
+        written = torch.empty_like(expected)
+        flash_attn_func(q.values, k.values, v.values, causal=True, out=written, **descales)
+    assert torch.equal(wide.bfloat16(), expected)
+    assert torch.equal(written, expected)
+
+
+def test_strided_values_and_no_descales():
+    """Rows that TMA cannot address are copied."""
+    values = torch.randn(2, 40, 3, 2, 72).to(torch.float8_e4m3fn)[..., :64]
+    q, k, v = values.unbind(2)
+    with simulator.enabled(seed=0):
+        out = flash_attn_func(q, k, v)
+        assert torch.equal(out, flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous()))
+    check("fwd_e4m3_d64_two_level", *(x.bfloat16() for x in (q, k, v)), out, None, None)
+
+
+E4M3 = torch.zeros(1, 130, 2, 64).to(torch.float8_e4m3fn)
+REFUSED_VALUES = [
+    (NotImplementedError, "^k has dtype torch.bfloat16", {"k": E4M3.bfloat16()}),
+    (NotImplementedError, "^q has dtype torch.float8_e5m2", {"q": E4M3.to(torch.float8_e5m2)}),
+    (NotImplementedError, "^head_dim 56 of q", {"q": E4M3[..., :56], "k": E4M3[..., :56]}),
+    (ValueError, "^q_descale has shape", {"q_descale": torch.ones(2)}),
+    (ValueError, "^k_descale has shape", {"k_descale": torch.ones(1, 2, 5)}),
+    (ValueError, "^v_descale has dtype", {"v_descale": torch.ones(1).half()}),
+    (ValueError, "^v_descale is on meta", {"v_descale": torch.ones(1, device="meta")}),
+    (TypeError, "^k_descale: expected", {"k_descale": 1.0}),
+    (NotImplementedError, "^out_dtype=torch.float64", {"out_dtype": torch.float64}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), REFUSED_VALUES)
+def test_refused_values(error, message, arguments):
+    with pytest.raises(error, match=message):
+        flash_attn_func(**({"q": E4M3, "k": E4M3, "v": E4M3} | arguments))
+
+
+def test_descales_of_16_bits_are_refused():
+    q = E4M3.bfloat16()
+    with pytest.raises(NotImplementedError, match=r"^q_descale: only of dense float8_e4m3fn"):
+        flash_attn_func(q, q, q, q_descale=torch.ones(1))
+
+
 REFUSED = [
     (ValueError, "recipe must be one of", {"recipe": "block32"}),
     (NotImplementedError, "smooth_k", {"smooth_k": True, "softcap": 5.0}),
@@ -226,6 +301,23 @@ def test_refused(error, message, arguments):
     q, k, v = random_inputs(Shape(1, 8, 8, 2, 1), 64, torch.bfloat16)
     with pytest.raises(error, match=message):
         attention_fp8(q, k, v, **arguments)
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
+@pytest.mark.parametrize("recipe", Recipe)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(9, 0), (0, 9), (0, 0)])
+def test_nothing_to_attend(simulated, recipe, seqlen_q, seqlen_k):
+    q, k, v = random_inputs(Shape(2, seqlen_q, seqlen_k, 2, 1), 64, torch.bfloat16)
+    with simulator.enabled() if simulated else contextlib.nullcontext():
+        out, lse = attention_fp8(q, k, v, recipe=recipe, smooth_k=True, return_lse=True)
+    assert torch.equal(out, torch.zeros(2, seqlen_q, 2, 64).bfloat16())
+    assert torch.equal(lse, torch.full((2, 2, seqlen_q), -torch.inf))
+
+
+def test_refused_head_dim():
+    q, k, v = random_inputs(Shape(1, 8, 8, 2, 1), 72, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"head_dim 72 of q and k.*nearest: 80"):
+        attention_fp8(q, k, v)
 
 
 def test_refused_two_level_of_wide_heads():
