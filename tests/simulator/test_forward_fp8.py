@@ -251,6 +251,12 @@ def test_quantised_tensors(simulated, recipe):
     assert torch.equal(written, expected)
 
 
+def test_order_of_keys():
+    """V's columns are written as P lies in registers."""
+    fragments = pytest.importorskip("hopper_attention.cute_kernels.fragments")
+    assert [fragments.interleaved(place) for place in range(16)] == fp8.INTERLEAVED
+
+
 def test_strided_values_and_no_descales():
     """Rows that TMA cannot address are copied."""
     values = torch.randn(2, 40, 3, 2, 72).to(torch.float8_e4m3fn)[..., :64]
