@@ -1,0 +1,129 @@
+"""FP8 problems, on the simulator and on a GPU: an FP64 model that rounds P as the kernel does."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from cases import WINDOWS, Shape
+
+from hopper_attention import fp8, manifest, reference
+from hopper_attention.arguments import Options, resolve_mask
+from hopper_attention.numerics import Error, pytorch_attention
+from hopper_attention.quantize import Quantized, Recipe, spread, stated
+
+INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
+SHAPES = (
+    Shape(2, 97, 131, 4, 1),
+    Shape(1, 203, 113, 2, 2),  # causal: rows without keys
+    Shape(1, 1, 509, 2, 1),
+    Shape(1, 256, 384, 2, 2),  # every block full
+)
+RECIPES = tuple(Recipe)
+HEADROOM = 8
+
+
+def arguments_for(config, number):
+    arguments = {"softcap": 15.0} if config["softcap"] else {}
+    if config["mask"] == "causal":
+        arguments["causal"] = True
+    if config["mask"] == "local":
+        arguments |= WINDOWS[number % len(WINDOWS)]
+    return arguments
+
+
+def options(causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, **_):
+    return Options.of(
+        None, causal, window_size, attention_chunk, softcap, None, None, None, 0, False
+    )
+
+
+def outliers(q, k, v):
+    """Rows of other magnitudes, so that scales of blocks differ from each other."""
+    for x in (q, k, v):
+        x[:, 1::64] *= 8
+    v[:, 70:] *= 0.05
+    return q, k, v
+
+
+def quantized(q, k, v, recipe, **how):
+    return fp8.Operands(
+        stated(q, recipe, heads_kv=k.shape[2], **how),
+        stated(k, recipe, **how),
+        stated(v, recipe, octaves=True),
+    )
+
+
+def exact(operands):
+    return [x.values.double() * spread(x.descale, x.values).double() for x in operands]
+
+
+def model(operands, call: Options, tile_n: int, sink=None):
+    """(out, lse) in FP64, but for P: of each key block, last to first, rounded to e4m3.
+
+    P is taken relative to the largest score so far, times 2^8 and V's descale over the largest of
+    its head.
+    """
+    q, k, v = exact(operands)
+    group = q.shape[2] // k.shape[2]
+    mask = resolve_mask(call, q.shape[1], k.shape[1])
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    rows = slice(0, q.shape[1])
+    seen = reference.visible(mask, q.shape[1], k.shape[1], rows, q.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    descale = spread(operands.v.descale, operands.v.values).double()
+    descale = descale.expand(*operands.v.values.shape[:3], 1)
+    relative = descale / descale.amax(dim=1, keepdim=True)
+    relative = relative.repeat_interleave(group, dim=2)[..., 0].permute(0, 2, 1)[:, :, None]
+    top = torch.full_like(scores[..., 0], -torch.inf)
+    out, total = torch.zeros_like(q[..., :1].expand(*q.shape[:3], v.shape[-1])), top.exp()
+    for start in range((k.shape[1] - 1) // tile_n * tile_n, -1, -tile_n):
+        keys = slice(start, min(start + tile_n, k.shape[1]))
+        new = torch.maximum(top, scores[..., keys].amax(dim=-1))
+        finite = torch.where(new == -torch.inf, 0.0, new)
+        shrink = torch.exp(top - finite)
+        p = torch.exp(scores[..., keys] - finite[..., None])
+        wide = (p * 2**HEADROOM * relative[..., keys]).float().to(torch.float8_e4m3fn).double()
+        weights = wide / 2**HEADROOM / relative[..., keys]
+        out = out * shrink.transpose(1, 2)[..., None] + torch.einsum(
+            "bhqk,bkhd->bqhd", weights, v[:, keys]
+        )
+        total, top = total * shrink + p.sum(dim=-1), new
+    if sink is not None:
+        joined = torch.maximum(top, sink.double()[:, None])
+        shrink = torch.exp(top - joined)
+        total = total * shrink + torch.exp(sink.double()[:, None] - joined)
+        out, top = out * shrink.transpose(1, 2)[..., None], joined
+    inverse = torch.where(total == 0, 0.0, 1 / total)
+    return out * inverse.transpose(1, 2)[..., None], top + total.log()
+
+
+def check(instance, q, k, v, out, lse, recipe, sink=None, **arguments):
+    """Beside PyTorch's error in bf16 on the same quantised values; recipe None: q, k, v are."""
+    config = manifest.instances()[instance].config
+    operands = fp8.Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
+    if recipe is not None:
+        operands = quantized(q, k, v, recipe)
+    call = options(**arguments)
+    expected, expected_lse = model(operands, call, config["tile_n"], sink)
+    values = exact(operands)
+    problem = {
+        "softmax_scale": 1 / math.sqrt(q.shape[-1]),
+        "mask": resolve_mask(call, q.shape[1], k.shape[1]),
+        "softcap": call.softcap or None,
+        "sink": sink,
+    }
+    torch_error = Error.of(
+        pytorch_attention(*(x.to(q.dtype) for x in values), **problem),
+        pytorch_attention(*(x.to(q.dtype).double() for x in values), **problem),
+    )
+    error = Error.of(out, expected)
+    # Some P lie so near the middle of two e4m3 numbers that the kernel rounds them the other way.
+    rounding = expected.square().mean().sqrt().item() * torch.finfo(q.dtype).eps / 2
+    assert error.rms <= 2 * torch_error.rms + rounding, (error, torch_error, rounding)
+    assert error.maximum <= values[2].abs().max().item() / 16, error
+    if lse is not None:
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)

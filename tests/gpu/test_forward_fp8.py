@@ -1,0 +1,46 @@
+"""Every FP8 instance on hardware: against the FP64 model, and beside the simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Shape, random_inputs
+from fp8_cases import INSTANCES, RECIPES, SHAPES, arguments_for, check, outliers
+
+from hopper_attention import attention_fp8, simulator
+
+pytestmark = pytest.mark.gpu
+
+LARGE = (Shape(2, 2048, 2048, 8, 2), Shape(1, 1023, 4097, 4, 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_matches_model(instance, shape):
+    config = INSTANCES[instance].config
+    number = (SHAPES + LARGE).index(shape)
+    recipe = RECIPES[number % len(RECIPES)]
+    inputs = random_inputs(
+        shape, config["head_dim"], torch.bfloat16, head_dim_v=config["head_dim_v"]
+    )
+    q, k, v = (x.cuda() for x in outliers(*inputs))
+    arguments = arguments_for(config, number)
+    options = {"recipe": recipe, "two_level": config["two_level"], **arguments}
+    out, lse = attention_fp8(q, k, v, return_lse=True, **options)
+    check(instance, q, k, v, out, lse, recipe, **arguments)
+    again, lse_again = attention_fp8(q, k, v, return_lse=True, **options)
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_accumulators_beside_the_simulator(two_level):
+    """How many bits of sums a GPU keeps: its error is nearer to that of 14 than of all."""
+    q, k = torch.randn(1, 64, 1, 64).bfloat16() * 0.1, torch.randn(1, 8192, 1, 64).bfloat16()
+    v = (torch.rand(1, 8192, 1, 64) + 0.5).bfloat16()
+    hardware = attention_fp8(q.cuda(), k.cuda(), v.cuda(), two_level=two_level).cpu().double()
+    distances = []
+    for bits in (14, None):
+        with simulator.enabled(fp8_accumulator_bits=bits):
+            simulated = attention_fp8(q, k, v, two_level=two_level).double()
+        distances.append((hardware - simulated).square().mean().sqrt().item())
+    assert distances[0] <= distances[1], distances
