@@ -52,6 +52,7 @@ def ranks(device: torch.device, distributed: bool) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # nobody leaves while another may still need it
     finally:
         dist.destroy_process_group()
 

@@ -249,7 +249,10 @@ def test_few_queries_share_tiles_unasked():
     assert grids == [2, 2, 8]
 
 
-@pytest.mark.parametrize("instance", [n for n in manifest.instances() if "causal" in n])
+@pytest.mark.parametrize(
+    "instance",
+    [n for v in (False, True) for n in forward_instances(varlen=v) if "causal" in n],
+)
 def test_float32_is_what_the_result_is_rounded_from(instance):
     q, k, v = inputs_for(instance, EDGE_SHAPE)
     config = manifest.instances()[instance].config

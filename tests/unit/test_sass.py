@@ -265,7 +265,9 @@ def test_fp8_loops_are_within_the_model(rows):
         tile, dims = config["tile_m"] * config["tile_n"], config["head_dim"] + config["head_dim_v"]
         for loop in row.loops.values():
             assert loop.waits == 2, "one for S, one for O: WGMMA is asynchronous"
-            assert loop.clocks["tensor"] == 2 * tile * dims // 8192, "twice bf16's speed"
+            # Twice bf16's speed, but for N of 64, where reading A takes as long.
+            ideal = 2 * tile * dims // 8192
+            assert ideal <= loop.clocks["tensor"] <= 4 * ideal // 3
             # But for the two weights of V's scales, known before S is.
             assert loop.ex2[1] >= sum(loop.ex2) - 2, "softmax runs under O += P V"
 
