@@ -38,7 +38,7 @@ def find_nvdisasm() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=256)  # nvdisasm takes a third of a second
+@functools.lru_cache(maxsize=1024)  # every instance: nvdisasm takes a third of a second
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """Kernel symbol -> its instructions; the byte offset of instruction i is 16 i.
 
