@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd import profiler as autograd_profiler
+from torch.compiler import is_compiling
 
+from hopper_attention.arguments import WHOLE
 from hopper_attention.plan import Inputs
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -20,22 +27,22 @@ def watched(inputs: Inputs) -> bool:
 
     Views that only the dispatcher resolves and tensors without data belong there, too.
     """
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v, sink, queries, keys = inputs
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or not (type(q) is type(k) is type(v) is Tensor)
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _get_tracing_state() is not None
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or autograd_profiler._is_profiler_enabled
         or q.is_meta
         or q.is_neg()
         or k.is_neg()
         or v.is_neg()
-        or (inputs.sink is not None and type(inputs.sink) not in _PLAIN)
-        or (inputs.varlen and not _plain_lengths(inputs))
+        or (sink is not None and type(sink) not in _PLAIN)
+        or ((queries is not WHOLE or keys is not WHOLE) and not _plain_lengths(inputs))
     )
 
 
