@@ -1,8 +1,10 @@
 """Online softmax over blocks of keys, in the exp2 domain, on accumulator fragments.
 
-After each block, for every row: row_max = max of score * scale_log2 so far, row_sum = sum of
-exp2(score * scale_log2 - row_max + headroom) over *this thread's* columns; the quad's four partial
-sums are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
+After each block, for every row: row_max = max of the scores so far, row_sum = sum of
+exp2((score - row_max) * scale_log2 + headroom) over *this thread's* columns; the quad's four
+partial sums are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
+
+Where parts of a block have scales of their own, row_max is of the scaled scores.
 """
 
 import functools
@@ -13,7 +15,6 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
-from hopper_attention.cute_kernels.fragments import pin
 
 LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -61,17 +62,19 @@ class OnlineSoftmax:
     """Running statistics of the rows one thread holds."""
 
     row_max: cute.Tensor
-    """(rows,) float32 registers: scores times their scale."""
+    """(rows,) float32 registers: scores, times `scale_log2` of their part if that is not common."""
     row_sum: cute.Tensor
     """(rows,) float32 registers: this thread's share."""
+    scale_log2: Any = None
+    """Common to all parts; None: not."""
     headroom: float = 0.0
     """Of parts whose weight is 1."""
 
     @staticmethod
-    def create(rows: int, headroom: float = 0.0) -> "OnlineSoftmax":
+    def create(rows: int, scale_log2: Any = None, headroom: float = 0.0) -> "OnlineSoftmax":
         row_max = cute.make_rmem_tensor((rows,), Float32)
         row_sum = cute.make_rmem_tensor((rows,), Float32)
-        softmax = OnlineSoftmax(row_max, row_sum, headroom)
+        softmax = OnlineSoftmax(row_max, row_sum, scale_log2, headroom)
         softmax.reset()
         return softmax
 
@@ -88,7 +91,7 @@ class OnlineSoftmax:
         first: cutlass.Constexpr,
         masked: cutlass.Constexpr,
     ):
-        """scores (rows, columns) <- exp2(scores * scale - row_max + headroom), statistics updated.
+        """scores (rows, columns) <- exp2((scores - row_max) * scale + headroom), row statistics.
 
         `parts` (`Part`) are all of the columns.  Returns the factors (rows,) by which what was
         accumulated before must be multiplied, and whether it must be at all, the same for a warp;
@@ -114,12 +117,11 @@ class OnlineSoftmax:
             if must_rescale:
                 for i in cutlass.range_constexpr(rows):
                     top = self.finite(largest[i], masked)
-                    rescale[i] = cute.math.exp2(self.row_max[i] - top, fastmath=True)
+                    rescale[i] = cute.math.exp2(self.log2(self.row_max[i] - top), fastmath=True)
                     self.row_sum[i] = self.row_sum[i] * rescale[i]
                     self.row_max[i] = largest[i]
-                pin(rescale)  # not to be computed where it is not needed
         for i in cutlass.range_constexpr(rows):
-            top = self.finite(self.row_max[i], masked)
+            top = self.log2(self.finite(self.row_max[i], masked))
             for part in parts:
                 shift = top if part.headroom is None else top - part.headroom
                 for j in part.columns:
@@ -134,11 +136,15 @@ class OnlineSoftmax:
         return rescale, must_rescale
 
     def largest(self, scores: cute.Tensor, parts: list, row: int) -> Float32:
-        tops = [
-            reduce_row(scores, row, cute.arch.fmax, part.columns) * part.scale_log2
-            for part in parts
-        ]
+        """In row_max's unit."""
+        tops = [reduce_row(scores, row, cute.arch.fmax, part.columns) for part in parts]
+        if self.scale_log2 is None:
+            tops = [top * part.scale_log2 for top, part in zip(tops, parts)]
         return functools.reduce(cute.arch.fmax, tops)
+
+    def log2(self, score: Float32) -> Float32:
+        """Of exp(score in row_max's unit)."""
+        return score if self.scale_log2 is None else score * self.scale_log2
 
     @cute.jit
     def finite(self, row_max: Float32, masked: cutlass.Constexpr) -> Float32:
@@ -157,7 +163,7 @@ class OnlineSoftmax:
         factors = cute.make_rmem_tensor_like(self.row_sum)
         for i in cutlass.range_constexpr(cute.size(self.row_sum)):
             row_sum = cute.arch.warp_reduction(self.row_sum[i], add, threads_in_group=4)
-            row_max = self.row_max[i]
+            row_max = self.log2(self.row_max[i])
             if const_expr(self.headroom != 0.0):
                 row_max = row_max - self.headroom
             sink_log2 = sinks_log2[i]

@@ -145,14 +145,7 @@ class Forward:
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
 
-        layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
-        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
-        tma = Tma(
-            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
-            make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
-            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
-            self.output.tma(mO),
-        )
+        tma = self.tma(mQ, mK, mV, mO)
         if const_expr(cfg.varlen):
             queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
             keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
@@ -189,6 +182,18 @@ class Forward:
             grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,
+        )
+
+    def tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor) -> Tma:
+        """Of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
+        cfg = self.cfg
+        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
+        return Tma(
+            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
+            make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
+            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
+            self.output.tma(mO),
         )
 
     def capped(self, softmax_scale: Float32, softcap: Optional[Float32]) -> tuple:
@@ -254,8 +259,8 @@ class Forward:
 
     # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv.
 
-    headroom = 0.0
-    """Of `OnlineSoftmax`."""
+    def statistics(self, problem: Problem) -> OnlineSoftmax:
+        return OnlineSoftmax.create(2, problem.scale_log2)
 
     def fragment_p(self, acc_s: cute.Tensor) -> PackedFragment:
         return PackedFragment.like(acc_s, self.dtype)
@@ -458,7 +463,7 @@ class Forward:
             acc_o=acc_o,
             acc_pv=self.accumulator_pv(acc_o),
         )
-        softmax = OnlineSoftmax.create(2, self.headroom)
+        softmax = self.statistics(problem)
         turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         queue, count = pipelines.tiles, Int32(0)

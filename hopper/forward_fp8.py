@@ -29,18 +29,18 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.fragments import Fp8Fragment, pin
 from hopper_attention.cute_kernels.sequence import EqualLengths
-from hopper_attention.cute_kernels.softmax import LOG2_E, Part
+from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, Part
 from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler
 from hopper_attention.cute_kernels.types import key_scales, row_statistics, strided
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardFp8Config
 from hopper_attention.hopper.forward import Forward
-from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Tensors, Tma, Work
+from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Tensors, Work
 from hopper_attention.hopper.output import Output
 from hopper_attention.hopper.tma import permute
 from hopper_attention.hopper.turns import consumer_warpgroup
@@ -70,12 +70,12 @@ class Scales:
 
 BLOCK = 64
 """Rows that share a scale."""
+HEADROOM = 8.0
+"""log2 of the greatest P."""
 
 
 class ForwardFp8(Forward):
     """The kernel of one `ForwardFp8Config`."""
-
-    headroom = 8.0
 
     def __init__(self, config: ForwardFp8Config):
         super().__init__(config)
@@ -121,15 +121,7 @@ class ForwardFp8(Forward):
         _, seqlen_k, heads_kv, _ = mK.shape
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mVt, (2, 3, 1, 0))  # (d, s, h, b): N and K of the second GEMM
-
-        layout_q, layout_k, layout_v, _ = self.shared_layouts()
-        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
-        tma = Tma(
-            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
-            make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
-            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
-            self.output.tma(mO),
-        )
+        tma = self.tma(mQ, mK, mV, mO)
         key_bytes = cfg.head_dim + cfg.head_dim_v
         scheduler = DenseScheduler.create(
             seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
@@ -176,6 +168,9 @@ class ForwardFp8(Forward):
         v = sm90.make_smem_layout_b(row, pv, self.dtype, cfg.stages)
         return q, k, v, self.output.layout()
 
+    def statistics(self, problem: Problem) -> OnlineSoftmax:
+        return OnlineSoftmax.create(2, headroom=HEADROOM)
+
     def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
         return Fp8Fragment.like(acc_s)
 
@@ -210,7 +205,7 @@ class ForwardFp8(Forward):
                 scale_log2 = scale_log2 * factor
             weight = cute.math.exp2(-shift, fastmath=True)
             own = range(i * columns, (i + 1) * columns)
-            found.append(Part(own, scale_log2, self.headroom + shift, weight, inner))
+            found.append(Part(own, scale_log2, HEADROOM + shift, weight, inner))
         return tuple(found)
 
     @cute.jit

@@ -161,7 +161,8 @@ def addressable(name: str, tensor: Tensor) -> Tensor:
     That goes for strides which an extent of 1 leaves unused, too: those are replaced.
     """
     *outer, last = tensor.stride()
-    aligned = all(stride % ALIGNMENT == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
+    step = 16 // tensor.element_size()
+    aligned = all(stride % step == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
     if (last == 1 and aligned) or tensor.numel() == 0:
         return tensor
     if last != 1:
@@ -170,15 +171,23 @@ def addressable(name: str, tensor: Tensor) -> Tensor:
             f"use {name}.contiguous()"
         )
     for axis, stride in enumerate(outer):
-        if tensor.shape[axis] > 1 and stride % ALIGNMENT != 0:
+        if tensor.shape[axis] > 1 and stride % step != 0:
             raise ValueError(
                 f"{name}: stride {stride} of dimension {axis} is not a multiple of "
-                f"{ALIGNMENT} elements (16 bytes); use {name}.contiguous()"
+                f"{step} elements (16 bytes); use {name}.contiguous()"
             )
     if tensor.data_ptr() % 16 != 0:
         raise ValueError(f"{name}: the data pointer is not aligned to 16 bytes; use {name}.clone()")
-    used = [s if n > 1 else ALIGNMENT for n, s in zip(tensor.shape, outer)]
+    used = [s if n > 1 else step for n, s in zip(tensor.shape, outer)]
     return tensor.as_strided(tensor.shape, [*used, 1])
+
+
+def made_addressable(name: str, tensor: Tensor) -> Tensor:
+    """The same, copied where TMA cannot address it: what the caller has not laid out."""
+    try:
+        return addressable(name, tensor)
+    except ValueError:
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def check_index(name: str, index: Tensor | None, size: int, q: Tensor) -> None:
@@ -391,20 +400,18 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether elements may be shared; not where both are columns of rows of the same length."""
+    """Whether elements may be shared; they are not where both are columns of the same rows."""
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel():
         return False
-    if a.data_ptr() == b.data_ptr():
-        return True
-    rows = a.stride(0) == b.stride(0) and a.stride(-3) == b.stride(-3)
     (first, n), (second, m) = ((x.data_ptr(), _reach(x)) for x in (a, b))
-    apart = first + n <= second or second + m <= first
-    if apart or not rows:
-        return not apart
-    row = a.stride(-3) * a.element_size()
-    return (second - first) % row < _reach(a[..., :1, :, :]) or (first - second) % row < _reach(
-        b[..., :1, :, :]
-    )
+    if first + n <= second or second + m <= first:
+        return False
+    row = a.stride(-3)
+    if a.stride(0) != b.stride(0) or row != b.stride(-3) or row == 0 or a.stride(0) % row:
+        return True
+    column = (second - first) % (row * a.element_size())
+    width, other = (_reach(x[(0,) * (x.ndim - 2)]) for x in (a, b))
+    return column < width or column + other > row * a.element_size()
 
 
 def _reach(tensor: Tensor) -> int:

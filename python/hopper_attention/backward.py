@@ -133,7 +133,8 @@ def _run_kernels(
         dv.zero_()
     if nothing:
         return dq, dk, dv, _sink_gradient_without_keys(inputs, lse, dlse)
-    dout, out = _vectors(dout), _vectors(out)
+    # A gradient may come with any strides: expanded, transposed.
+    dout, out = (arguments.made_addressable(*x) for x in (("dout", dout), ("out", out)))
     dlse = None if dlse is None else dlse.float().contiguous()
     workspace = Workspace.like(inputs, instances, plan.options.deterministic)
     pointers = {
@@ -185,14 +186,6 @@ def _sink_gradient_without_keys(inputs: Inputs, lse: Tensor, dlse: Tensor | None
         rows = torch.arange(lse.shape[-1], device=lse.device)
         counted &= rows < inputs.queries.cu_seqlens[-1]
     return torch.where(counted, _as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))
-
-
-def _vectors(tensor: Tensor) -> Tensor:
-    """As TMA can address it; a gradient may come with any strides (expanded, transposed)."""
-    try:
-        return arguments.addressable("dout", tensor)
-    except ValueError:
-        return tensor.contiguous()
 
 
 def _as_entry(tensor: Tensor, rank: int) -> Tensor:

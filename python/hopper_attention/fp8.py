@@ -14,13 +14,22 @@ from torch import Tensor
 from hopper_attention import arguments, autograd, dispatch, reference, runtime
 from hopper_attention.arguments import Options
 from hopper_attention.plan import Inputs, Plan, make_plan, prepare
-from hopper_attention.quantize import Quantized, Recipe, block_rows, quantize, spread
+from hopper_attention.quantize import (
+    LEAST,
+    Quantized,
+    Recipe,
+    block_rows,
+    quantize,
+    spread,
+)
 from hopper_attention.ranges import annotated
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 64
 """Rows that share a scale in the kernel (hopper/forward_fp8.py)."""
+FADED = 60.0
+"""log2: V's blocks that are smaller than their head's largest by more count as so much smaller."""
 INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 """Which of 16 keys a place of V's columns has: as P lies in registers (`Fp8Fragment`)."""
 
@@ -86,6 +95,7 @@ def attention_fp8(
     if two_level is not None:
         arguments.flag("two_level", two_level)
     arguments.check_tensors(q, k, v)
+    _check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = arguments.resolve_sink(learnable_sink, q)
     if smooth_k and (softcap or sink is not None):
         raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
@@ -123,6 +133,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `flash_attn_func`'s arguments, where q is FP8."""
     arguments.check_tensors(q, k, v)
+    _check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.float8_e4m3fn:
             raise NotImplementedError(
@@ -153,6 +164,15 @@ def attend(
     return (result if out is None else out.copy_(result)), lse
 
 
+def _check_classes(**tensors: Tensor | None) -> None:
+    """There is no operator that subclasses could be taken apart for."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise NotImplementedError(
+                f"{name} is a {type(tensor).__name__}; FP8 takes plain tensors (DTensor.to_local())"
+            )
+
+
 def _check_head_dims(q: Tensor, v: Tensor) -> None:
     """Rows of bytes are addressed in steps of 16."""
     for name, tensor in (("q and k", q), ("v", v)):
@@ -172,6 +192,8 @@ def _checked_descale(name: str, descale: Tensor | None, x: Tensor, heads_kv: int
         raise ValueError(f"{name} is on {descale.device}, its tensor is on {x.device}")
     if descale.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {descale.dtype}; expected torch.float32")
+    if descale.is_cpu and not ((descale >= 0) & (descale < torch.inf)).all():
+        raise ValueError(f"{name} must be finite and not negative")
     batch, seqlen, heads, _ = x.shape
     blocks = [-(-seqlen // rows) for rows in (64, 128)]
     fitting = [(1,), (), (batch, heads_kv), *((batch, heads, n) for n in blocks)]
@@ -226,7 +248,7 @@ def run(
     )
     stored = out.view(torch.bfloat16)  # float32 as pairs
     if out.numel() > 0:
-        rows = _addressable(q), _addressable(k)
+        rows = (arguments.made_addressable(*x) for x in (("q", q), ("k", k)))
         scales = _query_scales(operands), *_key_scales(operands)
         tensors = (*rows, columns_of(v), stored, lse, *scales)
         values = plan.values | {
@@ -237,13 +259,6 @@ def run(
         pointees = () if sink is None else (sink,)
         runtime.launch(backend, instance, tensors, scalars, pointees, plan.options.sm_margin)
     return out.to(out_dtype), lse
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    """Rows of bytes that TMA can address: copied, if need be."""
-    *outer, last = tensor.stride()
-    aligned = last == 1 and all(stride % 16 == 0 for stride in outer)
-    return tensor if aligned and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
 
 
 def columns_of(v: Tensor) -> Tensor:
@@ -263,7 +278,7 @@ def _query_scales(operands: Operands) -> Tensor:
     values, descale = operands.q
     batch, seqlen, heads, _ = values.shape
     blocks = -(-seqlen // BLOCK)
-    return _in_blocks(descale, seqlen, heads).expand(batch, heads, blocks)
+    return _in_blocks(descale, seqlen, heads).clamp(min=LEAST).expand(batch, heads, blocks)
 
 
 def _key_scales(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -271,8 +286,9 @@ def _key_scales(operands: Operands) -> tuple[Tensor, Tensor]:
     (values, k_descale), (_, v_descale) = operands.k, operands.v
     batch, seqlen, heads_kv, _ = values.shape
     k, v = (_in_blocks(d, seqlen, heads_kv) for d in (k_descale, v_descale))
-    largest = v.amax(dim=2, keepdim=True).expand(batch, heads_kv, 1)
-    shift = torch.log2(v / v.amax(dim=2, keepdim=True))
+    k, largest = k.clamp(min=LEAST), v.amax(dim=2, keepdim=True)
+    shift = torch.log2(v / largest.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=-FADED)
+    largest = largest.expand(batch, heads_kv, 1)
     both = torch.stack(torch.broadcast_tensors(k, shift), dim=3).expand(batch, heads_kv, -1, 2)
     pairs = -(-seqlen // (2 * BLOCK))
     if both.shape[2] == 1:  # the same for all

@@ -7,10 +7,9 @@ x is approximated by `values * descale`, where `descale` covers, by recipe:
     block64     (batch, heads, ceil(seqlen / 64))  64 successive rows of a head; 128 with block128
 
 On a GPU and in the simulator by the kernels of cute_kernels/quantize.py, but for `octaves`, else as
-`stated`.  Both
-agree bit for bit without rotation and centring, signs of NaN aside; with them up to the rounding of
-sums: a value may be one step of the format off.  NaN and infinity reach all that shares their
-scale: dequantised it is NaN.
+`stated`.  Both agree bit for bit without rotation and centring, signs of NaN aside; with them up to
+the rounding of sums: a value may be one step of the format off.  NaN and infinity reach all that
+shares their scale: dequantised it is NaN.
 """
 
 from __future__ import annotations

@@ -118,6 +118,17 @@ def test_wrong_out(case):
         assert torch.equal(out, before)
 
 
+def test_out_beside_its_inputs(monkeypatch):
+    """Columns of the same rows are memory of their own; shared ones are not."""
+    monkeypatch.undo()  # this one runs
+    wide = torch.randn(2, 16, 12, 64).bfloat16()
+    q, k, v, out = wide[:, :, :4], wide[:, :, 4:6], wide[:, :, 6:8], wide[:, :, 8:]
+    expected = flash_attn_func(q, k, v)
+    assert torch.equal(flash_attn_func(q, k, v, out=out), expected)
+    with pytest.raises(ValueError, match=r"^out overlaps v"):
+        flash_attn_func(q, k, v, out=wide[:, :, 7:11])
+
+
 def test_out_has_no_gradient():
     q = Q.clone().requires_grad_()
     with pytest.raises(NotImplementedError, match=r"^out: not differentiable"):
