@@ -2,7 +2,7 @@
 
 Compilers, dispatch modes, tensor subclasses and function transforms see these two, with fake
 implementations, autograd and FLOP formulas (sharding rules: sharding.py).  A plain call goes past
-PyTorch's dispatcher, which saves 3 us of it without and 9 us with gradients.
+PyTorch's dispatcher: 10 us in place of 27, with gradients 18 in place of 157 (docs/pytorch.md).
 """
 
 from __future__ import annotations
