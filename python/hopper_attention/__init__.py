@@ -3,10 +3,10 @@
 Tensors on a Hopper GPU go to the compiled kernels; tensors on the CPU go to the reference
 implementation, or, inside `simulator.enabled()`, to the same kernels on a functional simulator.
 
-The way of a call: functional (signatures, arguments), ops (operator, or past it: watched), plan (what
-is checked and kept for all calls of one kind; dispatch names the instance), forward and backward
-(results, workspace, launches; or reference), runtime (the extension).  fp8 goes its own way from
-functional to runtime; quantize makes its operands.
+The way of a call: functional (signatures, arguments), ops (operator, or past it: watched), plan
+(what is checked and kept for all calls of one kind; dispatch names the instance), forward and
+backward (results, workspace, launches; or reference), runtime (the extension).  fp8 goes its own
+way from functional to runtime; quantize makes its operands.
 """
 
 from importlib.metadata import version
