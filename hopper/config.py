@@ -349,3 +349,17 @@ class ColumnSumsConfig:
 
     threads: int = 256
     shared_memory_bytes: int = 8192
+
+
+@dataclass(frozen=True)
+class ArrangeConfig:
+    """V^T from V in e4m3, any head dim."""
+
+    by_columns: bool
+    """Whether V's columns lie together, else its rows."""
+
+    threads: int = 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return 0 if self.by_columns else 128 * 64

@@ -11,6 +11,7 @@ from hopper_attention.hopper.config import (
     FP8_TWO_LEVEL_TILES,
     QUANTIZE_COLUMNS,
     AbsMaxConfig,
+    ArrangeConfig,
     BackwardConfig,
     ColumnSumsConfig,
     ForwardConfig,
@@ -142,6 +143,18 @@ def _column_sums(dtype: str) -> Instance:
     )
 
 
+def _arrange(by_columns: bool) -> Instance:
+    kind = "Columns" if by_columns else "Rows"
+    return Instance(
+        name=f"arrange_{kind.lower()}",
+        family="arrange",
+        kernel=f"hopper_attention.cute_kernels.arrange:Arrange{kind}",
+        config=ArrangeConfig(by_columns),
+        claims=("LDG", "PRMT", "STG"),
+        group="fp8",
+    )
+
+
 FORWARD = tuple(
     _forward(dtype, dims, mask, softcap, varlen)
     for dtype in DTYPES
@@ -177,6 +190,7 @@ QUANTIZE = (
     *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
     *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
     *(_column_sums(dtype) for dtype in DTYPES),
+    *(_arrange(by_columns) for by_columns in (False, True)),
 )
 INSTANCES = (
     *FORWARD,

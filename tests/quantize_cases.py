@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopper_attention.arguments import Lengths
 from hopper_attention.quantize import Quantized
+from hopper_attention.quantize_statement import Sequences
 
 HEAD_DIMS = (8, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -56,3 +58,39 @@ def check_near(got: Quantized, expected: Quantized) -> None:
     step = theirs.abs().clamp(min=2.0**-6).log2().floor().exp2() / 8
     assert ((ours - theirs).abs() <= step).all()
     assert (ours != theirs).float().mean() < 0.01
+
+
+def lengths_of(sizes: list[int] | None, used: list[int] | None) -> Lengths:
+    """Packed sequences of these sizes, of which so many rows are used."""
+    cu_seqlens = None if sizes is None else torch.tensor([0, *sizes]).cumsum(0).int()
+    return Lengths(cu_seqlens, None if used is None else torch.tensor(used, dtype=torch.int32))
+
+
+def exists(x: Tensor, lengths: Lengths) -> Tensor:
+    """Which rows are in a sequence, (batch, seqlen) or (total,)."""
+    sequences = Sequences.of(x, lengths)
+    found = torch.zeros(sequences.rows.shape[:2], dtype=torch.bool)
+    for entry, start, length in sequences.places:
+        found[entry, start : start + length] = True
+    return found.view(x.shape[:-2])
+
+
+def poisoned(x: Tensor, lengths: Lengths) -> Tensor:
+    """NaN in all other rows."""
+    if x.dtype.itemsize == 1:
+        bits = x.view(torch.uint8).clone()
+        bits[~exists(x, lengths)] = 0x7F  # NaN of e4m3 and of e5m2
+        return bits.view(x.dtype)
+    return x.masked_fill(~exists(x, lengths)[..., None, None], torch.nan)
+
+
+def check_columns(got: Tensor, expected: Tensor, v: Tensor, lengths: Lengths) -> None:
+    """Bit for bit: keys, and zeros up to a multiple of 128; what is behind may be anything."""
+    assert (got.dtype, got.shape, got.stride()) == (
+        expected.dtype, expected.shape, expected.stride(),
+    )  # fmt: skip
+    ours, theirs = got.view(torch.uint8), expected.view(torch.uint8)
+    for i, (entry, offset, length) in enumerate(Sequences.of(v, lengths).places):
+        start = (offset // 128 + i - entry) * 128
+        keys = slice(start, start + -(-length // 128) * 128)
+        assert torch.equal(ours[entry, ..., keys], theirs[entry, ..., keys])

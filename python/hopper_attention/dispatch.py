@@ -84,6 +84,12 @@ def column_sums_instance(dtype: str) -> str:
     return _helper_instance("quantize_sums", {"dtype": dtype})
 
 
+@functools.cache
+def arrange_instance(by_columns: bool) -> str:
+    """For V whose columns, else whose rows, lie together."""
+    return _helper_instance("arrange", {"by_columns": by_columns})
+
+
 def _column_instance(family: str, wanted: dict[str, str | bool], head_dim: int) -> str:
     columns = {
         instance.config["columns"]

@@ -23,6 +23,13 @@ import torch
 from torch import Tensor
 
 from hopper_attention import arguments, dispatch, runtime
+from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.quantize_statement import (
+    arranged_columns,
+    arranged_shape,
+    batched,
+    number_of_sequences,
+)
 from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
@@ -364,3 +371,129 @@ def _sign_words(head_dim: int) -> list[int]:
     negative = [int(sign < 0) for sign in signs(head_dim).tolist()]
     parts = [negative[i : i + WORD] for i in range(0, head_dim, WORD)]
     return [sum(bit << i for i, bit in enumerate(part)) for part in parts]
+
+
+def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
+    """V^T as the FP8 forward kernel reads it: a column's keys together, interleaved in every 16.
+
+    Args:
+        v: (batch, seqlen, heads_kv, head_dim_v), float8_e4m3fn, head_dim_v a multiple of 16; or
+            (total, heads_kv, head_dim_v), where `lengths` has cu_seqlens.  Rows or columns may lie
+            together; what cannot be loaded 16 bytes at a time is copied first.
+        lengths: packed or partly used sequences.
+        max_seqlen: an upper bound of their lengths; None: all rows.
+
+    Returns:
+        (batch, heads_kv, head_dim_v, seqlen rounded up to 16); of packed sequences (1, heads_kv,
+        head_dim_v, (total // 128 + sequences) * 128), where sequence i starts at column
+        (cu_seqlens[i] // 128 + i) * 128.  From a sequence's length up to the next multiple of 128
+        there are zeros, so far as there is room; what is behind that may be anything.
+
+    Raises TypeError, ValueError, NotImplementedError before anything is launched.
+    """
+    max_seqlen = _check_rows("v", v, lengths, max_seqlen)
+    if v.dtype != torch.float8_e4m3fn:
+        raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
+    if v.shape[-1] % 16:
+        nearest = -(-v.shape[-1] // 16) * 16
+        raise NotImplementedError(
+            f"head_dim {v.shape[-1]} of v is not supported; supported: multiples of 16 "
+            f"(nearest: {nearest})"
+        )
+    backend = runtime.backend_for(v, "v")
+    if backend is Backend.REFERENCE:
+        return arranged_columns(v, lengths)
+    return _arrange(backend, v, lengths, max_seqlen)
+
+
+@annotated("arrange")
+def _arrange(backend: Backend, v: Tensor, lengths: Lengths, max_seqlen: int) -> Tensor:
+    out = v.new_empty(arranged_shape(v, lengths))
+    sequences = number_of_sequences(v, lengths)
+    if v.numel() == 0 or sequences == 0 or max_seqlen == 0:
+        return out
+    rows = batched(v, lengths)
+    columns = _loadable_columns(rows)
+    if columns is None:
+        rows = arguments.made_addressable("v", rows)
+    index = {"cu_seqlens": lengths.cu_seqlens, "seqused": lengths.seqused}
+    present = {name: tensor for name, tensor in index.items() if tensor is not None}
+    values = {name: present[name].data_ptr() if name in present else 0 for name in index} | {
+        "sequences": sequences,
+        "max_seqlen": max_seqlen,
+    }
+    instance = dispatch.arrange_instance(columns is not None)
+    scalars = [values[name] for name in runtime.scalar_names(instance)]
+    tensors = (rows if columns is None else columns, out)
+    runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
+    return out
+
+
+def _loadable_columns(v: Tensor) -> Tensor | None:
+    """(batch, heads, columns, seqlen rounded up to 16), if keys lie together and 16 can be loaded.
+
+    What is behind the last key of the last column must be memory of the tensor's.
+    """
+    if v.stride(3) == 1 or v.stride(1) != 1:
+        return None
+    columns = v.permute(0, 2, 3, 1)
+    shape = (*columns.shape[:3], -(-v.shape[1] // 16) * 16)
+    end = v.storage_offset() + sum((n - 1) * s for n, s in zip(shape, columns.stride())) + 1
+    if end > v.untyped_storage().nbytes():  # of bytes
+        return None
+    try:
+        return arguments.addressable("v", columns.as_strided(shape, columns.stride()))
+    except ValueError:
+        return None
+
+
+def _check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> int:
+    """The upper bound of the sequences' lengths."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
+    if not isinstance(lengths, Lengths):
+        raise TypeError(f"lengths: expected arguments.Lengths, got {type(lengths).__name__}")
+    packed = lengths.cu_seqlens is not None
+    form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    if x.ndim != (3 if packed else 4):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
+    rows = x.shape[-3]
+    if max_seqlen is not None:
+        max_seqlen = arguments.integer("max_seqlen", max_seqlen, 0)
+    if not lengths.given:
+        if max_seqlen not in (None, rows):
+            raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
+    else:
+        _check_lengths(name, x, lengths, max_seqlen)
+    bound = rows if max_seqlen is None else max_seqlen
+    for what, given, most in (
+        ("sequences", number_of_sequences(x, lengths), GRID),
+        ("max_seqlen", bound, GRID * BLOCK_ROWS),
+    ):
+        if given > most:
+            raise NotImplementedError(f"{what} {given} of {name}; supported: up to {most}")
+    return bound
+
+
+def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> None:
+    cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)"
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    arguments.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
+    arguments.check_index("seqused", seqused, sequences, x, name)
+    arguments.check_lengths("", lengths, x.shape[-3])
+    if x.is_cpu and max_seqlen is not None:
+        used = seqused if seqused is not None else cu_seqlens.diff()  # type: ignore[union-attr]
+        if used.numel() and int(used.max()) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen {max_seqlen} is less than a sequence of {used.max()} rows"
+            )

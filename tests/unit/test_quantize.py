@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize_cases import padding
+from quantize_cases import lengths_of, padding
 
+from hopper_attention.arguments import Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
     block_rows,
+    columns_of,
     hadamard_matrix,
     quantize,
     rotated,
@@ -214,3 +216,67 @@ def test_table_of_signs():
     for head_dim in HEAD_DIMS:
         expected = signs(head_dim) / math.sqrt(head_dim & -head_dim)
         assert torch.equal(_scaled_signs(torch.device("cpu"), head_dim), expected.float())
+
+
+def test_columns_have_keys_interleaved():
+    """Of every 16 keys, pairs in the order 0, 4, 1, 5, 2, 6, 3, 7; zeros behind the last."""
+    v = some(2, 37, 3, 16).to(torch.float8_e4m3fn)
+    columns = columns_of(v)
+    assert columns.shape == (2, 3, 16, 48)
+    for place in range(48):
+        key = place // 16 * 16 + (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)[place % 16]
+        expected = v[:, key].float() if key < 37 else torch.zeros(2, 3, 16)
+        assert torch.equal(columns[..., place].float(), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_columns_of_packed_sequences_do_not_overlap(sizes):
+    """Each is what it is alone, where its number and its first row say, zeros up to 128."""
+    total = sum(sizes)
+    v = (torch.arange(total) % 100 + 1).view(-1, 1, 1).expand(total, 1, 16).contiguous()
+    v = v.to(torch.uint8).view(torch.float8_e4m3fn)
+    columns = columns_of(v, lengths_of(sizes, None)).view(torch.uint8)
+    assert columns.shape == (1, 1, 16, (total // 128 + len(sizes)) * 128)
+    end, offset = 0, 0
+    for i, size in enumerate(sizes):
+        start = (offset // 128 + i) * 128
+        assert start >= end
+        end = start + -(-size // 128) * 128
+        alone = columns_of(v[None, offset : offset + size]).view(torch.uint8)
+        assert torch.equal(columns[..., start : start + alone.shape[3]], alone)
+        assert not columns[..., start + size + -size % 16 : end].any()
+        offset += size
+    assert end <= columns.shape[3]
+
+
+def test_refusals_of_columns():
+    v = some(2, 8, 3, 16).to(torch.float8_e4m3fn)
+    packed = v.flatten(0, 1)
+    for lengths, arguments, error, message in (
+        (None, {"v": v.half()}, NotImplementedError, "v has dtype torch.float16; supported"),
+        (None, {"v": v[..., :8]}, NotImplementedError, r"head_dim 8 of v .*nearest: 16"),
+        (None, {"v": packed}, ValueError, r"v has shape \(16, 3, 16\); expected \(batch"),
+        (None, {"max_seqlen": 7}, ValueError, "max_seqlen 7: without lengths all 8 rows"),
+        (([8, 8], None), {}, ValueError, r"v has shape \(2, 8, 3, 16\); expected \(total"),
+        ((None, [8, 9]), {}, ValueError, "seqused must be between 0 and"),
+        ((None, [8]), {}, ValueError, r"seqused has shape \(1,\); expected a vector of 2"),
+        (([8, 9], None), {"v": packed}, ValueError, "cu_seqlens must ascend from 0 to at most 16"),
+        (([8, 8], None), {"v": packed, "max_seqlen": 7}, ValueError, "max_seqlen 7 is less than"),
+        (
+            ([8, 8], None),
+            {"v": packed, "max_seqlen": 8.0},
+            TypeError,
+            "max_seqlen: expected an int",
+        ),
+    ):
+        given = {"v": v, **arguments} | ({"lengths": lengths_of(*lengths)} if lengths else {})
+        with pytest.raises(error, match=message):
+            columns_of(**given)
+    for lengths, error, message in (
+        ([0, 8], TypeError, "lengths: expected arguments.Lengths, got list"),
+        (Lengths(cu_seqlens=[0, 8]), TypeError, "cu_seqlens: expected a torch.Tensor, got list"),
+        (Lengths(cu_seqlens=torch.tensor([0, 8])), ValueError, "cu_seqlens has dtype torch.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            columns_of(packed, lengths)
