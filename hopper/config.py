@@ -322,8 +322,8 @@ class QuantizeConfig:
 
     dtype: str
     columns: int
-    transposed: bool
-    """Successive rows next to each other."""
+    arranged: bool
+    """As the columns of V that the FP8 forward kernel reads, else as the rows lie."""
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
@@ -335,7 +335,7 @@ class QuantizeConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        return 32 + (128 * self.columns if self.transposed else 0)
+        return 32 + (128 * self.columns if self.arranged else 0)
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,14 @@ class ColumnSumsConfig:
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
+
+    threads: int = 256
+    shared_memory_bytes: int = 8192
+
+
+@dataclass(frozen=True)
+class ColumnMeansConfig:
+    """Means from those sums."""
 
     threads: int = 256
     shared_memory_bytes: int = 8192

@@ -13,6 +13,7 @@ from hopper_attention.hopper.config import (
     AbsMaxConfig,
     ArrangeConfig,
     BackwardConfig,
+    ColumnMeansConfig,
     ColumnSumsConfig,
     ForwardConfig,
     ForwardFp8Config,
@@ -110,12 +111,12 @@ def _forward_fp8(dims: tuple[int, int], mask: str, softcap: bool, two_level: boo
     )
 
 
-def _quantize(dtype: str, columns: int, transposed: bool) -> Instance:
+def _quantize(dtype: str, columns: int, arranged: bool) -> Instance:
     return Instance(
-        name=f"quantize_{dtype}_d{columns}" + ("_transposed" if transposed else ""),
+        name=f"quantize_{dtype}_d{columns}" + ("_arranged" if arranged else ""),
         family="quantize",
         kernel="hopper_attention.cute_kernels.quantize:Quantize",
-        config=QuantizeConfig(dtype, columns, transposed),
+        config=QuantizeConfig(dtype, columns, arranged),
         claims=("LDG", "F2FP", "REDUX"),
         group="fp8",
     )
@@ -136,8 +137,19 @@ def _column_sums(dtype: str) -> Instance:
     return Instance(
         name=f"quantize_sums_{dtype}",
         family="quantize_sums",
-        kernel="hopper_attention.cute_kernels.quantize:ColumnSums",
+        kernel="hopper_attention.cute_kernels.column_means:ColumnSums",
         config=ColumnSumsConfig(dtype),
+        claims=("LDG",),
+        group="fp8",
+    )
+
+
+def _column_means() -> Instance:
+    return Instance(
+        name="quantize_means",
+        family="quantize_means",
+        kernel="hopper_attention.cute_kernels.column_means:ColumnMeans",
+        config=ColumnMeansConfig(),
         claims=("LDG",),
         group="fp8",
     )
@@ -185,11 +197,12 @@ FP8 = tuple(
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
-# Recipe, rotation and centring are arguments.
+# Recipe, rotation, centring and lengths are arguments.
 QUANTIZE = (
     *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
     *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
     *(_column_sums(dtype) for dtype in DTYPES),
+    _column_means(),
     *(_arrange(by_columns) for by_columns in (False, True)),
 )
 INSTANCES = (

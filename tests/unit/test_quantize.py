@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize_cases import lengths_of, padding
+from quantize_cases import exists, lengths_of, poisoned
 
 from hopper_attention.arguments import Lengths
 from hopper_attention.quantize import (
@@ -16,12 +16,12 @@ from hopper_attention.quantize import (
     Recipe,
     block_rows,
     columns_of,
-    hadamard_matrix,
     quantize,
     rotated,
     signs,
     spread,
 )
+from hopper_attention.quantize_statement import hadamard_matrix
 
 FORMATS = {torch.float8_e4m3fn: (448.0, 3, -6), torch.float8_e5m2: (57344.0, 2, -14)}
 """Greatest number, bits of the mantissa, least normal exponent."""
@@ -107,16 +107,60 @@ def test_blocks_tell_their_rows(seqlen):
         block_rows(7, 65)
 
 
-@pytest.mark.parametrize("seqlen", [1, 15, 16, 17, 100])
-def test_transposed(seqlen):
-    x = some(2, seqlen, 3, 24)
-    values, descale = quantize(x, Recipe.BLOCK64, transposed=True)
-    plain = quantize(x, Recipe.BLOCK64)
-    room = -(-seqlen // 16) * 16
-    assert values.stride() == (3 * 24 * room, 1, 24 * room, room)
-    assert torch.equal(values.float(), plain.values.float())
+@pytest.mark.parametrize("recipe", Recipe)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_are_quantised_as_if_alone(recipe, packed):
+    """Blocks count from each one's start; means are of its own rows; those of none do not count."""
+    sizes, used = [70, 0, 129, 1], [70, 0, 65, 1]
+    lengths = lengths_of(sizes if packed else None, used)
+    x = some(230, 4, 16) if packed else some(4, 130, 4, 16)
+    x = poisoned(x, lengths)
+    longest = 100
+    arguments = {"heads_kv": 2, "centered": True, "octaves": True}
+    values, descale = quantize(x, recipe, lengths=lengths, max_seqlen=longest, **arguments)
+    whole = spread(descale, x, lengths, longest)
+    assert values.shape == x.shape and descale.isfinite().all()
+    assert (whole.expand(*x.shape[:-1], 1).squeeze(-1)[~exists(x, lengths)] == 1).all() or (
+        recipe is Recipe.PER_TENSOR
+    )
+    if recipe.rows:
+        assert descale.shape == (4, 4, -(-longest // recipe.rows))
+    offset, tops = 0, []
+    for i, (size, rows) in enumerate(zip(sizes, used)):
+        here = slice(offset, offset + rows)
+        own = x[None, here] if packed else x[i : i + 1, :rows]
+        alone = quantize(own, recipe, **arguments)
+        tops.append(float(alone.descale.max()) if rows else 0)
+        factor = whole if whole.numel() == 1 else (whole[here] if packed else whole[i, :rows])
+        restored = (values[here] if packed else values[i, :rows]).float() * factor
+        if recipe is not Recipe.PER_TENSOR:
+            blocks = None if recipe.rows is None else alone.descale.shape[2]
+            assert torch.equal(descale[i : i + 1, ..., :blocks], alone.descale)
+            assert torch.equal(restored[None], alone.values.float() * spread(alone.descale, own))
+        offset += size
+    if recipe is Recipe.PER_TENSOR:
+        assert float(descale) == max(tops)
+
+
+def test_octaves():
+    x = some(1, 300, 2, 16) * torch.randn(300).exp().view(1, 300, 1, 1)
+    descale = quantize(x, Recipe.BLOCK64, octaves=True).descale
+    plain = quantize(x, Recipe.BLOCK64).descale
+    largest = plain.amax(dim=2, keepdim=True)
+    steps = (largest / descale).log2()
+    assert torch.equal(steps, steps.round()) and (steps > 0).any()
+    assert ((descale >= plain) & (descale < 2 * plain)).all()
+
+
+def test_arranged():
+    v = some(2, 100, 3, 32)
+    arguments = {"recipe": Recipe.BLOCK64, "octaves": True}
+    values, descale = quantize(v, arranged=True, **arguments)
+    plain = quantize(v, **arguments)
     assert torch.equal(descale, plain.descale)
-    assert padding(values).shape[3] == room - seqlen and not padding(values).any()
+    assert torch.equal(values.view(torch.uint8), columns_of(plain.values).view(torch.uint8))
+    with pytest.raises(NotImplementedError, match=r"head_dim 24 of x .*nearest: 32"):
+        quantize(v[..., :24], Recipe.BLOCK64, arranged=True)
 
 
 def test_zeros():
