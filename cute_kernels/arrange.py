@@ -13,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint16, Uint32
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels.arithmetic import ceil_div, minimum
+from hopper_attention.cute_kernels.arithmetic import ceil_div, minimum, permute_bytes
 from hopper_attention.cute_kernels.columns import (
     CHUNKS,
     EIGHT,
@@ -32,11 +32,6 @@ COLUMNS = 64
 LANES = COLUMNS // KEYS
 ALL = 0xFFFFFFFF
 """Bits of a word."""
-
-
-def permute_bytes(a: Uint32, b: Uint32, selector: Int32) -> Uint32:
-    """The four that `selector` names: bytes 0 to 3 are those of a, 4 to 7 those of b."""
-    return Uint32(cute.arch.prmt(a, b, selector))
 
 
 def example_arguments() -> tuple:

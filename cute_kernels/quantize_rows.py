@@ -1,7 +1,7 @@
-"""128 rows of one head in the registers of 256 threads, for quantize.py.
+"""128 rows of one head in the registers of 256 threads, for quantize.py and narrow.py.
 
-Four lanes have a row, `columns / 32` vectors of 8 columns (16 bytes) each, and a thread two
-successive rows: all of them as float32, from load to cast.
+Four lanes have a row, `columns / 32` vectors of 8 columns each (16 bytes, or 8 of e5m2), and a
+thread two successive rows: all of them as float32, from load to cast.
 
 Rows behind a sequence's last are loaded as the last, vectors behind the last as the last: neither
 changes a maximum, but for rotated vectors, which are left out, and neither is stored.
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.arithmetic import minimum, permute_bytes
 from hopper_attention.cute_kernels.columns import Block
 from hopper_attention.cute_kernels.hadamard import (
     LANES,
@@ -22,6 +22,7 @@ from hopper_attention.cute_kernels.hadamard import (
     Rotation,
     vector_of,
 )
+from hopper_attention.cute_kernels.sequence import Lengths
 from hopper_attention.cute_kernels.types import DTYPES
 
 WARPS = 8
@@ -47,8 +48,8 @@ class Rows:
         """Of a lane."""
 
     @cute.jit
-    def load(self, mX: cute.Tensor, block: Block, preparation: Preparation, thread: Int32):
-        """(VECTOR, vectors, 2) float32: this thread's, prepared.  mX (batch, row, head, column)."""
+    def load(self, mX: cute.Tensor, block: Block, thread: Int32):
+        """(VECTOR, vectors, 2) float32: this thread's.  mX (batch, row, head, column)."""
         x = mX[block.sequence.batch, None, block.head, None]
         pair, lane = thread // LANES, thread % LANES
         last = x.shape[1] // VECTOR - 1
@@ -58,12 +59,22 @@ class Rows:
             for v in cutlass.range_constexpr(self.vectors):
                 vector = minimum(v * LANES + lane, last)
                 cute.autovec_copy(cute.local_tile(source, (VECTOR,), (vector,)), loaded[None, v, r])
-        values = widen(loaded)
+        return widen(loaded)
+
+    @cute.jit
+    def prepare(
+        self,
+        values: cute.Tensor,
+        mX: cute.Tensor,
+        block: Block,
+        preparation: Preparation,
+        thread: Int32,
+    ):
+        lane, last = thread % LANES, mX.shape[3] // VECTOR - 1
         if preparation.mean != 0:
             of_head = Int64(block.index) * mX.shape[2] + block.head
             self.center(values, preparation.mean + 4 * of_head * mX.shape[3], lane, last)
         preparation.rotation.apply(values, lane, last)
-        return values
 
     def center(self, values: cute.Tensor, mean: Int64, lane: Int32, last: Int32) -> None:
         """`mean`: address of this head's row of means."""
@@ -110,13 +121,24 @@ class Rows:
 
 
 def widen(loaded: cute.Tensor) -> cute.Tensor:
-    """In float32, as exactly.  Of bf16 the DSL makes three instructions for two elements."""
+    """In float32, as exactly.  Of bf16 the DSL makes three instructions for two elements.
+
+    e5m2 is the upper byte of fp16.
+    """
     values = cute.make_rmem_tensor(loaded.shape, Float32)
     if loaded.element_type is cutlass.BFloat16:
         words = cute.recast_tensor(loaded, Int32)
         for i in range(cute.size(words)):
             values[2 * i] = (words[i] << 16).bitcast(Float32)
             values[2 * i + 1] = (words[i] & Int32(-1 << 16)).bitcast(Float32)
+    elif loaded.element_type is cutlass.Float8E5M2:
+        words = cute.recast_tensor(loaded, Uint32)
+        halves = cute.make_rmem_tensor(loaded.shape, cutlass.Float16)
+        pairs = cute.recast_tensor(halves, Uint32)
+        for i in range(cute.size(words)):
+            pairs[2 * i] = permute_bytes(words[i], Uint32(0), 0x1404)
+            pairs[2 * i + 1] = permute_bytes(words[i], Uint32(0), 0x3424)
+        values.store(halves.load().to(Float32))
     else:
         values.store(loaded.load().to(Float32))
     return values
@@ -129,3 +151,9 @@ def greater(a: Float32, b: Float32) -> Float32:
 
 def one_of_each_warp(allocator: SmemAllocator) -> cute.Tensor:
     return allocator.allocate_tensor(Float32, cute.make_layout(WARPS), byte_alignment=16)
+
+
+def block_of(lengths: Lengths) -> Block:
+    """Heads first: they share pages, and no division is needed."""
+    head, number, index = cute.arch.block_idx()
+    return Block(index, lengths.of(index), head, number)

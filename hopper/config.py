@@ -339,6 +339,26 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
+class NarrowConfig:
+    """e4m3 from e5m2, of heads of at most `columns` columns."""
+
+    columns: int
+    arranged: bool
+    """As `QuantizeConfig`'s."""
+
+    def __post_init__(self) -> None:
+        assert self.columns in QUANTIZE_COLUMNS, self.columns
+
+    @property
+    def threads(self) -> int:
+        return 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return 32 + (128 * self.columns if self.arranged else 0)
+
+
+@dataclass(frozen=True)
 class ColumnSumsConfig:
     """Sums of 256 rows, any head dim."""
 

@@ -74,6 +74,12 @@ def quantize_instance(dtype: str, head_dim: int, arranged: bool) -> str:
 
 
 @functools.cache
+def narrow_instance(head_dim: int, arranged: bool) -> str:
+    """As `quantize_instance`: e4m3 from e5m2."""
+    return _column_instance("narrow", {"arranged": arranged}, head_dim)
+
+
+@functools.cache
 def abs_max_instance(dtype: str, head_dim: int) -> str:
     """As `quantize_instance`: greatest magnitudes."""
     return _column_instance("quantize_absmax", {"dtype": dtype}, head_dim)

@@ -36,6 +36,7 @@ from hopper_attention.quantize_statement import (
     arranged_shape,
     batched,
     block_rows,
+    narrowed_stated,
     number_of_sequences,
     rotated,
     signs,
@@ -46,8 +47,8 @@ from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
 __all__ = [
-    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "quantize", "rotated", "signs",
-    "spread", "stated",
+    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "narrowed", "quantize", "rotated",
+    "signs", "spread", "stated",
 ]  # fmt: skip
 
 SUM_ROWS = 256
@@ -104,6 +105,49 @@ def quantize(
             x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows
         )
     return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
+
+
+def narrowed(
+    x: Tensor,
+    descale: Tensor,
+    *,
+    arranged: bool = False,
+    lengths: Lengths = WHOLE,
+    max_seqlen: int | None = None,
+) -> Quantized:
+    """e5m2 as e4m3, by powers of two: exact, but for what is tiny beside its neighbours.
+
+    Of 64 rows whose greatest value is from 2^E to 2^(E + 1), what is at least 2^(E - 15) is
+    represented exactly, what is smaller to the nearest multiple of 2^(E - 17): the error is at most
+    2^(E - 18).  If E < 2, everything is exact.
+
+    Args:
+        x: as for `quantize`, but float8_e5m2, head_dim a multiple of 16; what cannot be loaded 16
+            bytes at a time is copied first.
+        descale: of x, float32: (1,), (sequences, heads_kv), or of blocks of 64 or 128 rows.
+        arranged, lengths, max_seqlen: as for `quantize`.
+
+    Returns:
+        values, and descales of blocks of 64 rows.  They are the given ones times powers of two: of
+        V, in octaves, if all rows of a head shared one.
+    """
+    max_rows = _check_rows("x", x, lengths, max_seqlen)
+    if x.dtype != torch.float8_e5m2:
+        raise NotImplementedError(f"x has dtype {x.dtype}; supported: torch.float8_e5m2")
+    _check_arranged("x", x)
+    problem = _Problem(x, lengths, max_rows)
+    given = _in_blocks(descale, problem)
+    backend = runtime.backend_for(x, "x")
+    if backend is Backend.REFERENCE or problem.empty:
+        values, factor = narrowed_stated(x, arranged, lengths, max_rows)
+    else:
+        if x.shape[-1] > arguments.MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"head_dim {x.shape[-1]} of x is not supported; supported: multiples of 16 up to "
+                f"{arguments.MAX_HEAD_DIM}"
+            )
+        values, factor = _narrow(backend, problem, arranged)
+    return Quantized(values, factor * given)
 
 
 def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
@@ -222,6 +266,43 @@ def _run_kernels(
     tensors = (x, out, table.of_heads(descale))
     problem.launch(backend, instance, tensors, scalars, addressed)
     return Quantized(out if arranged else out.view(problem.x.shape), descale)
+
+
+@annotated("narrow")
+def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
+    x = arguments.made_addressable("x", batched(problem.x, problem.lengths))
+    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
+    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    blocks = (problem.sequences, x.shape[2], -(-problem.max_seqlen // 64))
+    factor = x.new_empty(blocks, dtype=torch.float32)
+    instance = dispatch.narrow_instance(x.shape[3], arranged)
+    problem.launch(backend, instance, (x, out, factor), {}, {})
+    return Quantized(out if arranged else out.view(problem.x.shape), factor)
+
+
+def _in_blocks(descale: Tensor, problem: _Problem) -> Tensor:
+    """(sequences or 1, heads or 1, blocks of 64 rows or 1).  Raises what `narrowed` raises."""
+    x, sequences, heads = problem.x, problem.sequences, problem.x.shape[-2]
+    if not isinstance(descale, Tensor):
+        raise TypeError(f"descale: expected a torch.Tensor, got {type(descale).__name__}")
+    if descale.device != x.device:
+        raise ValueError(f"descale is on {descale.device}, x is on {x.device}")
+    if descale.dtype != torch.float32:
+        raise ValueError(f"descale has dtype {descale.dtype}; expected torch.float32")
+    shape = tuple(descale.shape)
+    if shape in ((), (1,)):
+        return descale.reshape(1, 1, 1)
+    if descale.ndim == 2 and shape[0] == sequences and shape[1] > 0 and heads % shape[1] == 0:
+        return descale.repeat_interleave(heads // shape[1], dim=1).unsqueeze(2)
+    blocks = {rows: -(-problem.max_seqlen // rows) for rows in (64, 128)}
+    if shape == (sequences, heads, blocks[64]):
+        return descale
+    if shape == (sequences, heads, blocks[128]):
+        return descale.repeat_interleave(2, dim=2)[:, :, : blocks[64]]
+    raise ValueError(
+        f"descale has shape {shape}; expected (1,), (sequences, heads_kv) = ({sequences}, a "
+        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or {blocks[128]} blocks"
+    )
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,24 @@ def stated(
     return Quantized(arranged_columns(out, lengths) if arranged else out, descale)
 
 
+def narrowed_stated(
+    x: Tensor, arranged: bool, lengths: Lengths = WHOLE, max_seqlen: int | None = None
+) -> Quantized:
+    """`narrowed`, but for the given descale: instead of descales there are the powers of two."""
+    sequences = Sequences.of(x, lengths)
+    rows = sequences.gathered()
+    blocks = -(-(x.shape[-3] if max_seqlen is None else max_seqlen) // 64)
+    tops = block_tops(rows, 64)
+    tops = torch.nn.functional.pad(tops, (0, blocks - tops.shape[2]))
+    _, exponent = torch.frexp(tops)  # of a mantissa from 1/2
+    steps = (exponent - 1 - 8).clamp(min=-7)  # 448 is 1.75 * 2^8
+    factor = torch.where(tops < torch.inf, torch.ldexp(torch.ones_like(tops), steps), tops)
+    values = (rows / _of_rows(factor, 64, rows)).to(torch.float8_e4m3fn)
+    out = torch.zeros(sequences.rows.shape, dtype=values.dtype, device=x.device)
+    out = sequences.scattered(values, out).view(x.shape)
+    return Quantized(arranged_columns(out, lengths) if arranged else out, factor.contiguous())
+
+
 def centred(rows: Tensor, lengths: list[int]) -> Tensor:
     """The mean of each sequence, head and channel taken off."""
     count = torch.tensor(lengths, device=rows.device).view(-1, 1, 1, 1)

@@ -18,7 +18,8 @@ from quantize_cases import (
 from torch import Tensor
 
 from hopper_attention import manifest, simulator
-from hopper_attention.quantize import LEAST, Quantized, Recipe, quantize, spread, stated
+from hopper_attention.arguments import WHOLE
+from hopper_attention.quantize import LEAST, Quantized, Recipe, narrowed, quantize, spread, stated
 
 pytestmark = [
     pytest.mark.simulator,
@@ -231,3 +232,38 @@ def test_nothing_to_do():
             check_equal(
                 simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x, lengths
             )
+
+
+@pytest.mark.parametrize("kind", [None, *LENGTHS])
+@pytest.mark.parametrize(("head_dim", "arranged"), [(64, True), (128, False), (256, True), (80, 0)])
+def test_narrowed(kind, head_dim, arranged):
+    """All numbers of e5m2 are met, blocks of greatest numbers from its least to its greatest."""
+    lengths = LENGTHS[kind] if kind else WHOLE
+    x = some((1, 400, 2, head_dim)) if kind is None else some_of(kind, head_dim)
+    sizes = torch.linspace(-22, 15, x.shape[-3] // 25).exp2().repeat_interleave(25)
+    x = poisoned((x.nan_to_num(0) * sizes.view(-1, 1, 1)).to(torch.float8_e5m2), lengths)
+    given = torch.tensor([0.37])
+    arguments = {"arranged": bool(arranged), "lengths": lengths}
+    with simulator.enabled(seed=head_dim, hazards="raise"):
+        got = narrowed(x, given, **arguments)
+    check_equal(got, narrowed(x, given, **arguments), x, lengths)
+
+
+def test_narrowed_what_is_not_finite():
+    x = some((1, 200, 2, 16)).to(torch.float8_e5m2)
+    x[0, 3, 0, 5], x[0, 64, 1, 5] = torch.inf, torch.nan
+    with simulator.enabled(seed=1, hazards="raise"):
+        got = narrowed(x, torch.ones(1))
+    check_equal(got, narrowed(x, torch.ones(1)), x)
+    lost = (got.values.float() * spread(got.descale, x)).isnan()
+    assert lost[0, :64, 0].all() and lost[0, 64:128, 1].all() and lost.sum() == 2 * 64 * 16
+
+
+def test_narrowed_other_strides():
+    """Columns together, and rows that cannot be loaded: copied."""
+    x = some((2, 40, 3, 48)).to(torch.float8_e5m2)
+    wide = torch.zeros(2, 40, 3, 50, dtype=torch.uint8).view(x.dtype)[..., 1:49]
+    for given in (wide.copy_(x), x.transpose(1, 3).contiguous().transpose(1, 3)):
+        with simulator.enabled(seed=1, hazards="raise"):
+            got = narrowed(given, torch.ones(1))
+        check_equal(got, narrowed(x, torch.ones(1)), x)

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_cases import exists, lengths_of, poisoned
 
-from hopper_attention.arguments import Lengths
+from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
     block_rows,
     columns_of,
+    narrowed,
     quantize,
     rotated,
     signs,
@@ -260,6 +261,61 @@ def test_table_of_signs():
     for head_dim in HEAD_DIMS:
         expected = signs(head_dim) / math.sqrt(head_dim & -head_dim)
         assert torch.equal(_scaled_signs(torch.device("cpu"), head_dim), expected.float())
+
+
+NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)
+"""All of e5m2."""
+
+
+@pytest.mark.parametrize("greatest", range(-16, 16))
+def test_narrowed_is_exact_or_within_its_bound(greatest):
+    """All numbers below 2^(greatest + 1); and twice, so that they are not alone in a block."""
+    numbers = NUMBERS[NUMBERS.float().abs() < 2.0 ** (greatest + 1)]  # false for NaN
+    x = numbers.repeat(-(-256 // numbers.numel()))[:256].view(1, 16, 1, 16)
+    values, descale = narrowed(x, torch.tensor([3.0]))
+    assert descale.shape == (1, 1, 1)
+    error = (values.double() * float(descale) / 3 - x.double()).abs()
+    assert error.max() <= 2.0 ** (greatest - 18)
+    assert not error[x.double().abs() >= 2.0 ** (greatest - 15)].any()
+    assert error.any() == (greatest > 1)
+    assert values.float().abs().max() <= 448
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (3, 4), (3, 4, 3), (3, 4, 2)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_narrowed_keeps_what_was_meant(shape, packed):
+    x = some(390, 4, 16) if packed else some(3, 130, 4, 16)
+    x = (x * 2).to(torch.float8_e5m2)
+    lengths = lengths_of([130, 130, 130], None) if packed else WHOLE
+    of_x = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    values, descale = narrowed(x, of_x, lengths=lengths, max_seqlen=130)
+    assert descale.shape == (3, 4, 3)
+    whole = x.view(3, 130, 4, 16)
+    meant = whole.float() * spread(of_x, whole)
+    assert torch.equal(values.float() * spread(descale, x, lengths, 130), meant.view(x.shape))
+    if len(shape) < 3:
+        steps = (descale / descale.amax(dim=2, keepdim=True)).log2()
+        assert torch.equal(steps, steps.round())
+
+
+def test_refusals_of_narrowed():
+    x, one = some(1, 70, 4, 16).to(torch.float8_e5m2), torch.ones(1)
+    for bad, descale, error, message in (
+        (x.to(torch.float8_e4m3fn), one, NotImplementedError, "x has dtype torch.float8_e4m3fn"),
+        (x[..., :8], one, NotImplementedError, r"head_dim 8 of x .*nearest: 16"),
+        (x, 1.0, TypeError, "descale: expected a torch.Tensor, got float"),
+        (x, one.double(), ValueError, "descale has dtype torch.float64"),
+        (x, one.to("meta"), ValueError, "descale is on meta, x is on cpu"),
+        (
+            x,
+            torch.ones(1, 3),
+            ValueError,
+            r"descale has shape \(1, 3\); expected \(1,\), .* of 4\)",
+        ),
+        (x, torch.ones(1, 4, 3), ValueError, r"descale has shape .* with 2 or 1 blocks"),
+    ):
+        with pytest.raises(error, match=message):
+            narrowed(bad, descale)
 
 
 def test_columns_have_keys_interleaved():
