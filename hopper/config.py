@@ -322,8 +322,8 @@ class QuantizeConfig:
 
     dtype: str
     columns: int
-    transposed: bool
-    """Successive rows next to each other."""
+    arranged: bool
+    """As the columns of V that the FP8 forward kernel reads, else as the rows lie."""
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
@@ -335,7 +335,27 @@ class QuantizeConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        return 32 + (128 * self.columns if self.transposed else 0)
+        return 32 + (128 * self.columns if self.arranged else 0)
+
+
+@dataclass(frozen=True)
+class NarrowConfig:
+    """e4m3 from e5m2, of heads of at most `columns` columns."""
+
+    columns: int
+    arranged: bool
+    """As `QuantizeConfig`'s."""
+
+    def __post_init__(self) -> None:
+        assert self.columns in QUANTIZE_COLUMNS, self.columns
+
+    @property
+    def threads(self) -> int:
+        return 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return 32 + (128 * self.columns if self.arranged else 0)
 
 
 @dataclass(frozen=True)
@@ -349,3 +369,25 @@ class ColumnSumsConfig:
 
     threads: int = 256
     shared_memory_bytes: int = 8192
+
+
+@dataclass(frozen=True)
+class ColumnMeansConfig:
+    """Means from those sums."""
+
+    threads: int = 256
+    shared_memory_bytes: int = 8192
+
+
+@dataclass(frozen=True)
+class ArrangeConfig:
+    """V^T from V in e4m3, any head dim."""
+
+    by_columns: bool
+    """Whether V's columns lie together, else its rows."""
+
+    threads: int = 256
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return 0 if self.by_columns else 128 * 64

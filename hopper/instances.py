@@ -11,10 +11,13 @@ from hopper_attention.hopper.config import (
     FP8_TWO_LEVEL_TILES,
     QUANTIZE_COLUMNS,
     AbsMaxConfig,
+    ArrangeConfig,
     BackwardConfig,
+    ColumnMeansConfig,
     ColumnSumsConfig,
     ForwardConfig,
     ForwardFp8Config,
+    NarrowConfig,
     PostprocessConfig,
     PreprocessConfig,
     QuantizeConfig,
@@ -109,12 +112,12 @@ def _forward_fp8(dims: tuple[int, int], mask: str, softcap: bool, two_level: boo
     )
 
 
-def _quantize(dtype: str, columns: int, transposed: bool) -> Instance:
+def _quantize(dtype: str, columns: int, arranged: bool) -> Instance:
     return Instance(
-        name=f"quantize_{dtype}_d{columns}" + ("_transposed" if transposed else ""),
+        name=f"quantize_{dtype}_d{columns}" + ("_arranged" if arranged else ""),
         family="quantize",
         kernel="hopper_attention.cute_kernels.quantize:Quantize",
-        config=QuantizeConfig(dtype, columns, transposed),
+        config=QuantizeConfig(dtype, columns, arranged),
         claims=("LDG", "F2FP", "REDUX"),
         group="fp8",
     )
@@ -135,9 +138,43 @@ def _column_sums(dtype: str) -> Instance:
     return Instance(
         name=f"quantize_sums_{dtype}",
         family="quantize_sums",
-        kernel="hopper_attention.cute_kernels.quantize:ColumnSums",
+        kernel="hopper_attention.cute_kernels.column_means:ColumnSums",
         config=ColumnSumsConfig(dtype),
         claims=("LDG",),
+        group="fp8",
+    )
+
+
+def _column_means() -> Instance:
+    return Instance(
+        name="quantize_means",
+        family="quantize_means",
+        kernel="hopper_attention.cute_kernels.column_means:ColumnMeans",
+        config=ColumnMeansConfig(),
+        claims=("LDG",),
+        group="fp8",
+    )
+
+
+def _narrow(columns: int, arranged: bool) -> Instance:
+    return Instance(
+        name=f"narrow_d{columns}" + ("_arranged" if arranged else ""),
+        family="narrow",
+        kernel="hopper_attention.cute_kernels.narrow:Narrow",
+        config=NarrowConfig(columns, arranged),
+        claims=("LDG", "F2FP", "REDUX"),
+        group="fp8",
+    )
+
+
+def _arrange(by_columns: bool) -> Instance:
+    kind = "Columns" if by_columns else "Rows"
+    return Instance(
+        name=f"arrange_{kind.lower()}",
+        family="arrange",
+        kernel=f"hopper_attention.cute_kernels.arrange:Arrange{kind}",
+        config=ArrangeConfig(by_columns),
+        claims=("LDG", "PRMT", "STG"),
         group="fp8",
     )
 
@@ -172,11 +209,15 @@ FP8 = tuple(
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
-# Recipe, rotation and centring are arguments.
+# Recipe, rotation, centring and lengths are arguments.
 QUANTIZE = (
     *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
     *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
     *(_column_sums(dtype) for dtype in DTYPES),
+    _column_means(),
+    # Heads of 64 take the next tile, at about 0.6 of a copy's speed.
+    *(_narrow(*which) for which in product((128, 256), (False, True))),
+    *(_arrange(by_columns) for by_columns in (False, True)),
 )
 INSTANCES = (
     *FORWARD,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize import Quantized
+from hopper_attention.quantize_statement import Sequences
 
 HEAD_DIMS = (8, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -20,39 +22,78 @@ def some(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int 
     return (torch.randn(shape, generator=generator) * sizes + means).to(dtype)
 
 
-def check_layout(got: Quantized, expected: Quantized) -> None:
-    for ours, theirs in zip(got, expected):
-        assert (ours.dtype, ours.shape, ours.stride()) == (
-            theirs.dtype, theirs.shape, theirs.stride(),
-        )  # fmt: skip
-    assert not padding(got.values).any()
+def lengths_of(sizes: list[int] | None, used: list[int] | None) -> Lengths:
+    """Packed sequences of these sizes, of which so many rows are used."""
+    cu_seqlens = None if sizes is None else torch.tensor([0, *sizes]).cumsum(0).int()
+    return Lengths(cu_seqlens, None if used is None else torch.tensor(used, dtype=torch.int32))
 
 
-def padding(values: Tensor) -> Tensor:
-    """Bytes behind the last row of each column, where rows lie next to each other."""
-    batch, seqlen, heads, head_dim = values.shape
-    room = values.stride(3)
-    if room == 1:
-        return values.new_empty(0, dtype=torch.uint8)
-    shape = (batch, heads, head_dim, room)
-    strides = (heads * head_dim * room, head_dim * room, room, 1)
-    return values.view(torch.uint8).as_strided(shape, strides)[..., seqlen:]
+def exists(x: Tensor, lengths: Lengths) -> Tensor:
+    """Which rows are in a sequence, (batch, seqlen) or (total,)."""
+    sequences = Sequences.of(x, lengths)
+    found = torch.zeros(sequences.rows.shape[:2], dtype=torch.bool)
+    for entry, start, length in sequences.places:
+        found[entry, start : start + length] = True
+    return found.view(x.shape[:-2])
 
 
-def check_equal(got: Quantized, expected: Quantized) -> None:
+def poisoned(x: Tensor, lengths: Lengths) -> Tensor:
+    """NaN in all other rows."""
+    if x.dtype.itemsize == 1:
+        bits = x.view(torch.uint8).clone()
+        bits[~exists(x, lengths)] = 0x7F  # NaN of e4m3 and of e5m2
+        return bits.view(x.dtype)
+    return x.masked_fill(~exists(x, lengths)[..., None, None], torch.nan)
+
+
+def defined(values: Tensor, x: Tensor, lengths: Lengths = WHOLE) -> Tensor:
+    """The bytes that say something: those of rows that are in a sequence, or of their columns.
+
+    With the zeros that follow up to a multiple of 128 keys, if there is room.
+    """
+    bits, sequences = values.view(torch.uint8), Sequences.of(x, lengths)
+    if values.shape == x.shape:
+        return bits[exists(x, lengths)]
+    parts = []
+    for i, (entry, offset, length) in enumerate(sequences.places):
+        start = (offset // 128 + i - entry) * 128
+        parts.append(bits[entry, ..., start : start + -(-length // 128) * 128].flatten())
+    return torch.cat([bits.new_empty(0), *parts])
+
+
+def check_columns(got: Tensor, expected: Tensor, v: Tensor, lengths: Lengths) -> None:
+    """Bit for bit."""
+    check_layout(got, expected)
+    assert torch.equal(defined(got, v, lengths), defined(expected, v, lengths))
+
+
+def check_layout(ours: Tensor, theirs: Tensor) -> None:
+    assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+
+
+def check_equal(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = WHOLE) -> None:
     """Bit for bit, which tells 0 from -0; NaN is NaN."""
-    check_layout(got, expected)
+    check_layout(got.values, expected.values)
+    check_layout(got.descale, expected.descale)
     assert torch.equal(got.descale.nan_to_num(-1), expected.descale.nan_to_num(-1))
-    ours, theirs = (t.values.float() for t in (got, expected))
-    assert torch.equal(ours.nan_to_num(-1000), theirs.nan_to_num(-1000))
-    assert torch.equal(ours.signbit()[~ours.isnan()], theirs.signbit()[~theirs.isnan()])
+    ours, theirs = (number_bits(t, x, lengths) for t in (got, expected))
+    assert torch.equal(ours, theirs)
 
 
-def check_near(got: Quantized, expected: Quantized) -> None:
+def number_bits(quantized: Quantized, x: Tensor, lengths: Lengths) -> Tensor:
+    """`defined`, but that every NaN is alike."""
+    bits = defined(quantized.values, x, lengths)
+    return torch.where(bits.view(quantized.values.dtype).float().isnan(), 0x7F, bits)
+
+
+def check_near(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = WHOLE) -> None:
     """Sums in another order: descale by a few roundings, values by one step, and rarely."""
-    check_layout(got, expected)
+    check_layout(got.values, expected.values)
+    check_layout(got.descale, expected.descale)
     torch.testing.assert_close(got.descale, expected.descale, rtol=2e-6, atol=0)
-    ours, theirs = got.values.float(), expected.values.float()
+    ours, theirs = (
+        defined(t.values, x, lengths).view(t.values.dtype).float() for t in (got, expected)
+    )
     step = theirs.abs().clamp(min=2.0**-6).log2().floor().exp2() / 8
     assert ((ours - theirs).abs() <= step).all()
     assert (ours != theirs).float().mean() < 0.01

@@ -190,14 +190,16 @@ def made_addressable(name: str, tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def check_index(name: str, index: Tensor | None, size: int, q: Tensor) -> None:
-    """An int32 vector of known size beside q, or None."""
+def check_index(
+    name: str, index: Tensor | None, size: int, beside: Tensor, beside_name: str = "q"
+) -> None:
+    """An int32 vector of known size, where `beside` is, or None."""
     if index is None:
         return
     if not isinstance(index, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(index).__name__}")
-    if index.device != q.device:
-        raise ValueError(f"{name} is on {index.device}, q is on {q.device}")
+    if index.device != beside.device:
+        raise ValueError(f"{name} is on {index.device}, {beside_name} is on {beside.device}")
     if index.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {index.dtype}; expected torch.int32")
     if index.dim() != 1 or index.shape[0] != size:
@@ -207,7 +209,11 @@ def check_index(name: str, index: Tensor | None, size: int, q: Tensor) -> None:
 
 
 def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
-    """The values: ascending, inside the tensor.  On a GPU this waits for it: debugging only."""
+    """The values: ascending, inside the tensor.  On a GPU this waits for it: debugging only.
+
+    `side` is that of the arguments' names; "" if there is but one.
+    """
+    suffix = f"_{side}" if side else ""
     cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
     given = cu_seqlens if cu_seqlens is not None else seqused
     if given is None or (given.is_cuda and not os.environ.get("HOPPER_ATTENTION_DEBUG")):
@@ -217,12 +223,12 @@ def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
         offsets = cu_seqlens.tolist()
         allotted = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
         if offsets[0] != 0 or min(allotted, default=0) < 0 or offsets[-1] > rows:
-            raise ValueError(f"cu_seqlens_{side} must ascend from 0 to at most {rows} rows")
+            raise ValueError(f"cu_seqlens{suffix} must ascend from 0 to at most {rows} rows")
     if seqused is not None:
         used = seqused.tolist()
         limits = allotted if allotted is not None else [rows] * len(used)
         if any(not 0 <= n <= limit for n, limit in zip(used, limits, strict=True)):
-            raise ValueError(f"seqused_{side} must be between 0 and the sequences' lengths")
+            raise ValueError(f"seqused{suffix} must be between 0 and the sequences' lengths")
 
 
 class Options(NamedTuple):

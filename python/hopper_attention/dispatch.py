@@ -68,9 +68,15 @@ def backward_instances(
 
 
 @functools.cache
-def quantize_instance(dtype: str, head_dim: int, transposed: bool) -> str:
+def quantize_instance(dtype: str, head_dim: int, arranged: bool) -> str:
     """The quantisation kernel with the least tile that holds `head_dim` columns."""
-    return _column_instance("quantize", {"dtype": dtype, "transposed": transposed}, head_dim)
+    return _column_instance("quantize", {"dtype": dtype, "arranged": arranged}, head_dim)
+
+
+@functools.cache
+def narrow_instance(head_dim: int, arranged: bool) -> str:
+    """As `quantize_instance`: e4m3 from e5m2."""
+    return _column_instance("narrow", {"arranged": arranged}, head_dim)
 
 
 @functools.cache
@@ -82,6 +88,18 @@ def abs_max_instance(dtype: str, head_dim: int) -> str:
 @functools.cache
 def column_sums_instance(dtype: str) -> str:
     return _helper_instance("quantize_sums", {"dtype": dtype})
+
+
+@functools.cache
+def column_means_instance() -> str:
+    """From the sums of `column_sums_instance`."""
+    return _helper_instance("quantize_means", {})
+
+
+@functools.cache
+def arrange_instance(by_columns: bool) -> str:
+    """For V whose columns, else whose rows, lie together."""
+    return _helper_instance("arrange", {"by_columns": by_columns})
 
 
 def _column_instance(family: str, wanted: dict[str, str | bool], head_dim: int) -> str:

@@ -1,58 +1,62 @@
-"""Quantisation to FP8 for attention: scales by recipe, rotation, centring.
+"""Quantisation to FP8 for attention: scales by recipe, rotation, centring, V's layout.
 
 x is approximated by `values * descale`, where `descale` covers, by recipe:
 
-    per_tensor  (1,)                               everything
-    per_head    (batch, heads_kv)                  the rows that meet one key head
-    block64     (batch, heads, ceil(seqlen / 64))  64 successive rows of a head; 128 with block128
+    per_tensor  (1,)                                      everything
+    per_head    (sequences, heads_kv)                     the rows that meet one key head
+    block64     (sequences, heads, ceil(max_seqlen / 64)) 64 successive rows of a sequence and head;
+                                                          128 with block128
 
-On a GPU and in the simulator by the kernels of cute_kernels/quantize.py, but for `octaves`, else as
-`stated`.  Both agree bit for bit without rotation and centring, signs of NaN aside; with them up to
-the rounding of sums: a value may be one step of the format off.  NaN and infinity reach all that
-shares their scale: dequantised it is NaN.
+Sequences are batch entries, or what `lengths` says: packed, where x is (total, heads, head_dim), or
+the used rows of batch entries.  `max_seqlen` is an upper bound of their lengths; blocks behind a
+sequence's last have the scale of zeros.  On a GPU, values of rows that are in no sequence are not
+written; whatever lies there is not read either, be it NaN.
+
+On a GPU and in the simulator by the kernels of cute_kernels/quantize.py and arrange.py, else as
+quantize_statement.py says.  Both agree bit for bit without rotation and centring, signs of NaN
+aside; with them up to the rounding of sums: a value may be one step of the format off.  NaN and
+infinity reach all that shares their scale: dequantised it is NaN.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hopper_attention import arguments, dispatch, runtime
+from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.quantize_statement import (
+    LEAST,
+    Quantized,
+    Recipe,
+    arranged_columns,
+    arranged_shape,
+    batched,
+    block_rows,
+    narrowed_stated,
+    number_of_sequences,
+    rotated,
+    signs,
+    spread,
+    stated,
+)
 from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
-LEAST = 1e-12
-"""Of a descale: what is all zeros needs some."""
+__all__ = [
+    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "narrowed", "quantize", "rotated",
+    "signs", "spread", "stated",
+]  # fmt: skip
+
 SUM_ROWS = 256
 """Of one sum of the kernel."""
 BLOCK_ROWS = 128
 """Of a block of the kernels."""
 GRID = 65535
 """Most blocks along the second and third dimension of a grid."""
-
-
-class Recipe(str, enum.Enum):
-    PER_TENSOR = "per_tensor"
-    PER_HEAD = "per_head"
-    BLOCK64 = "block64"
-    BLOCK128 = "block128"
-
-    @property
-    def rows(self) -> int | None:
-        """Of a block."""
-        return {Recipe.BLOCK64: 64, Recipe.BLOCK128: 128}.get(self)
-
-
-class Quantized(NamedTuple):
-    values: Tensor
-    """(batch, seqlen, heads, head_dim), FP8."""
-    descale: Tensor
-    """float32."""
 
 
 def quantize(
@@ -63,277 +67,326 @@ def quantize(
     hadamard: bool = False,
     centered: bool = False,
     octaves: bool = False,
-    transposed: bool = False,
+    arranged: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
+    lengths: Lengths = WHOLE,
+    max_seqlen: int | None = None,
 ) -> Quantized:
     """FP8 values with the largest scales that do not saturate.
 
     Args:
-        x: (batch, seqlen, heads, head_dim), any float dtype; bfloat16 or float16, head_dim a
-            multiple of 8 up to 256, for the kernels.
+        x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) if `lengths` has
+            cu_seqlens; any float dtype; bfloat16 or float16, head_dim a multiple of 8 up to 256,
+            for the kernels.
         heads_kv: of keys, where x are queries: with per_head, the heads of a group share a scale.
         hadamard: x is rotated first (`rotated`); queries and keys must be both or neither.
-        centered: the mean over seqlen of each channel is taken off first.  Of keys: it adds the
-            same number to all scores of a query, which softmax does not see.
+        centered: the mean over its sequence of each channel is taken off first.  Of keys: it adds
+            the same number to all scores of a query, which softmax does not see.
         octaves: descales of blocks differ from the largest of their head by powers of two.  Of V:
             the kernel multiplies P by the ratio before it rounds it, and what was 1 remains exact.
-        transposed: values lie in memory with successive rows next to each other, each column
-            starting at a multiple of 16 bytes and filled up with zeros to the next, as the second
-            GEMM wants V.
+        arranged: values come as `columns_of` gives them, as the kernel wants V; head_dim then is a
+            multiple of 16.
         dtype: float8_e4m3fn; float8_e5m2 by the statement only.
+        lengths: packed or partly used sequences.
+        max_seqlen: an upper bound of their lengths; None: all rows.
 
     Raises TypeError, ValueError for arguments that make no sense, NotImplementedError for what has
     no kernel, before anything is launched.
     """
+    max_rows = _check_rows("x", x, lengths, max_seqlen)
     recipe = _check(x, recipe, heads_kv, dtype)
-    backend = runtime.backend_for(x, "x")
+    if arranged:
+        _check_arranged("x", x)
+    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
     if backend is not Backend.REFERENCE:
         _check_kernels(x, dtype)
-    # A block's scale by its head's largest would take the kernels a pass more.
-    if backend is Backend.REFERENCE or x.numel() == 0 or (octaves and recipe.rows):
-        return stated(x, recipe, heads_kv, hadamard, centered, octaves, transposed, dtype)
-    return _run_kernels(backend, x, recipe, heads_kv, hadamard, centered, transposed)
+    if backend is Backend.REFERENCE or problem.empty:
+        return stated(
+            x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows
+        )
+    return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
 
 
-def stated(
+def narrowed(
     x: Tensor,
-    recipe: Recipe,
-    heads_kv: int | None = None,
-    hadamard: bool = False,
-    centered: bool = False,
-    octaves: bool = False,
-    transposed: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    descale: Tensor,
+    *,
+    arranged: bool = False,
+    lengths: Lengths = WHOLE,
+    max_seqlen: int | None = None,
 ) -> Quantized:
-    """What `quantize` gives, in plain PyTorch."""
-    x = x.float()
-    if centered:
-        x = x - x.mean(dim=1, keepdim=True)
-    if hadamard:
-        x = rotated(x)
-    descale = descale_of(x, recipe, heads_kv, torch.finfo(dtype).max)
-    if octaves and descale.ndim == 3:
-        descale = in_octaves(descale)
-    values = (x / spread(descale, x)).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    return Quantized(_stored(values.to(dtype), transposed), descale)
+    """e5m2 as e4m3, by powers of two: exact, but for what is tiny beside its neighbours.
 
+    Of 64 rows whose greatest value is from 2^E to 2^(E + 1), what is at least 2^(E - 15) is
+    represented exactly, what is smaller to the nearest multiple of 2^(E - 17): the error is at most
+    2^(E - 18).  If E < 2, everything is exact.
 
-def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) -> Tensor:
-    """What maps the greatest magnitude that shares it to the format's greatest number."""
-    batch, seqlen, heads, _ = x.shape
-    if recipe is Recipe.PER_TENSOR:
-        top = x.abs().amax().reshape(1) if x.numel() else x.new_zeros(1)
-    elif recipe is Recipe.PER_HEAD:
-        tops = x.abs().amax(dim=(1, 3)) if seqlen else x.new_zeros(batch, heads)
-        top = tops.unflatten(1, (heads_kv or heads, -1)).amax(dim=2)
-    else:
-        rows = recipe.rows
-        assert rows is not None
-        padded = torch.nn.functional.pad(x.abs().amax(dim=3), (0, 0, 0, -seqlen % rows))
-        top = padded.unflatten(1, (-1, rows)).amax(dim=2).transpose(1, 2)
-    return (top / largest).clamp(min=LEAST).contiguous()
+    Args:
+        x: as for `quantize`, but float8_e5m2, head_dim a multiple of 16; what cannot be loaded 16
+            bytes at a time is copied first.
+        descale: of x, float32: (1,), (sequences, heads_kv), or of blocks of 64 or 128 rows.
+        arranged, lengths, max_seqlen: as for `quantize`.
 
-
-def in_octaves(descale: Tensor) -> Tensor:
-    """The least that are not smaller and powers of two below the largest of their head."""
-    if descale.numel() == 0:
-        return descale
-    largest = descale.amax(dim=2, keepdim=True)
-    _, exponent = torch.frexp(largest / descale)  # of a mantissa from 1/2: one more than log2's
-    return torch.ldexp(largest, 1 - exponent)
-
-
-def spread(descale: Tensor, x: Tensor) -> Tensor:
-    """The factor of every row of x, (batch, seqlen, heads, 1), or of everything."""
-    _, seqlen, heads, _ = x.shape
-    if descale.ndim < 2:
-        return descale.reshape(1, 1, 1, 1)
-    if descale.ndim == 2:
-        return descale.repeat_interleave(heads // descale.shape[1], dim=1)[:, None, :, None]
-    rows = block_rows(descale.shape[2], seqlen)
-    return descale.repeat_interleave(rows, dim=2)[:, :, :seqlen].transpose(1, 2)[..., None]
-
-
-def block_rows(blocks: int, seqlen: int) -> int:
-    """Rows of a block, by how many blocks there are.  Raises ValueError if neither 64 nor 128."""
-    for rows in (128, 64):
-        if blocks == -(-seqlen // rows):
-            return rows
-    raise ValueError(f"{blocks} blocks for {seqlen} rows; blocks have 64 or 128 rows")
-
-
-def rotated(x: Tensor) -> Tensor:
-    """x D H / sqrt(n): random signs D and Hadamard's matrix H of n, head_dim's greatest power of 2.
-
-    Of head dims that are no power of two, parts of n columns are rotated each by itself.  Scores of
-    rotated queries and keys are what they were, but outliers are spread over n columns (QuIP,
-    arXiv 2307.13304; FlashAttention-3, arXiv 2407.08608, section 3.3).
+    Returns:
+        values, and descales of blocks of 64 rows.  They are the given ones times powers of two: of
+        V, in octaves, if all rows of a head shared one.
     """
-    head_dim = x.shape[-1]
-    n = head_dim & -head_dim
-    parts = (x * signs(head_dim).to(x)).unflatten(-1, (-1, n))
-    return (parts @ hadamard_matrix(n).to(x)).flatten(-2)
-
-
-@functools.cache
-def hadamard_matrix(n: int) -> Tensor:
-    """Sylvester's, orthonormal; n a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < n:
-        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), matrix)
-    return matrix / n**0.5
-
-
-@functools.cache
-def signs(head_dim: int) -> Tensor:
-    """+-1 a column, always the same."""
-    generator = torch.Generator().manual_seed(0x4841)
-    return torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.float64) * 2 - 1
-
-
-def _stored(values: Tensor, transposed: bool) -> Tensor:
-    if not transposed:
-        return values.contiguous()
-    batch, seqlen, heads, head_dim = values.shape
-    room = values.new_zeros((batch, heads, head_dim, -(-seqlen // 16) * 16))
-    columns = _columns(room, seqlen)
-    columns.copy_(values)
-    return columns
-
-
-def _columns(room: Tensor, seqlen: int) -> Tensor:
-    """(batch, seqlen, heads, head_dim) of (batch, heads, head_dim, at least seqlen)."""
-    return room[..., :seqlen].permute(0, 3, 1, 2)
-
-
-def _check(x: Tensor, recipe: Recipe | str, heads_kv: int | None, dtype: torch.dtype) -> Recipe:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided or x.is_nested:
-        raise ValueError("x: expected a plain tensor, not a sparse or nested one")
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, seqlen, heads, head_dim)")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}; expected a float dtype")
-    if recipe not in list(Recipe):
-        names = ", ".join(r.value for r in Recipe)
-        raise ValueError(f"recipe {recipe!r} is none of {names}")
-    if heads_kv is not None and (heads_kv < 1 or x.shape[2] % heads_kv != 0):
-        raise ValueError(f"x has {x.shape[2]} heads, not a multiple of heads_kv = {heads_kv}")
-    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise NotImplementedError(
-            f"dtype {dtype}: supported: torch.float8_e4m3fn, torch.float8_e5m2"
-        )
-    return Recipe(recipe)
-
-
-def _check_kernels(x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype not in arguments.DTYPES:
-        raise NotImplementedError(
-            f"x has dtype {x.dtype}; the kernels take torch.bfloat16 and torch.float16 "
-            "(nearest: x.bfloat16())"
-        )
-    if dtype is not torch.float8_e4m3fn:
-        raise NotImplementedError(
-            f"dtype {dtype} has no kernel; use torch.float8_e4m3fn, or quantize.stated"
-        )
-    head_dim = x.shape[-1]
-    if head_dim % 8 != 0 or not 0 < head_dim <= arguments.MAX_HEAD_DIM:
-        nearest = min(arguments.MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
-        raise NotImplementedError(
-            f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
-            f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
-        )
-    for axis, what, most in ((0, "batch", GRID), (1, "seqlen", GRID * BLOCK_ROWS)):
-        if x.shape[axis] > most:
+    max_rows = _check_rows("x", x, lengths, max_seqlen)
+    if x.dtype != torch.float8_e5m2:
+        raise NotImplementedError(f"x has dtype {x.dtype}; supported: torch.float8_e5m2")
+    _check_arranged("x", x)
+    problem = _Problem(x, lengths, max_rows)
+    given = _in_blocks(descale, problem)
+    backend = runtime.backend_for(x, "x")
+    if backend is Backend.REFERENCE or problem.empty:
+        values, factor = narrowed_stated(x, arranged, lengths, max_rows)
+    else:
+        if x.shape[-1] > arguments.MAX_HEAD_DIM:
             raise NotImplementedError(
-                f"x has {what} {x.shape[axis]}; supported: up to {most} (split it)"
+                f"head_dim {x.shape[-1]} of x is not supported; supported: multiples of 16 up to "
+                f"{arguments.MAX_HEAD_DIM}"
             )
-    arguments.addressable("x", x)
+        values, factor = _narrow(backend, problem, arranged)
+    return Quantized(values, factor * given)
+
+
+def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
+    """V^T as the FP8 forward kernel reads it: a column's keys together, interleaved in every 16.
+
+    Args:
+        v: (batch, seqlen, heads_kv, head_dim_v), float8_e4m3fn, head_dim_v a multiple of 16; or
+            (total, heads_kv, head_dim_v), where `lengths` has cu_seqlens.  Rows or columns may lie
+            together; what cannot be loaded 16 bytes at a time is copied first.
+        lengths: packed or partly used sequences.
+        max_seqlen: an upper bound of their lengths; None: all rows.
+
+    Returns:
+        (batch, heads_kv, head_dim_v, seqlen rounded up to 16); of packed sequences (1, heads_kv,
+        head_dim_v, (total // 128 + sequences) * 128), where sequence i starts at column
+        (cu_seqlens[i] // 128 + i) * 128.  From a sequence's length up to the next multiple of 128
+        there are zeros, so far as there is room; what is behind that may be anything.
+
+    Raises TypeError, ValueError, NotImplementedError before anything is launched.
+    """
+    max_seqlen = _check_rows("v", v, lengths, max_seqlen)
+    if v.dtype != torch.float8_e4m3fn:
+        raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
+    _check_arranged("v", v)
+    backend = runtime.backend_for(v, "v")
+    if backend is Backend.REFERENCE:
+        return arranged_columns(v, lengths)
+    return _arrange(backend, _Problem(v, lengths, max_seqlen))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Rows and where their sequences lie, as the kernels take them."""
+
+    x: Tensor
+    lengths: Lengths
+    max_seqlen: int
+
+    @property
+    def sequences(self) -> int:
+        return number_of_sequences(self.x, self.lengths)
+
+    @property
+    def empty(self) -> bool:
+        return self.x.numel() == 0 or self.sequences == 0 or self.max_seqlen == 0
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(batch or 1, seqlen or total, heads, head_dim)"""
+        return arguments.addressable("x", batched(self.x, self.lengths))
+
+    def launch(
+        self,
+        backend: Backend,
+        instance: str,
+        tensors: tuple[Tensor, ...],
+        scalars: dict[str, int],
+        addressed: dict[str, Tensor | None],
+    ) -> None:
+        """`addressed`: what is passed by its address, or 0; scalars and these go by name."""
+        addressed = {
+            "cu_seqlens": self.lengths.cu_seqlens,
+            "seqused": self.lengths.seqused,
+            **addressed,
+        }
+        present = {name: tensor for name, tensor in addressed.items() if tensor is not None}
+        values = {
+            **dict.fromkeys(addressed, 0),
+            **{name: tensor.data_ptr() for name, tensor in present.items()},
+            "sequences": self.sequences,
+            "max_seqlen": self.max_seqlen,
+            **scalars,
+        }
+        names = runtime.scalar_names(instance)
+        pointees = [present[name] for name in names if name in present]
+        runtime.launch(backend, instance, tensors, [values[name] for name in names], pointees)
 
 
 @annotated("quantize")
 def _run_kernels(
     backend: Backend,
-    x: Tensor,
+    problem: _Problem,
     recipe: Recipe,
     heads_kv: int | None,
     hadamard: bool,
     centered: bool,
-    transposed: bool,
+    octaves: bool,
+    arranged: bool,
 ) -> Quantized:
-    x = arguments.addressable("x", x)
-    batch, seqlen, heads, head_dim = x.shape
+    x = problem.rows
+    heads, head_dim = x.shape[2:]
     element = arguments.DTYPES[x.dtype]
-    table = _Table.of(x, recipe, heads_kv)
-    pointers = {
-        "mean": _means(backend, x) if centered else None,
+    table = _Table.of(problem, recipe, heads_kv)
+    descale = x.new_empty(table.shape, dtype=torch.float32)
+    tops = None
+    if recipe.rows is None or octaves:
+        tops = x.new_zeros(table.tops_shape, dtype=torch.float32)
+    addressed = {
+        "mean": _means(backend, problem) if centered else None,
         "signs": _scaled_signs(x.device, head_dim) if hadamard else None,
-        "tops": torch.zeros_like(table.descale) if recipe.rows is None else None,
+        "tops": tops,
     }
-    present = {name: tensor for name, tensor in pointers.items() if tensor is not None}
-    values = {
-        **dict.fromkeys(pointers, 0),
-        **{name: tensor.data_ptr() for name, tensor in present.items()},
+    scalars = {
+        "tops_stride": table.tops_stride,
         "block_rows": recipe.rows or 0,
         "group": table.group,
         "rotation_size": head_dim & -head_dim if hadamard else 1,
     }
-
-    def launch(instance: str, tensors: tuple[Tensor, ...], *addressed: str) -> None:
-        scalars = [values[name] for name in runtime.scalar_names(instance)]
-        pointees = [present[name] for name in addressed if name in present]
-        runtime.launch(backend, instance, tensors, scalars, pointees)
-
-    tops = pointers["tops"]
     if tops is not None:
         instance = dispatch.abs_max_instance(element, head_dim)
-        launch(instance, (x, table.of_heads(tops)[..., 0]), "mean", "signs")
-    shape = (batch, heads, head_dim, -(-seqlen // 16) * 16) if transposed else x.shape
+        of_heads = tops.view(-1, heads // table.group).expand(problem.sequences, -1)
+        problem.launch(backend, instance, (x, of_heads), scalars, addressed)
+    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
     out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
-    instance = dispatch.quantize_instance(element, head_dim, transposed)
-    launch(instance, (x, out, table.of_heads(table.descale)), "mean", "signs", "tops")
-    return Quantized(_columns(out, seqlen) if transposed else out, table.descale)
+    instance = dispatch.quantize_instance(element, head_dim, arranged)
+    tensors = (x, out, table.of_heads(descale))
+    problem.launch(backend, instance, tensors, scalars, addressed)
+    return Quantized(out if arranged else out.view(problem.x.shape), descale)
+
+
+@annotated("narrow")
+def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
+    x = arguments.made_addressable("x", batched(problem.x, problem.lengths))
+    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
+    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    blocks = (problem.sequences, x.shape[2], -(-problem.max_seqlen // 64))
+    factor = x.new_empty(blocks, dtype=torch.float32)
+    instance = dispatch.narrow_instance(x.shape[3], arranged)
+    problem.launch(backend, instance, (x, out, factor), {}, {})
+    return Quantized(out if arranged else out.view(problem.x.shape), factor)
+
+
+def _in_blocks(descale: Tensor, problem: _Problem) -> Tensor:
+    """(sequences or 1, heads or 1, blocks of 64 rows or 1).  Raises what `narrowed` raises."""
+    x, sequences, heads = problem.x, problem.sequences, problem.x.shape[-2]
+    if not isinstance(descale, Tensor):
+        raise TypeError(f"descale: expected a torch.Tensor, got {type(descale).__name__}")
+    if descale.device != x.device:
+        raise ValueError(f"descale is on {descale.device}, x is on {x.device}")
+    if descale.dtype != torch.float32:
+        raise ValueError(f"descale has dtype {descale.dtype}; expected torch.float32")
+    shape = tuple(descale.shape)
+    if shape in ((), (1,)):
+        return descale.reshape(1, 1, 1)
+    if descale.ndim == 2 and shape[0] == sequences and shape[1] > 0 and heads % shape[1] == 0:
+        return descale.repeat_interleave(heads // shape[1], dim=1).unsqueeze(2)
+    blocks = {rows: -(-problem.max_seqlen // rows) for rows in (64, 128)}
+    if shape == (sequences, heads, blocks[64]):
+        return descale
+    if shape == (sequences, heads, blocks[128]):
+        return descale.repeat_interleave(2, dim=2)[:, :, : blocks[64]]
+    raise ValueError(
+        f"descale has shape {shape}; expected (1,), (sequences, heads_kv) = ({sequences}, a "
+        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or {blocks[128]} blocks"
+    )
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the kernels find the scale of a head."""
+    """Where the kernels find and put the scale of a head."""
 
-    descale: Tensor
-    batch: int
+    shape: tuple[int, ...]
+    sequences: int
     group: int
     """Successive heads with one scale."""
+    tops_shape: tuple[int, int]
+    """Of the greatest magnitudes that AbsMax finds."""
 
     @staticmethod
-    def of(x: Tensor, recipe: Recipe, heads_kv: int | None) -> _Table:
-        batch, seqlen, heads, _ = x.shape
+    def of(problem: _Problem, recipe: Recipe, heads_kv: int | None) -> _Table:
+        sequences, heads = problem.sequences, problem.x.shape[-2]
         if recipe is Recipe.PER_TENSOR:
-            shape: tuple[int, ...] = (1,)
-            group = heads
-        elif recipe.rows is None:
-            shape = (batch, heads_kv or heads)
-            group = heads // shape[1]
-        else:
-            shape = (batch, heads, -(-seqlen // recipe.rows))
-            group = 1
-        return _Table(x.new_empty(shape, dtype=torch.float32), batch, group)
+            return _Table((1,), sequences, heads, (1, 1))
+        if recipe.rows is None:
+            shape = (sequences, heads_kv or heads)
+            return _Table(shape, sequences, heads // shape[1], shape)
+        blocks = -(-problem.max_seqlen // recipe.rows)
+        return _Table((sequences, heads, blocks), sequences, 1, (sequences, heads))
 
-    def of_heads(self, table: Tensor) -> Tensor:
-        """(batch, heads / group, blocks or 1), of one that lies as `descale` does."""
-        if table.ndim == 1:
-            return table.view(1, 1, 1).expand(self.batch, 1, 1)
-        return table if table.ndim == 3 else table.unsqueeze(2)
+    @property
+    def tops_stride(self) -> int:
+        """From sequence to sequence."""
+        rows, columns = self.tops_shape
+        return columns if rows == self.sequences else 0
+
+    def of_heads(self, descale: Tensor) -> Tensor:
+        """(sequences, heads / group, blocks or 1)"""
+        if descale.ndim == 1:
+            return descale.view(1, 1, 1).expand(self.sequences, 1, 1)
+        return descale if descale.ndim == 3 else descale.unsqueeze(2)
 
 
-def _means(backend: Backend, x: Tensor) -> Tensor:
-    """(batch, heads, head_dim) float32, over seqlen; always in the same order."""
+def _means(backend: Backend, problem: _Problem) -> Tensor:
+    """(sequences, heads, head_dim) float32, always added in the same order."""
+    x = problem.rows
     batch, seqlen, heads, head_dim = x.shape
-    shape = (-(-seqlen // SUM_ROWS), batch, heads, head_dim)
-    sums = x.new_empty(shape, dtype=torch.float32)
+    chunks = -(-seqlen // SUM_ROWS)
+    if problem.lengths.cu_seqlens is not None:  # as arranged columns
+        chunks = seqlen // SUM_ROWS + problem.sequences
+    sums = x.new_empty((batch, chunks, heads, head_dim), dtype=torch.float32)
     instance = dispatch.column_sums_instance(arguments.DTYPES[x.dtype])
-    runtime.launch(backend, instance, (x, sums), [])
-    return sums.sum(dim=0).div_(seqlen)
+    problem.launch(backend, instance, (x, sums), {}, {})
+    means = x.new_empty((problem.sequences, heads, head_dim), dtype=torch.float32)
+    instance = dispatch.column_means_instance()
+    problem.launch(backend, instance, (sums, means), {"padded": seqlen}, {})
+    return means
+
+
+@annotated("arrange")
+def _arrange(backend: Backend, problem: _Problem) -> Tensor:
+    v, lengths = problem.x, problem.lengths
+    out = v.new_empty(arranged_shape(v, lengths))
+    if problem.empty:
+        return out
+    rows = batched(v, lengths)
+    source = _loadable_columns(rows)
+    instance = dispatch.arrange_instance(source is not None)
+    if source is None:
+        source = arguments.made_addressable("v", rows)
+    problem.launch(backend, instance, (source, out), {}, {})
+    return out
+
+
+def _loadable_columns(v: Tensor) -> Tensor | None:
+    """(batch, heads, columns, seqlen rounded up to 16), if keys lie together and 16 can be loaded.
+
+    What is behind the last key of the last column must be memory of the tensor's.
+    """
+    if v.stride(3) == 1 or v.stride(1) != 1:
+        return None
+    columns = v.permute(0, 2, 3, 1)
+    shape = (*columns.shape[:3], -(-v.shape[1] // 16) * 16)
+    end = v.storage_offset() + sum((n - 1) * s for n, s in zip(shape, columns.stride())) + 1
+    if end > v.untyped_storage().nbytes():  # of bytes
+        return None
+    try:
+        return arguments.addressable("v", columns.as_strided(shape, columns.stride()))
+    except ValueError:
+        return None
 
 
 _scaled: dict[tuple[torch.device, int, int], Tensor] = {}
@@ -364,3 +417,98 @@ def _sign_words(head_dim: int) -> list[int]:
     negative = [int(sign < 0) for sign in signs(head_dim).tolist()]
     parts = [negative[i : i + WORD] for i in range(0, head_dim, WORD)]
     return [sum(bit << i for i, bit in enumerate(part)) for part in parts]
+
+
+def _check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> int:
+    """The upper bound of the sequences' lengths."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
+    if not isinstance(lengths, Lengths):
+        raise TypeError(f"lengths: expected arguments.Lengths, got {type(lengths).__name__}")
+    packed = lengths.cu_seqlens is not None
+    form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    if x.ndim != (3 if packed else 4):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
+    rows = x.shape[-3]
+    if max_seqlen is not None:
+        max_seqlen = arguments.integer("max_seqlen", max_seqlen, 0)
+    if not lengths.given:
+        if max_seqlen not in (None, rows):
+            raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
+    else:
+        _check_lengths(name, x, lengths, max_seqlen)
+    bound = rows if max_seqlen is None else max_seqlen
+    for what, given, most in (
+        ("sequences", number_of_sequences(x, lengths), GRID),
+        ("max_seqlen", bound, GRID * BLOCK_ROWS),
+    ):
+        if given > most:
+            raise NotImplementedError(f"{what} {given} of {name}; supported: up to {most}")
+    return bound
+
+
+def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> None:
+    cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)"
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    arguments.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
+    arguments.check_index("seqused", seqused, sequences, x, name)
+    arguments.check_lengths("", lengths, x.shape[-3])
+    if x.is_cpu and max_seqlen is not None:
+        used = seqused if seqused is not None else cu_seqlens.diff()  # type: ignore[union-attr]
+        if used.numel() and int(used.max()) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen {max_seqlen} is less than a sequence of {used.max()} rows"
+            )
+
+
+def _check(x: Tensor, recipe: Recipe | str, heads_kv: int | None, dtype: torch.dtype) -> Recipe:
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; expected a float dtype")
+    if recipe not in list(Recipe):
+        names = ", ".join(r.value for r in Recipe)
+        raise ValueError(f"recipe {recipe!r} is none of {names}")
+    if heads_kv is not None and (heads_kv < 1 or x.shape[-2] % heads_kv != 0):
+        raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise NotImplementedError(
+            f"dtype {dtype}: supported: torch.float8_e4m3fn, torch.float8_e5m2"
+        )
+    return Recipe(recipe)
+
+
+def _check_arranged(name: str, x: Tensor) -> None:
+    if x.shape[-1] % 16:
+        raise NotImplementedError(
+            f"head_dim {x.shape[-1]} of {name} is not supported; supported: multiples of 16 "
+            f"(nearest: {-(-x.shape[-1] // 16) * 16})"
+        )
+
+
+def _check_kernels(x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype not in arguments.DTYPES:
+        raise NotImplementedError(
+            f"x has dtype {x.dtype}; the kernels take torch.bfloat16 and torch.float16 "
+            "(nearest: x.bfloat16())"
+        )
+    if dtype is not torch.float8_e4m3fn:
+        raise NotImplementedError(
+            f"dtype {dtype} has no kernel; use torch.float8_e4m3fn, or quantize.stated"
+        )
+    head_dim = x.shape[-1]
+    if head_dim % 8 != 0 or not 0 < head_dim <= arguments.MAX_HEAD_DIM:
+        nearest = min(arguments.MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
+        raise NotImplementedError(
+            f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
+            f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
+        )
+    arguments.addressable("x", x)

@@ -6,28 +6,45 @@ from itertools import product
 
 import pytest
 import torch
-from quantize_cases import DTYPES, HEAD_DIMS, check_equal, check_near, some
+from quantize_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    check_columns,
+    check_equal,
+    check_near,
+    lengths_of,
+    poisoned,
+    some,
+)
 
-from hopper_attention.quantize import Quantized, Recipe, quantize, stated
+from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.quantize import Quantized, Recipe, columns_of, quantize, stated
 
 pytestmark = pytest.mark.gpu
 
+PACKED = lengths_of([300, 0, 1, 650], [300, 0, 1, 500])
+
 
 def on_gpu(x: torch.Tensor, recipe: Recipe, **arguments) -> Quantized:
-    """The results as they lie on the GPU, padding included."""
+    if "lengths" in arguments:
+        arguments["lengths"] = moved(arguments["lengths"])
     values, descale = quantize(x.cuda(), recipe, **arguments)
-    memory = values.untyped_storage().cpu()
-    copy = torch.empty(0, dtype=values.dtype).set_(memory, 0, values.shape, values.stride())
-    return Quantized(copy, descale.cpu())
+    return Quantized(values.cpu(), descale.cpu())
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+def moved(lengths: Lengths) -> Lengths:
+    tensors = (lengths.cu_seqlens, lengths.seqused)
+    return Lengths(*(None if t is None else t.cuda() for t in tensors))
+
+
+@pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(("head_dim", "dtype"), list(product(HEAD_DIMS, DTYPES)))
-def test_is_what_is_stated(head_dim, dtype, transposed):
+def test_is_what_is_stated(head_dim, dtype, arranged):
     x = some((2, 1000, 4, head_dim), dtype)
     for recipe in Recipe:
-        got = on_gpu(x, recipe, heads_kv=2, transposed=transposed)
-        check_equal(got, stated(x, recipe, 2, transposed=transposed))
+        arguments = {"octaves": True, "arranged": arranged and head_dim % 16 == 0}
+        got = on_gpu(x, recipe, heads_kv=2, **arguments)
+        check_equal(got, stated(x, recipe, 2, **arguments), x)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -36,7 +53,29 @@ def test_rotated_and_centered(head_dim, centered):
     x = some((2, 1000, 4, head_dim))
     for recipe in Recipe:
         got = on_gpu(x, recipe, hadamard=True, centered=centered)
-        check_near(got, stated(x, recipe, hadamard=True, centered=centered))
+        check_near(got, stated(x, recipe, hadamard=True, centered=centered), x)
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_packed(recipe, arranged):
+    x = poisoned(some((1, 1000, 4, 128))[0], PACKED)
+    arguments = {"lengths": PACKED, "arranged": arranged, "max_seqlen": 700}
+    check_equal(on_gpu(x, recipe, **arguments), stated(x, recipe, **arguments), x, PACKED)
+    arguments |= {"hadamard": True, "centered": True}
+    check_near(on_gpu(x, recipe, **arguments), stated(x, recipe, **arguments), x, PACKED)
+
+
+@pytest.mark.parametrize("lengths", [WHOLE, PACKED])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_columns(lengths, head_dim):
+    """Rows together, then columns."""
+    x = some((1, 1008, 2, head_dim)).to(torch.float8_e4m3fn)
+    v = x if lengths is WHOLE else x[0]
+    together = v.cuda().transpose(-1, -3).contiguous().transpose(-1, -3)
+    for given in (v.cuda(), together):
+        got = columns_of(given, moved(lengths)).cpu()
+        check_columns(got, columns_of(v, lengths), v, lengths)
 
 
 def test_graph():
@@ -51,4 +90,4 @@ def test_graph():
         x.copy_(given)
         graph.replay()
         expected = stated(given, Recipe.PER_HEAD, **arguments)
-        check_near(Quantized(values.cpu(), descale.cpu()), expected)
+        check_near(Quantized(values.cpu(), descale.cpu()), expected, given)

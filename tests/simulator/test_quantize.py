@@ -6,11 +6,20 @@ from itertools import product
 
 import pytest
 import torch
-from quantize_cases import DTYPES, HEAD_DIMS, check_equal, check_near, some
+from quantize_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    check_equal,
+    check_near,
+    lengths_of,
+    poisoned,
+    some,
+)
 from torch import Tensor
 
 from hopper_attention import manifest, simulator
-from hopper_attention.quantize import LEAST, Quantized, Recipe, quantize, spread, stated
+from hopper_attention.arguments import WHOLE
+from hopper_attention.quantize import LEAST, Quantized, Recipe, narrowed, quantize, spread, stated
 
 pytestmark = [
     pytest.mark.simulator,
@@ -26,17 +35,60 @@ def simulate(x: Tensor, recipe: Recipe, seed: int = 1, **arguments) -> Quantized
         return quantize(x, recipe, **arguments)
 
 
-@pytest.mark.parametrize(("transposed", "seed"), [(False, 0), (True, 1)])
+# Octaves matter where scales of blocks do, and need what per_head needs besides.
+WAYS = [(recipe, False, arranged) for recipe in Recipe for arranged in (False, True)]
+WAYS += [(Recipe.BLOCK64, True, True), (Recipe.BLOCK128, True, False)]
+"""(recipe, octaves, arranged)"""
+LENGTHS = {
+    "used": lengths_of(None, [129, 0, 65]),
+    "packed": lengths_of([0, 130, 1, 200, 64], None),
+    "packed and used": lengths_of([130, 0, 200, 66], [128, 0, 65, 1]),
+}
+"""And rows behind the last sequence."""
+
+
+def some_of(kind: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """NaN everywhere behind the last row."""
+    batch, rows = (3, 150) if kind == "used" else (1, 400)
+    x = some((batch, rows, 2, head_dim), dtype)
+    return poisoned(x if kind == "used" else x[0], LENGTHS[kind])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [*product(HEAD_DIMS, [torch.bfloat16]), *product((64, 128, 256), [torch.float16])],
 )
-def test_is_what_is_stated(head_dim, dtype, transposed, seed):
+def test_is_what_is_stated(head_dim, dtype, seed):
     """Two blocks of rows, the last with one row of its second half."""
     x = some((1, 193, 2, head_dim), dtype, seed)
-    for recipe in Recipe:
-        got = simulate(x, recipe, seed, heads_kv=1, transposed=transposed)
-        check_equal(got, stated(x, recipe, 1, transposed=transposed))
+    for recipe, octaves, arranged in WAYS[seed::2]:
+        arguments = {"heads_kv": 1, "octaves": octaves, "arranged": arranged and head_dim % 16 == 0}
+        check_equal(simulate(x, recipe, seed, **arguments), stated(x, recipe, **arguments), x)
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize(
+    ("head_dim", "way"), [*product([80], WAYS), (256, WAYS[-2]), (64, WAYS[2])]
+)
+def test_lengths(kind, head_dim, way):
+    recipe, octaves, arranged = way
+    x, lengths = some_of(kind, head_dim), LENGTHS[kind]
+    arguments = {"octaves": octaves, "arranged": arranged, "lengths": lengths}
+    got, expected = simulate(x, recipe, **arguments), stated(x, recipe, **arguments)
+    check_equal(got, expected, x, lengths)
+    assert got.descale.isfinite().all()
+    shorter = {**arguments, "max_seqlen": 200}
+    check_equal(simulate(x, recipe, 2, **shorter), stated(x, recipe, **shorter), x, lengths)
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("centered", [False, True])
+def test_lengths_rotated_and_centered(kind, centered):
+    x, lengths = some_of(kind, 64), LENGTHS[kind]
+    for recipe in (Recipe.PER_HEAD, Recipe.BLOCK64):
+        arguments = {"hadamard": True, "centered": centered, "lengths": lengths}
+        check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x, lengths)
 
 
 @pytest.mark.parametrize("heads_kv", [None, 1, 2, 4])
@@ -45,7 +97,7 @@ def test_groups_of_heads(heads_kv):
     for hadamard in (False, True):
         got = simulate(x, Recipe.PER_HEAD, heads_kv=heads_kv, hadamard=hadamard)
         assert got.descale.shape == (2, heads_kv or 4)
-        check_near(got, stated(x, Recipe.PER_HEAD, heads_kv, hadamard))
+        check_near(got, stated(x, Recipe.PER_HEAD, heads_kv, hadamard), x)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -53,26 +105,47 @@ def test_groups_of_heads(heads_kv):
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_rotated_and_centered(head_dim, centered, hadamard):
     x = some((2, 70, 2, head_dim))
-    for recipe, transposed in zip(Recipe, (False, True, True, False)):
-        arguments = {"hadamard": hadamard, "centered": centered, "transposed": transposed}
-        check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments))
+    for recipe, arranged in zip(Recipe, (False, True, True, False)):
+        arguments = {
+            "hadamard": hadamard, "centered": centered, "arranged": arranged and head_dim % 16 == 0,
+        }  # fmt: skip
+        check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x)
 
 
 def test_means_of_many_rows():
-    """More than one sum of 256 rows, the last of one; a sum's rows not a multiple of a pass's."""
+    """More than one sum of 256 rows, the last of one; a sum's rows not a multiple of a pass's.
+
+    Packed, sums of a sequence follow those of another.
+    """
     x = some((1, 513, 1, 80))
-    check_near(
-        simulate(x, Recipe.BLOCK128, centered=True), stated(x, Recipe.BLOCK128, centered=True)
-    )
+    expected = stated(x, Recipe.BLOCK128, centered=True)
+    check_near(simulate(x, Recipe.BLOCK128, centered=True), expected, x)
+    arguments = {"centered": True, "lengths": lengths_of([3, 260, 0, 250], None)}
+    got = simulate(x[0], Recipe.BLOCK128, **arguments)
+    check_near(got, stated(x[0], Recipe.BLOCK128, **arguments), x[0], arguments["lengths"])
 
 
 @pytest.mark.parametrize("seqlen", [1, 2, 15, 16, 17, 64, 65, 128, 129])
 @pytest.mark.parametrize("recipe", [Recipe.BLOCK64, Recipe.BLOCK128])
 def test_row_counts(seqlen, recipe):
     x = some((2, seqlen, 1, 64), seed=seqlen)
-    for transposed in (False, True):
-        got = simulate(x, recipe, transposed=transposed)
-        check_equal(got, stated(x, recipe, transposed=transposed))
+    for arranged in (False, True):
+        got = simulate(x, recipe, arranged=arranged)
+        check_equal(got, stated(x, recipe, arranged=arranged), x)
+
+
+def test_octaves_of_very_different_blocks():
+    """Up to 100 octaves apart; 60 are told apart.  Of one head there is nothing at all."""
+    x = some((1, 640, 3, 64))
+    sizes = torch.tensor([0, -1, -3.5, -20, -40, -59, -60, -61, -80, -100]).add(70).exp2()
+    x = (x * sizes.repeat_interleave(64).view(1, -1, 1, 1)).bfloat16()
+    x[:, :, 1] = 0
+    x[:, 64:128, 2] = torch.inf
+    got = simulate(x, Recipe.BLOCK64, octaves=True)
+    check_equal(got, stated(x, Recipe.BLOCK64, octaves=True), x)
+    steps = (got.descale[0, 0, 0] / got.descale[0, 0]).log2()
+    assert torch.equal(steps, steps.round())
+    assert steps.max() == 60
 
 
 @pytest.mark.parametrize("recipe", Recipe)
@@ -81,11 +154,9 @@ def test_strides(recipe):
     room = torch.full((2, 3, 150, 3 * 64), torch.nan, dtype=torch.bfloat16)
     x = room[:, :, 10:140:2, 64:128].transpose(1, 2)
     x.copy_(some((2, 65, 3, 64)))
-    check_equal(simulate(x, recipe), stated(x, recipe))
-    check_near(
-        simulate(x, recipe, hadamard=True, centered=True),
-        stated(x, recipe, hadamard=True, centered=True),
-    )
+    check_equal(simulate(x, recipe), stated(x, recipe), x)
+    arguments = {"hadamard": True, "centered": True}
+    check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x)
 
 
 @pytest.mark.parametrize("recipe", Recipe)
@@ -94,7 +165,7 @@ def test_zeros(recipe):
     x = torch.zeros(1, 130, 2, 64, dtype=torch.bfloat16)
     x[:, ::3] = -0.0
     got = simulate(x, recipe)
-    check_equal(got, stated(x, recipe))
+    check_equal(got, stated(x, recipe), x)
     assert (got.descale == torch.tensor(LEAST)).all()
     assert torch.equal(got.values.float().signbit(), x.signbit())
 
@@ -105,7 +176,7 @@ def test_what_is_not_finite_reaches_all_that_shares_its_scale(recipe, value):
     x = some((2, 130, 2, 64))
     x[0, 65, 1, 7] = value
     got = simulate(x, recipe)
-    check_equal(got, stated(x, recipe))
+    check_equal(got, stated(x, recipe), x)
     lost = (got.values.float() * spread(got.descale, x)).isnan()
     shares = torch.zeros_like(lost)
     rows = slice(64, 128) if recipe is Recipe.BLOCK64 else slice(0, 128)
@@ -120,16 +191,16 @@ def test_every_number_of_the_input(dtype):
     numbers = numbers[numbers.isfinite()]
     numbers = numbers[numbers.float().abs().argsort()][: numbers.numel() // 256 * 256]
     x = numbers.view(1, -1, 1, 256)
-    check_equal(simulate(x, Recipe.BLOCK64), stated(x, Recipe.BLOCK64))
+    check_equal(simulate(x, Recipe.BLOCK64), stated(x, Recipe.BLOCK64), x)
     ordinary = x.clamp(-3, 3)
-    check_equal(simulate(ordinary, Recipe.BLOCK128), stated(ordinary, Recipe.BLOCK128))
+    check_equal(simulate(ordinary, Recipe.BLOCK128), stated(ordinary, Recipe.BLOCK128), x)
 
 
 def test_same_bits_every_time():
     x = some((1, 300, 2, 128))
     runs = [simulate(x, Recipe.PER_HEAD, s, centered=True, hadamard=True) for s in (0, 1, 2)]
     for run in runs[1:]:
-        check_equal(run, runs[0])
+        check_equal(run, runs[0], x)
 
 
 def test_refusals():
@@ -153,4 +224,46 @@ def test_nothing_to_do():
     for shape in ((1, 0, 2, 64), (0, 8, 2, 64)):
         x = torch.empty(shape, dtype=torch.bfloat16)
         for recipe in Recipe:
-            check_equal(simulate(x, recipe), stated(x, recipe))
+            check_equal(simulate(x, recipe), stated(x, recipe), x)
+    x = some((1, 8, 2, 64))[0]
+    for lengths, longest in ((lengths_of([], None), None), (lengths_of([4, 4], [0, 0]), 0)):
+        for recipe, arranged in product(Recipe, (False, True)):
+            arguments = {"lengths": lengths, "max_seqlen": longest, "arranged": arranged}
+            check_equal(
+                simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x, lengths
+            )
+
+
+@pytest.mark.parametrize("kind", [None, *LENGTHS])
+@pytest.mark.parametrize(("head_dim", "arranged"), [(64, True), (128, False), (256, True), (80, 0)])
+def test_narrowed(kind, head_dim, arranged):
+    """All numbers of e5m2 are met, blocks of greatest numbers from its least to its greatest."""
+    lengths = LENGTHS[kind] if kind else WHOLE
+    x = some((1, 400, 2, head_dim)) if kind is None else some_of(kind, head_dim)
+    sizes = torch.linspace(-22, 15, x.shape[-3] // 25).exp2().repeat_interleave(25)
+    x = poisoned((x.nan_to_num(0) * sizes.view(-1, 1, 1)).to(torch.float8_e5m2), lengths)
+    given = torch.tensor([0.37])
+    arguments = {"arranged": bool(arranged), "lengths": lengths}
+    with simulator.enabled(seed=head_dim, hazards="raise"):
+        got = narrowed(x, given, **arguments)
+    check_equal(got, narrowed(x, given, **arguments), x, lengths)
+
+
+def test_narrowed_what_is_not_finite():
+    x = some((1, 200, 2, 16)).to(torch.float8_e5m2)
+    x[0, 3, 0, 5], x[0, 64, 1, 5] = torch.inf, torch.nan
+    with simulator.enabled(seed=1, hazards="raise"):
+        got = narrowed(x, torch.ones(1))
+    check_equal(got, narrowed(x, torch.ones(1)), x)
+    lost = (got.values.float() * spread(got.descale, x)).isnan()
+    assert lost[0, :64, 0].all() and lost[0, 64:128, 1].all() and lost.sum() == 2 * 64 * 16
+
+
+def test_narrowed_other_strides():
+    """Columns together, and rows that cannot be loaded: copied."""
+    x = some((2, 40, 3, 48)).to(torch.float8_e5m2)
+    wide = torch.zeros(2, 40, 3, 50, dtype=torch.uint8).view(x.dtype)[..., 1:49]
+    for given in (wide.copy_(x), x.transpose(1, 3).contiguous().transpose(1, 3)):
+        with simulator.enabled(seed=1, hazards="raise"):
+            got = narrowed(given, torch.ones(1))
+        check_equal(got, narrowed(x, torch.ones(1)), x)

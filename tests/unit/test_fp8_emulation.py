@@ -56,7 +56,7 @@ def quantized(q, k, v, recipe, **rotation):
     return (
         quantize(q, recipe, heads_kv=k.shape[2], **rotation),
         quantize(k, recipe, **rotation),
-        quantize(v, recipe, transposed=True),
+        quantize(v, recipe),
     )
 
 

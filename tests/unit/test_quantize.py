@@ -8,18 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize_cases import padding
+from quantize_cases import exists, lengths_of, poisoned
 
+from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
     block_rows,
-    hadamard_matrix,
+    columns_of,
+    narrowed,
     quantize,
     rotated,
     signs,
     spread,
 )
+from hopper_attention.quantize_statement import hadamard_matrix
 
 FORMATS = {torch.float8_e4m3fn: (448.0, 3, -6), torch.float8_e5m2: (57344.0, 2, -14)}
 """Greatest number, bits of the mantissa, least normal exponent."""
@@ -105,16 +108,60 @@ def test_blocks_tell_their_rows(seqlen):
         block_rows(7, 65)
 
 
-@pytest.mark.parametrize("seqlen", [1, 15, 16, 17, 100])
-def test_transposed(seqlen):
-    x = some(2, seqlen, 3, 24)
-    values, descale = quantize(x, Recipe.BLOCK64, transposed=True)
-    plain = quantize(x, Recipe.BLOCK64)
-    room = -(-seqlen // 16) * 16
-    assert values.stride() == (3 * 24 * room, 1, 24 * room, room)
-    assert torch.equal(values.float(), plain.values.float())
+@pytest.mark.parametrize("recipe", Recipe)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_are_quantised_as_if_alone(recipe, packed):
+    """Blocks count from each one's start; means are of its own rows; those of none do not count."""
+    sizes, used = [70, 0, 129, 1], [70, 0, 65, 1]
+    lengths = lengths_of(sizes if packed else None, used)
+    x = some(230, 4, 16) if packed else some(4, 130, 4, 16)
+    x = poisoned(x, lengths)
+    longest = 100
+    arguments = {"heads_kv": 2, "centered": True, "octaves": True}
+    values, descale = quantize(x, recipe, lengths=lengths, max_seqlen=longest, **arguments)
+    whole = spread(descale, x, lengths, longest)
+    assert values.shape == x.shape and descale.isfinite().all()
+    assert (whole.expand(*x.shape[:-1], 1).squeeze(-1)[~exists(x, lengths)] == 1).all() or (
+        recipe is Recipe.PER_TENSOR
+    )
+    if recipe.rows:
+        assert descale.shape == (4, 4, -(-longest // recipe.rows))
+    offset, tops = 0, []
+    for i, (size, rows) in enumerate(zip(sizes, used)):
+        here = slice(offset, offset + rows)
+        own = x[None, here] if packed else x[i : i + 1, :rows]
+        alone = quantize(own, recipe, **arguments)
+        tops.append(float(alone.descale.max()) if rows else 0)
+        factor = whole if whole.numel() == 1 else (whole[here] if packed else whole[i, :rows])
+        restored = (values[here] if packed else values[i, :rows]).float() * factor
+        if recipe is not Recipe.PER_TENSOR:
+            blocks = None if recipe.rows is None else alone.descale.shape[2]
+            assert torch.equal(descale[i : i + 1, ..., :blocks], alone.descale)
+            assert torch.equal(restored[None], alone.values.float() * spread(alone.descale, own))
+        offset += size
+    if recipe is Recipe.PER_TENSOR:
+        assert float(descale) == max(tops)
+
+
+def test_octaves():
+    x = some(1, 300, 2, 16) * torch.randn(300).exp().view(1, 300, 1, 1)
+    descale = quantize(x, Recipe.BLOCK64, octaves=True).descale
+    plain = quantize(x, Recipe.BLOCK64).descale
+    largest = plain.amax(dim=2, keepdim=True)
+    steps = (largest / descale).log2()
+    assert torch.equal(steps, steps.round()) and (steps > 0).any()
+    assert ((descale >= plain) & (descale < 2 * plain)).all()
+
+
+def test_arranged():
+    v = some(2, 100, 3, 32)
+    arguments = {"recipe": Recipe.BLOCK64, "octaves": True}
+    values, descale = quantize(v, arranged=True, **arguments)
+    plain = quantize(v, **arguments)
     assert torch.equal(descale, plain.descale)
-    assert padding(values).shape[3] == room - seqlen and not padding(values).any()
+    assert torch.equal(values.view(torch.uint8), columns_of(plain.values).view(torch.uint8))
+    with pytest.raises(NotImplementedError, match=r"head_dim 24 of x .*nearest: 32"):
+        quantize(v[..., :24], Recipe.BLOCK64, arranged=True)
 
 
 def test_zeros():
@@ -214,3 +261,122 @@ def test_table_of_signs():
     for head_dim in HEAD_DIMS:
         expected = signs(head_dim) / math.sqrt(head_dim & -head_dim)
         assert torch.equal(_scaled_signs(torch.device("cpu"), head_dim), expected.float())
+
+
+NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)
+"""All of e5m2."""
+
+
+@pytest.mark.parametrize("greatest", range(-16, 16))
+def test_narrowed_is_exact_or_within_its_bound(greatest):
+    """All numbers below 2^(greatest + 1); and twice, so that they are not alone in a block."""
+    numbers = NUMBERS[NUMBERS.float().abs() < 2.0 ** (greatest + 1)]  # false for NaN
+    x = numbers.repeat(-(-256 // numbers.numel()))[:256].view(1, 16, 1, 16)
+    values, descale = narrowed(x, torch.tensor([3.0]))
+    assert descale.shape == (1, 1, 1)
+    error = (values.double() * float(descale) / 3 - x.double()).abs()
+    assert error.max() <= 2.0 ** (greatest - 18)
+    assert not error[x.double().abs() >= 2.0 ** (greatest - 15)].any()
+    assert error.any() == (greatest > 1)
+    assert values.float().abs().max() <= 448
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (3, 4), (3, 4, 3), (3, 4, 2)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_narrowed_keeps_what_was_meant(shape, packed):
+    x = some(390, 4, 16) if packed else some(3, 130, 4, 16)
+    x = (x * 2).to(torch.float8_e5m2)
+    lengths = lengths_of([130, 130, 130], None) if packed else WHOLE
+    of_x = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    values, descale = narrowed(x, of_x, lengths=lengths, max_seqlen=130)
+    assert descale.shape == (3, 4, 3)
+    whole = x.view(3, 130, 4, 16)
+    meant = whole.float() * spread(of_x, whole)
+    assert torch.equal(values.float() * spread(descale, x, lengths, 130), meant.view(x.shape))
+    if len(shape) < 3:
+        steps = (descale / descale.amax(dim=2, keepdim=True)).log2()
+        assert torch.equal(steps, steps.round())
+
+
+def test_refusals_of_narrowed():
+    x, one = some(1, 70, 4, 16).to(torch.float8_e5m2), torch.ones(1)
+    for bad, descale, error, message in (
+        (x.to(torch.float8_e4m3fn), one, NotImplementedError, "x has dtype torch.float8_e4m3fn"),
+        (x[..., :8], one, NotImplementedError, r"head_dim 8 of x .*nearest: 16"),
+        (x, 1.0, TypeError, "descale: expected a torch.Tensor, got float"),
+        (x, one.double(), ValueError, "descale has dtype torch.float64"),
+        (x, one.to("meta"), ValueError, "descale is on meta, x is on cpu"),
+        (
+            x,
+            torch.ones(1, 3),
+            ValueError,
+            r"descale has shape \(1, 3\); expected \(1,\), .* of 4\)",
+        ),
+        (x, torch.ones(1, 4, 3), ValueError, r"descale has shape .* with 2 or 1 blocks"),
+    ):
+        with pytest.raises(error, match=message):
+            narrowed(bad, descale)
+
+
+def test_columns_have_keys_interleaved():
+    """Of every 16 keys, pairs in the order 0, 4, 1, 5, 2, 6, 3, 7; zeros behind the last."""
+    v = some(2, 37, 3, 16).to(torch.float8_e4m3fn)
+    columns = columns_of(v)
+    assert columns.shape == (2, 3, 16, 48)
+    for place in range(48):
+        key = place // 16 * 16 + (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)[place % 16]
+        expected = v[:, key].float() if key < 37 else torch.zeros(2, 3, 16)
+        assert torch.equal(columns[..., place].float(), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_columns_of_packed_sequences_do_not_overlap(sizes):
+    """Each is what it is alone, where its number and its first row say, zeros up to 128."""
+    total = sum(sizes)
+    v = (torch.arange(total) % 100 + 1).view(-1, 1, 1).expand(total, 1, 16).contiguous()
+    v = v.to(torch.uint8).view(torch.float8_e4m3fn)
+    columns = columns_of(v, lengths_of(sizes, None)).view(torch.uint8)
+    assert columns.shape == (1, 1, 16, (total // 128 + len(sizes)) * 128)
+    end, offset = 0, 0
+    for i, size in enumerate(sizes):
+        start = (offset // 128 + i) * 128
+        assert start >= end
+        end = start + -(-size // 128) * 128
+        alone = columns_of(v[None, offset : offset + size]).view(torch.uint8)
+        assert torch.equal(columns[..., start : start + alone.shape[3]], alone)
+        assert not columns[..., start + size + -size % 16 : end].any()
+        offset += size
+    assert end <= columns.shape[3]
+
+
+def test_refusals_of_columns():
+    v = some(2, 8, 3, 16).to(torch.float8_e4m3fn)
+    packed = v.flatten(0, 1)
+    for lengths, arguments, error, message in (
+        (None, {"v": v.half()}, NotImplementedError, "v has dtype torch.float16; supported"),
+        (None, {"v": v[..., :8]}, NotImplementedError, r"head_dim 8 of v .*nearest: 16"),
+        (None, {"v": packed}, ValueError, r"v has shape \(16, 3, 16\); expected \(batch"),
+        (None, {"max_seqlen": 7}, ValueError, "max_seqlen 7: without lengths all 8 rows"),
+        (([8, 8], None), {}, ValueError, r"v has shape \(2, 8, 3, 16\); expected \(total"),
+        ((None, [8, 9]), {}, ValueError, "seqused must be between 0 and"),
+        ((None, [8]), {}, ValueError, r"seqused has shape \(1,\); expected a vector of 2"),
+        (([8, 9], None), {"v": packed}, ValueError, "cu_seqlens must ascend from 0 to at most 16"),
+        (([8, 8], None), {"v": packed, "max_seqlen": 7}, ValueError, "max_seqlen 7 is less than"),
+        (
+            ([8, 8], None),
+            {"v": packed, "max_seqlen": 8.0},
+            TypeError,
+            "max_seqlen: expected an int",
+        ),
+    ):
+        given = {"v": v, **arguments} | ({"lengths": lengths_of(*lengths)} if lengths else {})
+        with pytest.raises(error, match=message):
+            columns_of(**given)
+    for lengths, error, message in (
+        ([0, 8], TypeError, "lengths: expected arguments.Lengths, got list"),
+        (Lengths(cu_seqlens=[0, 8]), TypeError, "cu_seqlens: expected a torch.Tensor, got list"),
+        (Lengths(cu_seqlens=torch.tensor([0, 8])), ValueError, "cu_seqlens has dtype torch.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            columns_of(packed, lengths)
