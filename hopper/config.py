@@ -76,6 +76,11 @@ class ForwardConfig:
         return 128 * (self.warpgroups + 1)
 
     @property
+    def packs_heads(self) -> bool:
+        """Whether heads of a group may share tiles (`sequence.Rows`)."""
+        return self.varlen
+
+    @property
     def output_over_q(self) -> bool:
         """Whether O is staged where Q was, else in a buffer of its own.
 
@@ -122,6 +127,11 @@ class ForwardFp8Config(ForwardConfig):
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
 
+    @property
+    def packs_heads(self) -> bool:
+        """Q's scales are of the rows of one head."""
+        return False
+
 
 FORWARD_TILES = {
     # Model of a tile's clocks and the peers' choices: docs/tuning.md.
@@ -147,15 +157,15 @@ FP8_TILES = {
     (96, 96): {"full": (128, 128)},
     (128, 128): {"full": (128, 128)},
     (192, 192): {"full": (128, 128)},
-    (256, 256): {"full": (128, 128), "local": (128, 64)},
+    (256, 256): {"full": (128, 128), "full_varlen": (128, 64), "local": (128, 64)},
 }
 """(head_dim, head_dim_v) -> mask -> (tile_m, tile_n); what is missing is as the one before, in the
-order full, causal, local, softcap."""
+order full, causal, local, softcap.  "_varlen": a busier producer takes eight of the registers."""
 FP8_TWO_LEVEL_TILES = {
     # Two warpgroups: three have 160 registers a thread, which spill.
     (64, 64): {"full": (128, 128)},
     (96, 96): {"full": (128, 128)},
-    (128, 128): {"full": (128, 128), "local": (128, 64)},
+    (128, 128): {"full": (128, 128), "causal_varlen": (128, 64), "local": (128, 64)},
 }
 """The same where O is in registers twice: no room for that with wider heads."""
 

@@ -134,50 +134,68 @@ class Forward:
         seqused_k: Optional[Int64],
         num_sequences: Optional[Int32],
         qheads_per_tile: Optional[Int32],
-        output_float32: Int32,
+        output_type: Int32,
         tile_counter: Int64,
         max_blocks: Int32,
         stream: cuda.CUstream,
     ):
-        cfg = self.cfg
-        entries, seqlen_q, heads, _ = mQ.shape
-        _, seqlen_k, heads_kv, _ = mK.shape
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
+        self.launch(
+            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
+            (window_left, window_right, attention_chunk), lengths, qheads_per_tile,
+            output_type, (tile_counter, max_blocks), None, stream,
+        )  # fmt: skip
 
-        tma = self.tma(mQ, mK, mV, mO)
-        if const_expr(cfg.varlen):
+    def launch(
+        self,
+        tensors: tuple,
+        scales: tuple,
+        learnable_sink: Int64,
+        window: tuple,
+        lengths: tuple,
+        qheads_per_tile: Optional[Int32],
+        output_type: Int32,
+        queue: tuple,
+        quantised: Any,
+        stream: cuda.CUstream,
+    ) -> None:
+        """`__call__` with Q, K, O as (seqlen, d, heads, batch), V as (d, seqlen, heads, batch)."""
+        cfg = self.cfg
+        (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap) = tensors, scales
+        seqlen_q, _, heads, entries = mQ.shape
+        seqlen_k, _, heads_kv, _ = mK.shape
+        group = qheads_per_tile if cfg.packs_heads else Int32(1)
+        if cfg.varlen:
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences = lengths
             queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
             keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
-            group = qheads_per_tile
             rows = entries * seqlen_q * group
             scheduler = VarlenScheduler(
                 queries, num_sequences, heads // group, rows, cfg.tile_m, group
             )
         else:
-            group = Int32(1)
             queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
             key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
             scheduler = DenseScheduler.create(
                 seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
             )
         capped, scale = self.capped(softmax_scale, softcap)
-        window = None
-        if const_expr(cfg.mask == "local"):
-            window = (window_left, window_right, attention_chunk)
         problem = Problem(
-            descales=None,
             queries=queries,
             keys=keys,
             group=group,
             tiles_per_kvhead=heads // heads_kv // group,
             scale_log2=scale * LOG2_E,
             softcap=capped,
-            window=window,
+            window=window if cfg.mask == "local" else None,
             sink=learnable_sink,
-            output_float32=output_float32,
+            quantised=quantised,
+            output_type=output_type,
         )
-        tensors = Tensors(mQ if cfg.varlen else None, mO, mLSE)
+        tensors = Tensors(mQ if cfg.packs_heads else None, mO, mLSE)
+        tma, (tile_counter, max_blocks) = self.tma(mQ, mK, mV, mO), queue
         self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
             grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
             block=[cfg.threads, 1, 1],
@@ -257,7 +275,8 @@ class Forward:
             v_start = storage.v.data_ptr()
             self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start)
 
-    # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv.
+    # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv, rescale,
+    # clear_tail.
 
     def statistics(self, problem: Problem) -> OnlineSoftmax:
         return OnlineSoftmax.create(2, problem.scale_log2)
@@ -275,6 +294,10 @@ class Forward:
         """Of a key block, by what its scores are scaled."""
         inner = problem.softcap[0] if self.cfg.softcap else None
         return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
+
+    def values_offset(self, problem: Problem, work: Work) -> Int32:
+        """V's column of a sequence's first key."""
+        return work.keys.offset
 
     def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work) -> None:
         """Scales of V, into the factors of O's rows."""
@@ -410,7 +433,7 @@ class Forward:
         mV = tma.v.tma_tensor[None, None, head_kv, keys.batch]
         mQ = cute.domain_offset((queries.offset, 0), mQ)
         mK = cute.domain_offset((keys.offset, 0), mK)
-        mV = cute.domain_offset((0, keys.offset), mV)
+        mV = cute.domain_offset((0, self.values_offset(problem, work)), mV)
         gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (work.tile.m_block, 0))
         gK = cute.local_tile(mK, (cfg.tile_n, cfg.head_dim), (None, 0))
         gV = cute.local_tile(mV, (cfg.head_dim_v, cfg.tile_n), (0, None))
@@ -474,8 +497,9 @@ class Forward:
             work = self.current_work(problem, queue, count)
             softmax.reset()
             fragments.acc_o.fill(0.0)
+            fragments.acc_pv.fill(0.0)
             group = self.group(problem)
-            if const_expr(cfg.varlen):
+            if const_expr(cfg.packs_heads):
                 if group != 1:
                     self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
             if group == 1:
@@ -569,10 +593,10 @@ class Forward:
                 k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
 
         pipelines.v.consumer_wait(v_state)
-        self.issue_pv(fragments, fragments.v.stage(v_state.index))
+        self.issue_pv(fragments, fragments.v.stage(v_state.index), problem, blocks.first)
         work = self.current_work(problem, pipelines.tiles, count)
         factors = softmax.finish(self.read_sinks(mmas, problem, work))
-        self.finish_pv(fragments)
+        self.finish_pv(fragments, problem, Int32(0))
         pipelines.v.consumer_release(v_state)
         self.descale_output(factors, problem, work)
         scale_rows(rows_and_columns(acc_o), factors)
@@ -602,7 +626,7 @@ class Forward:
         turns.wait()
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state)
-        self.issue_pv(fragments, v_block)
+        self.issue_pv(fragments, v_block, problem, n_block + 1)
         turns.give()
         warpgroup.wait_group(1)
         pin(acc_s)
@@ -611,24 +635,31 @@ class Forward:
             acc_s, softmax, problem, parts, mask, n_block, first=False
         )
         finish_before(softmax.row_sum)
-        self.finish_pv(fragments)
+        self.finish_pv(fragments, problem, n_block + 1)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
         if must_rescale:
-            scale_rows(rows_and_columns(fragments.acc_o), rescale)
+            self.rescale(fragments, rescale)
         following = k_state.clone()
         following.advance()
         return following, k_state
 
     @cute.jit
-    def issue_pv(self, fragments: Fragments, v_block: wgmma.Operand):
+    def issue_pv(
+        self, fragments: Fragments, v_block: wgmma.Operand, problem: Problem, n_block: Int32
+    ):
         wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
 
     @cute.jit
-    def finish_pv(self, fragments: Fragments):
-        """Waits for the last group, P V; O has it then."""
+    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+        """Waits for the last group, P V of `n_block`; O has it then."""
         warpgroup.wait_group(0)
         pin(fragments.acc_pv)
+
+    @cute.jit
+    def rescale(self, fragments: Fragments, factors: cute.Tensor):
+        """What was added up so far, when a maximum has grown."""
+        scale_rows(rows_and_columns(fragments.acc_o), factors)
 
     @cute.jit
     def update_softmax(
@@ -682,7 +713,7 @@ class Forward:
 
     def group(self, problem: Problem) -> Int32:
         """Heads that share tiles; where there is one, TMA loads and stores them."""
-        return problem.group if self.cfg.varlen else Int32(1)
+        return problem.group if self.cfg.packs_heads else Int32(1)
 
     @cute.jit
     def gather_queries(self, mQ: cute.Tensor, sQ: cute.Tensor, work: Work):

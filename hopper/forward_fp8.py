@@ -17,46 +17,49 @@ P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can
            offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
 
 Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
-           section 3.3.2).  Then P V of each key block goes to accumulators of its own, which are
-           added to O in float32: `tile_n` products at most are summed with few digits.
+           section 3.3.2).  Then P V of each key block, or of 2, 4, ... successive ones, goes to
+           accumulators of its own, which are added to O in float32.
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.arithmetic import minimum
-from hopper_attention.cute_kernels.fragments import Fp8Fragment, pin
-from hopper_attention.cute_kernels.sequence import EqualLengths
-from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, Part
-from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler
+from hopper_attention.cute_kernels.fragments import Fp8Fragment, pin, rows_and_columns
+from hopper_attention.cute_kernels.memory import read
+from hopper_attention.cute_kernels.softmax import OnlineSoftmax, Part, scale_rows
 from hopper_attention.cute_kernels.types import key_scales, row_statistics, strided
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardFp8Config
 from hopper_attention.hopper.forward import Forward
-from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Tensors, Work
+from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Work
 from hopper_attention.hopper.output import Output
 from hopper_attention.hopper.tma import permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
 
 @dataclass(frozen=True)
-class Descales:
-    """What quantised values must be multiplied by."""
+class Quantised:
+    """What quantised values must be multiplied by, and when sums become float32."""
 
     q: cute.Tensor
-    """(batch, heads, ceil(seqlen_q / 64))"""
+    """(sequences, heads, ceil(seqlen_q / 64))"""
     keys: cute.Tensor
-    """(batch, heads_kv, ceil(seqlen_k / 128), 4): for each half of the keys, K's descale and how
-    far V's is below the largest of its head, log2(descale / largest)."""
+    """(sequences, heads_kv, ceil(seqlen_k / 128), 4): for each half of the keys, K's descale and
+    how far V's is below the largest of its head, log2(descale / largest)."""
     v: cute.Tensor
-    """(batch, heads_kv, 1): the largest."""
+    """(sequences, heads_kv, 1): the largest."""
+    out: Int64
+    """Address of what O is divided by, a float32; or 0."""
+    accumulate_every: Any
+    """Key blocks whose P V is summed by the tensor cores, a power of two; None: all."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Scales:
 
 BLOCK = 64
 """Rows that share a scale."""
+SEQUENCE = 128
+"""Columns of V that a packed sequence has multiples of."""
 HEADROOM = 8.0
 """log2 of the greatest P."""
 
@@ -79,7 +84,7 @@ class ForwardFp8(Forward):
 
     def __init__(self, config: ForwardFp8Config):
         super().__init__(config)
-        self.output = Output(config, BFloat16)
+        self.output = Output(config, BFloat16, (Float32, Float16, self.dtype))
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
@@ -88,10 +93,12 @@ class ForwardFp8(Forward):
         descales = (table, key_scales(), table)
         softcap = Float32(1.0) if self.cfg.softcap else None
         window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        rest = (Int32(0), Int64(0), Int32(1))
+        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
+        every = Int32(1) if self.cfg.two_level else None
         return (
             *(*operands, row_statistics(), *descales),
-            *(Float32(1.0), Int64(0), softcap, *window, *rest),
+            *(Float32(1.0), Int64(0), softcap, *window, *lengths),
+            *(every, Int32(0), Int64(0), Int64(0), Int32(1)),
         )
 
     @cute.jit
@@ -111,43 +118,27 @@ class ForwardFp8(Forward):
         window_left: Optional[Int32],
         window_right: Optional[Int32],
         attention_chunk: Optional[Int32],
-        output_float32: Int32,
+        cu_seqlens_q: Optional[Int64],
+        cu_seqlens_k: Optional[Int64],
+        seqused_q: Optional[Int64],
+        seqused_k: Optional[Int64],
+        num_sequences: Optional[Int32],
+        accumulate_every: Optional[Int32],
+        output_type: Int32,
+        out_descale: Int64,
         tile_counter: Int64,
         max_blocks: Int32,
         stream: cuda.CUstream,
     ):
-        cfg = self.cfg
-        entries, seqlen_q, heads, _ = mQ.shape
-        _, seqlen_k, heads_kv, _ = mK.shape
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mVt, (2, 3, 1, 0))  # (d, s, h, b): N and K of the second GEMM
-        tma = self.tma(mQ, mK, mV, mO)
-        key_bytes = cfg.head_dim + cfg.head_dim_v
-        scheduler = DenseScheduler.create(
-            seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
-        )
-        capped, scale = self.capped(softmax_scale, softcap)
-        window = None
-        if const_expr(cfg.mask == "local"):
-            window = (window_left, window_right, attention_chunk)
-        problem = Problem(
-            queries=EqualLengths(seqlen_q),
-            keys=EqualLengths(seqlen_k),
-            group=Int32(1),
-            tiles_per_kvhead=heads // heads_kv,
-            scale_log2=scale * LOG2_E,
-            softcap=capped,
-            window=window,
-            sink=learnable_sink,
-            descales=Descales(q_descale, key_descales, v_descale),
-            output_float32=output_float32,
-        )
-        tensors = Tensors(None, mO, mLSE)
-        self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
-            grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
-            block=[cfg.threads, 1, 1],
-            stream=stream,
-        )
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
+        descales = (q_descale, key_descales, v_descale, out_descale)
+        self.launch(
+            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
+            (window_left, window_right, attention_chunk), lengths, None, output_type,
+            (tile_counter, max_blocks), Quantised(*descales, accumulate_every), stream,
+        )  # fmt: skip
 
     def tiled_mmas(self) -> Mmas:
         cfg, dtype, k = self.cfg, self.dtype, OperandMajorMode.K
@@ -177,8 +168,20 @@ class ForwardFp8(Forward):
     def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
         return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o
 
+    @cute.jit
+    def values_offset(self, problem: Problem, work: Work) -> Int32:
+        """Of packed keys, sequence b begins in block offset // 128 + b: room enough for each."""
+        offset = Int32(0)
+        if const_expr(self.cfg.varlen):
+            if problem.keys.cu_seqlens != 0:
+                offset = (work.keys.offset // SEQUENCE + work.tile.batch) * SEQUENCE
+        return offset
+
+    def clear_tail(self, pipe, state, v_start: cute.Pointer, valid: Int32) -> None:
+        """V has zeros behind the last key."""
+
     def scales(self, problem: Problem, work: Work) -> Scales:
-        descales, batch, head = problem.descales, work.queries.batch, work.tile.head
+        descales, batch, head = problem.quantised, work.tile.batch, work.tile.head
         block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
         last = descales.q.shape[2] - 1
         head_kv = head // problem.tiles_per_kvhead
@@ -210,20 +213,40 @@ class ForwardFp8(Forward):
 
     @cute.jit
     def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work):
-        head_kv = work.tile.head // problem.tiles_per_kvhead
-        descale = problem.descales.v[work.queries.batch, head_kv, 0]
+        quantised = problem.quantised
+        factor = quantised.v[work.tile.batch, work.tile.head // problem.tiles_per_kvhead, 0]
+        if quantised.out != 0:
+            factor = factor / read(Float32, quantised.out, Int32(0))
         for i in cutlass.range_constexpr(cute.size(factors)):
-            factors[i] = factors[i] * descale
+            factors[i] = factors[i] * factor
 
     @cute.jit
-    def issue_pv(self, fragments: Fragments, v_block: wgmma.Operand):
-        wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=not self.cfg.two_level)
+    def issue_pv(
+        self, fragments: Fragments, v_block: wgmma.Operand, problem: Problem, n_block: Int32
+    ):
+        if const_expr(self.cfg.two_level):
+            # Of the block after, which came before; the first one finds zeros.
+            begun = not self.sums_end(problem, n_block + 1)
+            wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=begun)
+        else:
+            wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
 
     @cute.jit
-    def finish_pv(self, fragments: Fragments):
-        """Waits for the last group, P V; O has it then."""
+    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+        """Waits for the last group, P V of `n_block`; O has it then, or when the sums end."""
         warpgroup.wait_group(0)
         pin(fragments.acc_pv)
         if const_expr(self.cfg.two_level):
-            for i in cutlass.range_constexpr(cute.size(fragments.acc_o)):
-                fragments.acc_o[i] = fragments.acc_o[i] + fragments.acc_pv[i]
+            if self.sums_end(problem, n_block):
+                for i in cutlass.range_constexpr(cute.size(fragments.acc_o)):
+                    fragments.acc_o[i] = fragments.acc_o[i] + fragments.acc_pv[i]
+
+    @cute.jit
+    def rescale(self, fragments: Fragments, factors: cute.Tensor):
+        scale_rows(rows_and_columns(fragments.acc_o), factors)
+        if const_expr(self.cfg.two_level):
+            scale_rows(rows_and_columns(fragments.acc_pv), factors)
+
+    def sums_end(self, problem: Problem, n_block: Int32) -> Boolean:
+        """Whether P V of this key block is the last of those that are summed together."""
+        return n_block & (problem.quantised.accumulate_every - 1) == 0

@@ -34,10 +34,10 @@ class Problem:
     """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
     sink: Int64
     """Address of a float32 score for each head, or 0."""
-    descales: Any
-    """`Descales` of quantised tensors, or None."""
-    output_float32: Int32
-    """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
+    quantised: Any
+    """What forward_fp8.py has to know besides, or None."""
+    output_type: Int32
+    """Number among `Output.types`; O's tensor is passed as if it was of the first."""
 
 
 @dataclass(frozen=True)

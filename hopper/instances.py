@@ -97,16 +97,20 @@ def _postprocess(dtype: str, head_dim: int, tile_m: int) -> Instance:
     )
 
 
-def _forward_fp8(dims: tuple[int, int], mask: str, softcap: bool, two_level: bool) -> Instance:
+def _forward_fp8(
+    dims: tuple[int, int], mask: str, softcap: bool, varlen: bool, two_level: bool
+) -> Instance:
     tiles = (FP8_TWO_LEVEL_TILES if two_level else FP8_TILES)[dims]
     kinds = ("full", "causal", "local", "softcap")
     upto = kinds.index("softcap" if softcap else mask) + 1
-    tile = [tiles[kind] for kind in kinds[:upto] if kind in tiles][-1]
+    keys = product(kinds[:upto], ("", "_varlen") if varlen else ("",))
+    tile = [tiles["".join(key)] for key in keys if "".join(key) in tiles][-1]
     return Instance(
-        name=_name("fwd", "e4m3", dims, mask, softcap, False) + ("_two_level" if two_level else ""),
+        name=_name("fwd", "e4m3", dims, mask, softcap, varlen)
+        + ("_two_level" if two_level else ""),
         family="forward_fp8",
         kernel="hopper_attention.hopper.forward_fp8:ForwardFp8",
-        config=ForwardFp8Config("e4m3", *dims, mask, softcap, False, *tile, two_level=two_level),
+        config=ForwardFp8Config("e4m3", *dims, mask, softcap, varlen, *tile, two_level=two_level),
         claims=("QGMMA", "UTMALDG"),
         group="fp8",
     )
@@ -201,10 +205,11 @@ WIDE = tuple(
     for varlen in (False, True)
 )
 FP8 = tuple(
-    _forward_fp8(dims, mask, softcap, two_level)
+    _forward_fp8(dims, mask, softcap, varlen, two_level)
     for two_level, tiles in ((False, FP8_TILES), (True, FP8_TWO_LEVEL_TILES))
     for dims in tiles
     for mask, softcap in VARIANTS
+    for varlen in (False, True)
 )
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}

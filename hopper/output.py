@@ -7,7 +7,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
-from hopper_attention.cute_kernels.fragments import PackedFragment, rows_and_columns
+from hopper_attention.cute_kernels.fragments import (
+    PackedFragment,
+    converted_pair,
+    rows_and_columns,
+)
 from hopper_attention.hopper.config import ForwardConfig
 from hopper_attention.hopper.forward_parts import (
     Mmas,
@@ -26,6 +30,12 @@ class Output:
 
     cfg: ForwardConfig
     dtype: Any
+    others: tuple = (Float32,)
+
+    @property
+    def types(self) -> tuple:
+        """What O can be stored as: the first by TMA, any from registers (`Problem.output_type`)."""
+        return (self.dtype, *self.others)
 
     @property
     def span(self) -> int:
@@ -76,22 +86,23 @@ class Output:
     ):
         """Each warp its 16 rows: through shared memory by TMA, or, where it cannot, directly.
 
-        It cannot where not all rows exist, where they are of several heads, and for float32.
+        It cannot where not all rows exist, where they are of several heads, and for other types.
         """
         cfg = self.cfg
         rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
-        whole = problem.output_float32 == 0
+        whole = problem.output_type == 0
         if const_expr(cfg.varlen):
             end = work.rows.first_row + 16 * rows + 16
-            whole = whole and problem.group == 1 and end <= work.queries.length
+            whole = whole and end <= work.queries.length
+        if const_expr(cfg.packs_heads):
+            whole = whole and problem.group == 1
         if whole:
             out = PackedFragment.like(acc_o, self.dtype)
             out.convert(acc_o)
             self.store_rows(out, mma_pv, sO, tma_o, work, rows)
-        elif problem.output_float32 != 0:
-            self.store_elements(acc_o, mma_pv, mO, work, Float32)
-        else:
-            self.store_elements(acc_o, mma_pv, mO, work, self.dtype)
+        for number in cutlass.range_constexpr(0 if cfg.varlen else 1, len(self.types)):
+            if problem.output_type == number and not whole:
+                self.store_elements(acc_o, mma_pv, mO, work, self.types[number])
 
     @cute.jit
     def store_rows(
@@ -140,21 +151,24 @@ class Output:
         cfg, queries, rows = self.cfg, work.queries, work.rows
         coordinates = coordinates_of(mma_pv, (cfg.tile_m, cfg.head_dim_v))
         out = rows_and_columns(acc_o)
-        words = dtype.width // self.dtype.width  # 16-bit columns of mO for one of O
-        columns = mO.shape[1] // words
-        pair = cute.make_rmem_tensor((2,), dtype)
+        columns = mO.shape[1] * self.dtype.width // dtype.width
         for i in cutlass.range_constexpr(cute.size(out, mode=[0])):
             position = rows.position(coordinates[i, 0][0])
             if position < queries.length:
                 head = rows.head(coordinates[i, 0][0])
-                gO = mO[queries.offset + position, None, head, queries.batch]
+                gO = mO[queries.offset + position, None, head, queries.batch].iterator.toint()
                 for j in cutlass.range_constexpr(0, cute.size(out, mode=[1]), 2):
                     column = coordinates[i, j][1]
                     if column < columns:
-                        pair[0], pair[1] = out[i, j].to(dtype), out[i, j + 1].to(dtype)
-                        place = cute.recast_ptr(gO.iterator + column * words, dtype=dtype)
-                        place = place.align(2 * dtype.width // 8)
-                        cute.autovec_copy(pair, cute.make_tensor(place, cute.make_layout(2)))
+                        pair = converted_pair(out[i, j], out[i, j + 1], dtype)
+                        address = gO + column * (dtype.width // 8)
+                        target = cute.make_ptr(
+                            pair.element_type,
+                            address,
+                            cute.AddressSpace.gmem,
+                            assumed_align=2 * dtype.width // 8,
+                        )
+                        cute.autovec_copy(pair, cute.make_tensor(target, pair.layout))
 
     @cute.jit
     def finish(self):

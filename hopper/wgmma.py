@@ -78,25 +78,30 @@ def units(elements: int, dtype) -> int:
     return elements * dtype.width // 128
 
 
-def issue(acc: cute.Tensor, a: Any, b: Operand, accumulate: bool) -> None:
+def issue(acc: cute.Tensor, a: Any, b: Operand, accumulate: Any) -> None:
     """acc = a b, or acc += a b, as one committed group; `a` is an Operand or a packed fragment.
+
+    `accumulate` is a bool, or a Boolean that is known at run time.
 
     Asynchronous: neither acc nor the operands may be touched before `warpgroup.wait_group`.
     """
     warpgroup.fence()
     for k in range(b.slices):
-        _issue_one(acc, a, b, k, accumulate or k > 0)
+        _issue_one(acc, a, b, k, accumulate if k == 0 else True)
     warpgroup.commit_group()
 
 
 @dsl_user_op
-def _issue_one(acc, a, b: Operand, k: int, accumulate: bool, *, loc=None, ip=None) -> None:
+def _issue_one(acc, a, b: Operand, k: int, accumulate: Any, *, loc=None, ip=None) -> None:
     n = cute.size(acc)
     shared = isinstance(a, Operand)
     operands = [a.slice(k)] if shared else [a.words[4 * k + i] for i in range(4)]
     operands.append(b.slice(k))
+    known = isinstance(accumulate, bool)
+    flags = [] if known else [Int32(accumulate)]
     registers = [f"${i}" for i in range(2 * n + len(operands))]
     sources = registers[2 * n :]
+    flag = int(accumulate) if known else f"${2 * n + len(operands)}"
     place_a = sources[0] if shared else "{" + ", ".join(sources[:4]) + "}"
     width = b.tile.element_type.width
     transposed = [int(x.transposed) for x in (a, b) if isinstance(x, Operand)]
@@ -104,13 +109,14 @@ def _issue_one(acc, a, b: Operand, k: int, accumulate: bool, *, loc=None, ip=Non
     majors = "".join(f", {major}" for major in transposed) if width == 16 else ""
     dtype = PTX_TYPES[b.tile.element_type]
     code = (
-        f"{{ .reg .pred p; setp.ne.b32 p, {int(accumulate)}, 0; "
+        f"{{ .reg .pred p; setp.ne.b32 p, {flag}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{2 * n}k{DEPTH_BITS // width}.f32.{dtype}.{dtype} "
         f"{{{', '.join(registers[:n])}}}, {place_a}, {sources[-1]}, p, 1, 1{majors}; }}"
     )
     constraints = ["=f"] * n + [str(i) for i in range(n)]
     constraints += ["l" if shared else "r"] * (len(operands) - 1) + ["l"]
-    values = [acc[i] for i in range(n)] + operands
+    constraints += ["r"] * len(flags)
+    values = [acc[i] for i in range(n)] + operands + flags
     result = llvm.inline_asm(
         llvm.StructType.get_literal([T.f32()] * n),
         [x.ir_value(loc=loc, ip=ip) for x in values],
