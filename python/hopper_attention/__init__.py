@@ -5,12 +5,13 @@ implementation, or, inside `simulator.enabled()`, to the same kernels on a funct
 
 The way of a call: functional (signatures, arguments), ops (operator, or past it: watched), plan
 (what is checked and kept for all calls of one kind; dispatch names the instance), forward and
-backward (results, workspace, launches; or reference), runtime (the extension).  fp8 goes its own
-way from functional to runtime; quantize makes its operands.
+backward (results, workspace, launches; or reference), runtime (the extension).  Of FP8 it is fp8,
+ops_fp8, quantize, forward_fp8.
 """
 
 from importlib.metadata import version
 
+from hopper_attention import ops_fp8 as ops_fp8  # registers the operators
 from hopper_attention import simulator
 from hopper_attention.fp8 import attention_fp8
 from hopper_attention.functional import (

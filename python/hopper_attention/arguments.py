@@ -141,6 +141,16 @@ def check_shapes(q: Shape, k: Shape, v: Shape, packed_q: bool, packed_k: bool) -
             )
 
 
+def check_fp8_head_dims(head_dim: int, head_dim_v: int) -> None:
+    """Rows of bytes are addressed in steps of 16."""
+    for name, dim in (("q and k", head_dim), ("v", head_dim_v)):
+        if dim % 16:
+            raise NotImplementedError(
+                f"head_dim {dim} of {name} is not supported for FP8; supported: multiples of 16 "
+                f"(nearest: {-(-dim // 16) * 16})"
+            )
+
+
 Description = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A tensor's address, shape and strides, as the extension takes them."""
 

@@ -24,13 +24,18 @@ def forward_instance(
 
 @functools.cache
 def forward_fp8_instance(
-    head_dim: int, head_dim_v: int, mask: str, softcap: bool, two_level: bool | None
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+    two_level: bool | None,
 ) -> str:
     """As `forward_instance`, for e4m3; `two_level` None: if there is an instance for it."""
     for level in (True, False) if two_level is None else (two_level,):
         try:
             return _attention_instance(
-                "forward_fp8", "e4m3", head_dim, head_dim_v, mask, softcap, False, two_level=level
+                "forward_fp8", "e4m3", head_dim, head_dim_v, mask, softcap, varlen, two_level=level
             )
         except NotImplementedError:
             if two_level is not None or not level:

@@ -60,13 +60,28 @@ def _run_indexed(
     backend: runtime.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """With lengths, sinks, or the heads of a group in one tile."""
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, *_ = inputs
     q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     out, lse, stored = _results(plan, q, out)
-    # Rows of no sequence: on a GPU only where asked for, since clearing costs a pass over out.
-    if queries.seqused is not None or not q.is_cuda:
+    clear_unused(inputs, out, lse)
+    if out.numel() > 0 and inputs.sequences > 0:
+        numbers, pointees = addressed(inputs)
+        views = [*(as_entry(x, 4) for x in (q, k, v, stored)), as_entry(lse, 3)]
+        scalars = plan.scalars_with(numbers)
+        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.options.sm_margin)
+    return out, lse
+
+
+def clear_unused(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    """Rows of no sequence: on a GPU only where asked for, since it costs a pass over out."""
+    if inputs.varlen and (inputs.queries.seqused is not None or not inputs.q.is_cuda):
         out.zero_()
         lse.fill_(-torch.inf)
+
+
+def addressed(inputs: Inputs) -> tuple[dict[str, int], tuple[Tensor, ...]]:
+    """Scalar arguments that stand for tensors, by name, with the number of sequences; and these."""
+    _, _, _, sink, queries, keys = inputs
     pointers = {
         "learnable_sink": sink,
         "cu_seqlens_q": queries.cu_seqlens,
@@ -76,13 +91,7 @@ def _run_indexed(
     }
     given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
     numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
-    sequences = inputs.sequences
-    if out.numel() > 0 and sequences > 0:
-        scalars = plan.scalars_with(numbers | {"num_sequences": sequences})
-        views = [*(_as_entry(x, 4) for x in (q, k, v, stored)), _as_entry(lse, 3)]
-        pointees = tuple(given.values())
-        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.options.sm_margin)
-    return out, lse
+    return numbers | {"num_sequences": inputs.sequences}, tuple(given.values())
 
 
 def _results(plan: Plan, q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +109,6 @@ def _results(plan: Plan, q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor,
     return out, lse, out if plan.out_dtype is q.dtype else out.view(q.dtype)
 
 
-def _as_entry(tensor: Tensor, rank: int) -> Tensor:
+def as_entry(tensor: Tensor, rank: int) -> Tensor:
     """Packed tensors are one batch entry."""
     return tensor.unsqueeze(0) if tensor.ndim < rank else tensor

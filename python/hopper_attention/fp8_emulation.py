@@ -67,8 +67,9 @@ class Arithmetic:
     bits: significant bits that tensor cores keep of sums; None: float32's.
     cut: where bits are lost.
     two_level: PV of `accumulate_every` tiles goes into an accumulator of its own, which is then
-        added to O in float32.  False: one accumulator in the tensor core for all tiles ("plain"),
-        rescaled in float32 when the maximum grows.
+        added to O in float32: after each tile, last to first, whose number it divides.  False: one
+        accumulator in the tensor core for all tiles ("plain"), rescaled in float32 when the maximum
+        grows.
     p_dtype: P is rounded to it; None: not at all.
     tile_n: keys of a tile.
     """
@@ -240,7 +241,8 @@ class _Sequence:
             if seen is not None and not seen[:, keys].any():
                 continue
             scores = self.scores(rows, keys, seen, arithmetic)
-            state.add(state.weights(scores, self.v_relative[..., keys]), self.v[:, keys])
+            weights = state.weights(scores, self.v_relative[..., keys])
+            state.add(weights, self.v[:, keys], start // n)
         out, lse = state.result()
         return out * self.v_largest, lse
 
@@ -265,7 +267,6 @@ class _State:
     """(heads, rows, dv), float32: what was flushed."""
     partial: Tensor | None = None
     """The tensor core's accumulator."""
-    tiles: int = 0
     """In `partial`."""
 
     @staticmethod
@@ -287,14 +288,13 @@ class _State:
         dtype, p = self.arithmetic.p_dtype, p * v_relative
         return p if dtype is None else p.to(dtype).float()
 
-    def add(self, p: Tensor, v: Tensor) -> None:
-        """p (heads, rows, keys) times v (heads_kv, keys, dv): a tile."""
+    def add(self, p: Tensor, v: Tensor, tile: int) -> None:
+        """p (heads, rows, keys) times v (heads_kv, keys, dv)."""
         heads_kv, heads = len(v), len(p)
         total = None if self.partial is None else _grouped(self.partial, heads_kv)
         sums = gemm(_grouped(p, heads_kv), v, total, self.arithmetic)
         self.partial = _ungrouped(sums, heads)
-        self.tiles += 1
-        if self.arithmetic.two_level and self.tiles % self.arithmetic.accumulate_every == 0:
+        if self.arithmetic.two_level and tile % self.arithmetic.accumulate_every == 0:
             self.flush()
 
     def flush(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hopper_attention import arguments, fp8, ops
 from hopper_attention.arguments import WHOLE, Lengths, Options
+from hopper_attention.plan import FP8_TENSORS
 
 WindowSize = Sequence[int | None]
 Result = Tensor | tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ def flash_attn_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out_descale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Result:
     """softmax(softmax_scale * q k^T) v for every batch entry and head.
@@ -44,8 +46,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), bf16 or fp16; head_dim a multiple of 8 up to 256.
-            Or, with k and v, float8_e4m3fn, head_dim a multiple of 16; any strides (what TMA cannot
-            address is copied), v with either rows or columns contiguous.
+            Or float8_e4m3fn, with k and v, which may be float8_e5m2; head_dim a multiple of 16; any
+            strides (what TMA cannot address is copied), v with rows or columns contiguous.
         k: (batch, seqlen_k, heads_kv, head_dim), dtype and device of `q`.  `heads` must be a
             multiple of `heads_kv`; query head h reads key head h // (heads // heads_kv).
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v as head_dim, and may differ from it.
@@ -72,7 +74,9 @@ def flash_attn_func(
         learnable_sink: (heads,), a score that joins each row's softmax without a value (gpt-oss);
             up to 1e38, or -inf.
         out_dtype: q's dtype by default, or torch.float32: not rounded, to be merged with others;
-            without gradients.  Of FP8 tensors bf16 by default, fp16 or float32; without gradients.
+            without gradients.  Of FP8 tensors bf16 by default, fp16, float32 or float8_e4m3fn.
+        out_descale: (1,), float32, what a float8_e4m3fn result must be multiplied by; beyond 448
+            times it, it saturates.  None: 1.
         out: written and returned, where the result has a place: strides as allowed for q, no
             memory of q, k or v.  Without gradients.
 
@@ -96,12 +100,13 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, pack_gqa, out_dtype,
         sm_margin, deterministic,
     )  # fmt: skip
-    if getattr(q, "dtype", None) in fp8.DTYPES:
-        descales = (q_descale, k_descale, v_descale)
-        result, lse = fp8.attend(q, k, v, learnable_sink, descales, options, out)
+    descales = (q_descale, k_descale, v_descale, out_descale)
+    if getattr(q, "dtype", None) in FP8_TENSORS:
+        lengths, bounds = (WHOLE, WHOLE), (None, None)
+        result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
     else:
-        if not (q_descale is k_descale is v_descale is None):
-            _check_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+        if not (q_descale is k_descale is v_descale is out_descale is None):
+            _check_descales(descales)
         result, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
     return (result, lse) if with_lse else result
 
@@ -134,6 +139,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out_descale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Result:
     """`flash_attn_func` for sequences of different lengths, packed or padded; no padding is read.
@@ -146,6 +152,9 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths, on the host or the device; the
             kernels find the lengths on the device, so nothing waits for these and None will do.
         seqused_q, seqused_k: (batch,) int32: only so many of a sequence's rows are used.
+        q_descale, k_descale, v_descale: sequences in place of batch entries; of blocks, which count
+            from each sequence's first row, as many as max_seqlen_q or max_seqlen_k has, which must
+            then be numbers.
         Everything else as for `flash_attn_func`.
 
     Returns:
@@ -159,7 +168,6 @@ def flash_attn_varlen_func(
         with HOPPER_ATTENTION_DEBUG set, since that waits for the device.
     """
     _check_unsupported(qv, num_splits)
-    _check_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     with_lse = _with_lse(return_attn_probs, return_lse)
     _check_bounds(max_seqlen_q, max_seqlen_k)
     # Whatever is longer is the same to a plan, which is kept by its options.
@@ -169,7 +177,15 @@ def flash_attn_varlen_func(
         sm_margin, deterministic,
     )  # fmt: skip
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-    result, lse = ops.attend(q, k, v, learnable_sink, queries, keys, options, out)
+    descales = (q_descale, k_descale, v_descale, out_descale)
+    if getattr(q, "dtype", None) in FP8_TENSORS:
+        bound_q, bound_k = (n if isinstance(n, int) else None for n in (max_seqlen_q, max_seqlen_k))
+        result, lse = fp8.attend(
+            q, k, v, learnable_sink, (queries, keys), descales, (bound_q, bound_k), options, out
+        )
+    else:
+        _check_descales(descales)
+        result, lse = ops.attend(q, k, v, learnable_sink, queries, keys, options, out)
     return (result, lse) if with_lse else result
 
 
@@ -250,11 +266,11 @@ def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
         arguments.check_unsupported(qv=qv)
 
 
-def _check_descales(**descales: Tensor | None) -> None:
+def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
     """Where there is nothing to descale."""
-    for name, descale in descales.items():
+    for name, descale in zip(("q", "k", "v", "out"), descales, strict=True):
         if descale is not None:
-            raise NotImplementedError(f"{name}: only of dense float8_e4m3fn tensors; leave it out")
+            raise NotImplementedError(f"{name}_descale: only of FP8 tensors; leave it out")
 
 
 def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor | None) -> None:

@@ -19,23 +19,23 @@ from hopper_attention.arguments import Lengths, Options
 from hopper_attention.plan import Inputs, Plan, check_shapes_of, prepare, result_shapes
 from hopper_attention.watched import watched
 
-_TENSORS = (
+TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 )
-_NUM_TENSORS = 8
-_OPTIONS = (
+NUM_TENSORS = 8
+OPTIONS = (
     "float? softmax_scale, bool causal, int window_left, int window_right, int attention_chunk, "
     "float softcap, SymInt? max_seqlen_q, bool? pack_gqa, ScalarType? out_dtype, int sm_margin, "
     "bool deterministic"
 )
 """`Options`, in its order."""
-_KERNELS = "CompositeExplicitAutograd"  # CUDA and CPU alike: forward.run and backward.run choose
+KERNELS = "CompositeExplicitAutograd"  # CUDA and CPU alike: forward.run and backward.run choose
 
-_library = torch.library.Library("hopper_attention", "DEF")
-_library.define(f"forward({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-_library.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}) -> "
+library = torch.library.Library("hopper_attention", "DEF")
+library.define(f"forward({TENSORS}, {OPTIONS}) -> (Tensor out, Tensor lse)")
+library.define(
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {TENSORS}, {OPTIONS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
 )
 
@@ -63,7 +63,7 @@ def attend(
         if needed:
             raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
     if watched(inputs):
-        _refuse_tangents(q, k, v)
+        refuse_tangents(q, k, v)
         sharding.register()
         result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
         return (result if out is None else out.copy_(result)), lse
@@ -78,7 +78,7 @@ def attend(
     return autograd.Attention.apply(plan, forward.run, *inputs)
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
+def refuse_tangents(*tensors: Tensor) -> None:
     """The operator would drop them without a word where nothing requires grad."""
     if forward_ad._current_level >= 0:
         for tensor in tensors:
@@ -87,7 +87,7 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 
 
 def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
-    return Inputs.of(flat[:_NUM_TENSORS]), Options(*flat[_NUM_TENSORS:])
+    return Inputs.of(flat[:NUM_TENSORS]), Options(*flat[NUM_TENSORS:])
 
 
 def _checked(flat: tuple[Any, ...]) -> tuple[Inputs, Plan]:
@@ -98,13 +98,13 @@ def _checked(flat: tuple[Any, ...]) -> tuple[Inputs, Plan]:
     return inputs, prepare(inputs, options.checked())
 
 
-@torch.library.impl(_library, "forward", _KERNELS)
+@torch.library.impl(library, "forward", KERNELS)
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
     inputs, plan = _checked(flat)
     return forward.run(plan, inputs)
 
 
-@torch.library.impl(_library, "backward", _KERNELS)
+@torch.library.impl(library, "backward", KERNELS)
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def _or_nothing(dsink: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
-@torch.library.register_fake("hopper_attention::forward", lib=_library)
+@torch.library.register_fake("hopper_attention::forward", lib=library)
 def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
     inputs, options = _unflat(flat)
     check_shapes_of(inputs)
@@ -128,7 +128,7 @@ def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("hopper_attention::backward", lib=_library)
+@torch.library.register_fake("hopper_attention::backward", lib=library)
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +138,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, scalars = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
+    tensors, scalars = inputs[:NUM_TENSORS], inputs[NUM_TENSORS:]
     arguments.check_differentiable(output[0].dtype, tensors[0].dtype)
     ctx.save_for_backward(*output, *tensors)
     ctx.scalars = scalars
@@ -146,13 +146,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * (_NUM_TENSORS - 4 + len(ctx.scalars))
+    return gradients(ctx.saved_tensors, ctx.scalars, dout, dlse)
+
+
+def gradients(
+    saved: tuple[Tensor, ...], scalars: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of `forward`'s arguments; `saved` are its results and tensors, `scalars` its options."""
+    none = (None,) * (NUM_TENSORS - 4 + len(scalars))
     if dout is None and dlse is None:
         return (None,) * 4 + none
-    out, lse, *tensors = ctx.saved_tensors
+    out, lse, *tensors = saved
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dsink = torch.ops.hopper_attention.backward(
-        dout, dlse, out, lse, *tensors, *ctx.scalars
+        dout, dlse, out, lse, *tensors, *scalars
     )
     return dq, dk, dv, None if tensors[3] is None else dsink, *none
 
@@ -162,17 +169,20 @@ def _refuse_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
 
 
 torch.library.register_autograd(
-    "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library
+    "hopper_attention::forward", _differentiate, setup_context=_save, lib=library
 )
 torch.library.register_autograd(
-    "hopper_attention::backward", _refuse_second_derivatives, lib=_library
+    "hopper_attention::backward", _refuse_second_derivatives, lib=library
 )
 
 
 @register_flop_formula(torch.ops.hopper_attention.forward, get_raw=True)
 def _forward_flops(*flat: Any, out_val: Any = None) -> int:
+    return forward_flops(Inputs.of(flat[:NUM_TENSORS]))
+
+
+def forward_flops(inputs: Inputs) -> int:
     """As PyTorch counts its own attention: masks hide nothing, packed sequences see themselves."""
-    inputs, _ = _unflat(flat)
     d, dv = inputs.q.shape[-1], inputs.v.shape[-1]
     return 2 * (d + dv) * inputs.q.shape[-2] * _scores(inputs)
 

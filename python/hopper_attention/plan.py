@@ -13,7 +13,17 @@ from torch import Tensor
 from hopper_attention import arguments, dispatch, runtime
 from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
 
+FP8_TENSORS = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn)
+"""By their number in the kernels (`Output.types` of hopper/forward_fp8.py)."""
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
+
+
+class Fp8(NamedTuple):
+    """How FP8 tensor cores are used: `attention_fp8`'s arguments of these names."""
+
+    two_level: bool | None = None
+    accumulate_every: int = 1
 
 
 class Inputs(NamedTuple):
@@ -52,18 +62,20 @@ class Inputs(NamedTuple):
         return self.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def prepare(inputs: Inputs, options: Options) -> Plan:
-    """The plan for a call, with everything about the call checked.
+def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
+    """The plan for a call, with everything about the call checked; `fp8`: of FP8 kernels.
 
     Raises TypeError, ValueError or NotImplementedError, as the public functions say.
     """
     q, k, v, sink, queries, keys = inputs
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    if fp8 is not None and q.dtype in FP8_TENSORS:
+        dtypes = (torch.bfloat16,) * 3  # whose result theirs is
     if queries is WHOLE and keys is WHOLE:
-        plan = make_plan(shapes, dtypes, options)
+        plan = make_plan(shapes, dtypes, options, fp8=fp8)
     else:
         packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
-        plan = make_plan(shapes, dtypes, options, *packed, inputs.varlen)
+        plan = make_plan(shapes, dtypes, options, *packed, inputs.varlen, fp8)
         runtime.backend_for(q)  # refuses other devices before their index tensors are read
         _check_index_tensors(inputs)
     if sink is not None:
@@ -98,6 +110,8 @@ class Plan:
     softcap: float | None
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
+    output_type: int
+    """Number of out_dtype among those that the kernel stores."""
     like_q: bool
     """Whether out has q's shape and dtype."""
     lse_shape: tuple[int, ...]
@@ -106,6 +120,7 @@ class Plan:
     qheads_per_tile: int
     """More than one: the instance is one that looks up lengths, for dense problems, too."""
     options: Options
+    accumulate_every: int = 1
 
     @functools.cached_property
     def scalars(self) -> list[float | int]:
@@ -114,7 +129,7 @@ class Plan:
 
     def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
         """The same with addresses and the number of sequences by name; 0 where absent."""
-        absent = dict.fromkeys(("learnable_sink", *LENGTHS), 0)
+        absent = dict.fromkeys(("learnable_sink", "out_descale", *LENGTHS), 0)
         values: dict[str, float | int] = {**absent, **self.values, **tensors}
         return [values[name] for name in runtime.scalar_names(self.instance)]
 
@@ -128,7 +143,8 @@ class Plan:
             "window_right": self.mask.right,
             "attention_chunk": self.mask.chunk,
             "qheads_per_tile": self.qheads_per_tile,
-            "output_float32": int(self.out_dtype == torch.float32),
+            "output_type": self.output_type,
+            "accumulate_every": self.accumulate_every,
         }
 
     def backward_instances(self, q: Tensor, v: Tensor) -> dispatch.BackwardInstances:
@@ -146,34 +162,59 @@ def make_plan(
     packed_q: bool = False,
     packed_k: bool = False,
     varlen: bool = False,
+    fp8: Fp8 | None = None,
+    mask: Mask | None = None,
 ) -> Plan:
-    """Raises what `prepare` does about these."""
+    """Raises what `prepare` does about these.  `mask`: in place of the options'."""
     arguments.check_dtypes(*dtypes)
     q, k, v = shapes
     arguments.check_shapes(q, k, v, packed_q, packed_k)
-    out_dtype = arguments.resolve_out_dtype(options.out_dtype, dtypes[0])
-    mask = arguments.resolve_mask(options, q[-3], k[-3])
+    out_dtype, output_type = _result_type(options.out_dtype, dtypes[0], fp8)
+    mask = mask or arguments.resolve_mask(options, q[-3], k[-3])
     scale = 1.0 / math.sqrt(q[-1]) if options.softmax_scale is None else options.softmax_scale
     softcap = options.softcap or None
     group = q[-2] // k[-2]
-    problem = (arguments.DTYPES[dtypes[0]], q[-1], v[-1], mask.kind, softcap is not None)
-    seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
-    packs = dispatch.packs_heads(*problem, group, seqlen_q, options.pack_gqa)
+    kind = (q[-1], v[-1], mask.kind, softcap is not None)
+    if fp8 is None:
+        dtype = arguments.DTYPES[dtypes[0]]
+        seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
+        packs = dispatch.packs_heads(dtype, *kind, group, seqlen_q, options.pack_gqa)
+        instance = dispatch.forward_instance(dtype, *kind, varlen or packs)
+    else:
+        packs = False  # the rows of a tile share Q's scale
+        arguments.check_fp8_head_dims(q[-1], v[-1])
+        instance = dispatch.forward_fp8_instance(*kind, varlen, fp8.two_level)
     out_shape, lse_shape = result_shapes(q, v, packed_q)
     return Plan(
-        instance=dispatch.forward_instance(*problem, varlen or packs),
+        instance=instance,
         scale=scale,
         mask=mask,
         softcap=softcap,
         out_shape=out_shape,
         out_dtype=out_dtype,
-        like_q=out_shape == tuple(q) and out_dtype == dtypes[0],
+        output_type=output_type,
+        like_q=fp8 is None and out_shape == tuple(q) and out_dtype == dtypes[0],
         lse_shape=lse_shape,
         lse_strides=torch.empty(lse_shape, device="meta").stride(),
         varlen=varlen,
         qheads_per_tile=group if packs else 1,
         options=options,
+        accumulate_every=1 if fp8 is None else fp8.accumulate_every,
     )
+
+
+def _result_type(
+    out_dtype: torch.dtype | None, dtype: torch.dtype, fp8: Fp8 | None
+) -> tuple[torch.dtype, int]:
+    """out's dtype, and its number among those that the kernel stores."""
+    if fp8 is None:
+        out_dtype = arguments.resolve_out_dtype(out_dtype, dtype)
+        return out_dtype, int(out_dtype == torch.float32)
+    out_dtype = out_dtype or dtype
+    if out_dtype not in FP8_OUT_DTYPES:
+        have = ", ".join(map(str, FP8_OUT_DTYPES))
+        raise NotImplementedError(f"out_dtype={out_dtype} is not supported for FP8; use {have}")
+    return out_dtype, FP8_OUT_DTYPES.index(out_dtype)
 
 
 def result_shapes(

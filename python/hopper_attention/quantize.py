@@ -32,10 +32,12 @@ from hopper_attention.quantize_statement import (
     LEAST,
     Quantized,
     Recipe,
+    Sequences,
     arranged_columns,
     arranged_shape,
     batched,
     block_rows,
+    means,
     narrowed_stated,
     number_of_sequences,
     rotated,
@@ -47,8 +49,8 @@ from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
 __all__ = [
-    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "narrowed", "quantize", "rotated",
-    "signs", "spread", "stated",
+    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "means_of", "narrowed", "quantize",
+    "rotated", "signs", "spread", "stated",
 ]  # fmt: skip
 
 SUM_ROWS = 256
@@ -105,6 +107,16 @@ def quantize(
             x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows
         )
     return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
+
+
+def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
+    """(sequences, heads, head_dim) float32: what `centered` takes off."""
+    max_rows = _check_rows("x", x, lengths, max_seqlen)
+    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
+    if backend is Backend.REFERENCE or problem.empty:
+        return means(Sequences.of(x, lengths))[:, 0]
+    _check_kernels(x, torch.float8_e4m3fn)
+    return _means(backend, problem)
 
 
 def narrowed(
@@ -301,7 +313,8 @@ def _in_blocks(descale: Tensor, problem: _Problem) -> Tensor:
         return descale.repeat_interleave(2, dim=2)[:, :, : blocks[64]]
     raise ValueError(
         f"descale has shape {shape}; expected (1,), (sequences, heads_kv) = ({sequences}, a "
-        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or {blocks[128]} blocks"
+        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or "
+        f"{blocks[128]} blocks"
     )
 
 

@@ -72,6 +72,10 @@ class Sequences:
     def lengths(self) -> list[int]:
         return [length for _, _, length in self.places]
 
+    @property
+    def counts(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.rows.device)
+
     def gathered(self) -> Tensor:
         shape = (len(self.places), max(self.lengths, default=0), *self.rows.shape[2:])
         found = torch.zeros(shape, device=self.rows.device)
@@ -111,7 +115,8 @@ def stated(
     sequences = Sequences.of(x, lengths)
     rows = sequences.gathered()
     if centered:
-        rows = centred(rows, sequences.lengths)
+        exists = torch.arange(rows.shape[1], device=x.device) < sequences.counts[:, None]
+        rows = torch.where(exists[..., None, None], rows - means(sequences), 0)
     if hadamard:
         rows = rotated(rows)
     largest = torch.finfo(dtype).max
@@ -127,6 +132,12 @@ def stated(
     out = torch.zeros(sequences.rows.shape, dtype=dtype, device=x.device)
     out = sequences.scattered(values, out).view(x.shape)
     return Quantized(arranged_columns(out, lengths) if arranged else out, descale)
+
+
+def means(sequences: Sequences) -> Tensor:
+    """Of each sequence, head and channel: (sequences, 1, heads, head_dim)."""
+    count = sequences.counts.clamp(min=1).view(-1, 1, 1, 1)
+    return sequences.gathered().sum(dim=1, keepdim=True) / count
 
 
 def narrowed_stated(
@@ -145,14 +156,6 @@ def narrowed_stated(
     out = torch.zeros(sequences.rows.shape, dtype=values.dtype, device=x.device)
     out = sequences.scattered(values, out).view(x.shape)
     return Quantized(arranged_columns(out, lengths) if arranged else out, factor.contiguous())
-
-
-def centred(rows: Tensor, lengths: list[int]) -> Tensor:
-    """The mean of each sequence, head and channel taken off."""
-    count = torch.tensor(lengths, device=rows.device).view(-1, 1, 1, 1)
-    exists = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1, 1) < count
-    mean = rows.sum(dim=1, keepdim=True) / count.clamp(min=1)
-    return torch.where(exists, rows - mean, 0)
 
 
 def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) -> Tensor:

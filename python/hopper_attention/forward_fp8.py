@@ -1,0 +1,146 @@
+"""out and lse of quantised tensors by the kernel, or by the reference; descales as it takes them.
+
+How values are quantised: quantize.py; what the kernel does with them: hopper/forward_fp8.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments, reference, runtime
+from hopper_attention.arguments import Lengths
+from hopper_attention.forward import addressed, as_entry, clear_unused
+from hopper_attention.plan import Inputs, Plan
+from hopper_attention.quantize import LEAST, block_rows, columns_of, spread
+from hopper_attention.ranges import annotated
+
+BLOCK = 64
+"""Rows that share a scale in the kernel."""
+FADED = 60.0
+"""log2: V's blocks that are smaller than their head's largest by more count as so much smaller."""
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Scaling(NamedTuple):
+    """What goes with quantised inputs, of any of the shapes of `quantize.Quantized`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    max_seqlen_q: int
+    """Of the sequences that blocks are counted in; the rows of tensors that are not packed."""
+    max_seqlen_k: int
+    out: Tensor | None = None
+    """What an e4m3 result must be multiplied by, (1,); None: 1."""
+    columns: Tensor | None = None
+    """V as `quantize.columns_of` has it, if that was made already."""
+
+
+@annotated("forward_fp8")
+def run(
+    plan: Plan, inputs: Inputs, scaling: Scaling, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on whatever the inputs' device has; they fit the plan, but for their dtype.
+
+    `out` is written if given.
+    """
+    q, k, v, _, _, keys = inputs
+    backend = runtime.backend_for(q)
+    if backend is runtime.Backend.REFERENCE or k.numel() == 0:
+        result, lse = _run_reference(plan, inputs, scaling)
+        return (result if out is None else out.copy_(result)), lse
+    if out is None:
+        out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
+    else:
+        out = arguments.addressable("out", out)
+    lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    clear_unused(inputs, out, lse)
+    if out.numel() > 0 and inputs.sequences > 0:
+        rows = (arguments.made_addressable(*x) for x in (("q", q), ("k", k)))
+        columns = scaling.columns
+        if columns is None:
+            columns = columns_of(v, keys, scaling.max_seqlen_k)
+        stored = out.view(torch.bfloat16)  # as the kernel takes any
+        operands = (*(as_entry(x, 4) for x in rows), columns, as_entry(stored, 4))
+        tables = _query_scales(inputs, scaling), *_key_scales(inputs, scaling)
+        numbers, pointees = addressed(inputs)
+        if scaling.out is not None:
+            numbers["out_descale"] = scaling.out.data_ptr()
+            pointees = (*pointees, scaling.out)
+        runtime.launch(
+            backend, plan.instance, (*operands, as_entry(lse, 3), *tables),
+            plan.scalars_with(numbers), pointees, plan.options.sm_margin,
+        )  # fmt: skip
+    return out, lse
+
+
+def _run_reference(plan: Plan, inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    q, k, v, sink, queries, keys = inputs
+    bounds = (scaling.max_seqlen_q, scaling.max_seqlen_k, scaling.max_seqlen_k)
+    sides = zip((q, k, v), scaling[:3], (queries, keys, keys), bounds, strict=True)
+    exact = (x.float() * spread(scale, x, lengths, bound) for x, scale, lengths, bound in sides)
+    narrow = plan.out_dtype == torch.float8_e4m3fn
+    out, lse = reference.attention(
+        *exact, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
+        queries=queries, keys=keys, out_dtype=torch.float32 if narrow else plan.out_dtype,
+    )  # fmt: skip
+    if narrow:
+        scaled = out if scaling.out is None else out / scaling.out
+        out = scaled.clamp(-LARGEST, LARGEST).to(plan.out_dtype)
+    return out, lse
+
+
+def _query_scales(inputs: Inputs, scaling: Scaling) -> Tensor:
+    """(sequences, heads, ceil(seqlen_q / 64)); strides of 0 where a scale covers more."""
+    heads, blocks = inputs.q.shape[-2], -(-scaling.max_seqlen_q // BLOCK)
+    scales = _in_blocks(scaling.q, scaling.max_seqlen_q, heads).clamp(min=LEAST)
+    return scales.expand(inputs.sequences, heads, blocks)
+
+
+def _key_scales(inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """`Quantised.keys` and `.v` of hopper/forward_fp8.py."""
+    sequences, heads_kv, bound = inputs.sequences, inputs.k.shape[-2], scaling.max_seqlen_k
+    pairs = -(-bound // (2 * BLOCK))
+    k, v = (_in_blocks(d, bound, heads_kv) for d in (scaling.k, scaling.v))
+    if k.shape[2] == v.shape[2] == 1:  # the same for all blocks
+        table = k.new_zeros((sequences, heads_kv, 1, 4))
+        table[..., ::2] = k.clamp(min=LEAST)[..., None]
+        return table.expand(-1, -1, pairs, -1), v.expand(sequences, heads_kv, 1)
+    # Beyond the last key of a sequence: any number, as -inf is multiplied by K's.
+    used = _used_blocks(inputs.keys, -(-bound // BLOCK))
+    if used is not None:
+        k, v = k.where(used, 1), v.where(used, 0)
+    k, largest = k.clamp(min=LEAST), v.amax(dim=2, keepdim=True)
+    shift = torch.log2(v / largest.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=-FADED)
+    table = torch.stack(torch.broadcast_tensors(k, shift), dim=3)
+    if table.shape[2] % 2:
+        table = torch.cat([table, table[:, :, -1:]], dim=2)
+    table = table.expand(sequences, heads_kv, -1, -1).reshape(sequences, heads_kv, pairs, 4)
+    return table, largest.expand(sequences, heads_kv, 1)
+
+
+def _used_blocks(lengths: Lengths, blocks: int) -> Tensor | None:
+    """(sequences, 1, blocks): whether a sequence has keys there; None: all have."""
+    if not lengths.given:
+        return None
+    if lengths.seqused is not None:
+        rows = lengths.seqused
+    else:
+        assert lengths.cu_seqlens is not None
+        rows = lengths.cu_seqlens.diff()
+    first = BLOCK * torch.arange(blocks, device=rows.device)
+    return first < rows[:, None, None]
+
+
+def _in_blocks(descale: Tensor, seqlen: int, heads: int) -> Tensor:
+    """(sequences or 1, heads or 1, blocks of 64 or 1)."""
+    if descale.ndim < 2:
+        return descale.reshape(1, 1, 1)
+    if descale.ndim == 2:
+        return descale.repeat_interleave(heads // descale.shape[1], dim=1)[..., None]
+    rows = block_rows(descale.shape[2], seqlen)
+    blocks = -(-seqlen // BLOCK)
+    return descale.repeat_interleave(rows // BLOCK, dim=2)[..., :blocks]

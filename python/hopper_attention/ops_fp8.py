@@ -1,0 +1,106 @@
+"""The library's operators for FP8: `torch.ops.hopper_attention.attention_fp8` and `.forward_fp8`.
+
+Of 16-bit tensors, quantised on the way, and differentiable; and of quantised tensors.  What ops.py
+is for the others: compilers and modes see them, a plain call goes past the dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hopper_attention import arguments, fp8, ops
+from hopper_attention.arguments import Options
+from hopper_attention.fp8 import Treatment
+from hopper_attention.plan import Inputs, check_shapes_of, result_shapes
+
+_TREATMENT = (
+    "str recipe, bool hadamard, bool smooth_k, bool? two_level, int accumulate_every, "
+    "SymInt? bound_q, SymInt? bound_k"
+)
+"""`Treatment`, in its order; `Options` has a max_seqlen_q already."""
+_DESCALES = "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor? out_descale"
+_NUM_DESCALES = 4
+_NUM_BOUNDS = 2
+
+ops.library.define(
+    f"attention_fp8({ops.TENSORS}, {ops.OPTIONS}, {_TREATMENT}) -> (Tensor out, Tensor lse)"
+)
+ops.library.define(
+    f"forward_fp8({ops.TENSORS}, {_DESCALES}, {ops.OPTIONS}, SymInt? bound_q, SymInt? bound_k) -> "
+    "(Tensor out, Tensor lse)"
+)
+
+
+def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options, Treatment]:
+    inputs, scalars = Inputs.of(flat[: ops.NUM_TENSORS]), flat[ops.NUM_TENSORS :]
+    count = len(Options._fields)
+    return inputs, Options(*scalars[:count]), Treatment(*scalars[count:])
+
+
+@torch.library.impl(ops.library, "attention_fp8", ops.KERNELS)
+def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, treatment = _unflat(flat)
+    arguments.check_tensors(*inputs[:3])
+    sink = arguments.resolve_sink(inputs.sink, inputs.q)
+    inputs = inputs._replace(sink=sink)
+    return fp8.quantize_and_attend(inputs, options.checked(), treatment.checked())
+
+
+@torch.library.impl(ops.library, "forward_fp8", ops.KERNELS)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    tensors, flat = flat[: ops.NUM_TENSORS], flat[ops.NUM_TENSORS :]
+    descales, scalars = flat[:_NUM_DESCALES], flat[_NUM_DESCALES:]
+    options, bounds = Options(*scalars[:-_NUM_BOUNDS]), scalars[-_NUM_BOUNDS:]
+    inputs = Inputs.of(tensors)
+    arguments.check_tensors(*inputs[:3])
+    inputs = inputs._replace(sink=arguments.resolve_sink(inputs.sink, inputs.q))
+    return fp8.descale_and_attend(inputs, descales, bounds, options.checked())
+
+
+@torch.library.register_fake("hopper_attention::attention_fp8", lib=ops.library)
+def _fake_attention(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, _ = _unflat(flat)
+    check_shapes_of(inputs)
+    return _results(inputs, inputs.q.dtype)
+
+
+@torch.library.register_fake("hopper_attention::forward_fp8", lib=ops.library)
+def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs = Inputs.of(flat[: ops.NUM_TENSORS])
+    options = Options(*flat[ops.NUM_TENSORS + _NUM_DESCALES : -_NUM_BOUNDS])
+    return _results(inputs, options.out_dtype or torch.bfloat16)
+
+
+def _results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q, v = inputs.q, inputs.v
+    out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
+    return q.new_empty(out_shape, dtype=dtype), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[: ops.NUM_TENSORS])
+    ctx.options = inputs[ops.NUM_TENSORS :][: len(Options._fields)]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As if nothing had been quantised."""
+    gradients = ops.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
+    return *gradients, *(None,) * len(Treatment._fields)
+
+
+torch.library.register_autograd(
+    "hopper_attention::attention_fp8", _differentiate, setup_context=_save, lib=ops.library
+)
+
+
+@register_flop_formula(
+    [torch.ops.hopper_attention.attention_fp8, torch.ops.hopper_attention.forward_fp8], get_raw=True
+)
+def _flops(*flat: Any, out_val: Any = None) -> int:
+    """Without quantisation, which multiplies little."""
+    return ops.forward_flops(Inputs.of(flat[: ops.NUM_TENSORS]))
