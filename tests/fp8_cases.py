@@ -8,17 +8,21 @@ import torch
 from cases import WINDOWS, Shape
 
 from hopper_attention import fp8, manifest, reference
-from hopper_attention.arguments import Options, resolve_mask
+from hopper_attention.arguments import WHOLE, Options, resolve_mask
 from hopper_attention.numerics import Error, pytorch_attention
-from hopper_attention.quantize import Quantized, Recipe, spread, stated
+from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 
 INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
+DENSE = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
+PACKED = [name for name, i in INSTANCES.items() if i.config["varlen"]]
 SHAPES = (
     Shape(2, 97, 131, 4, 1),
     Shape(1, 203, 113, 2, 2),  # causal: rows without keys
     Shape(1, 1, 509, 2, 1),
     Shape(1, 256, 384, 2, 2),  # every block full
 )
+LENGTHS = ((0, 0), (64, 64), (113, 203), (0, 5), (1, 1), (7, 0), (203, 113), (0, 0))
+"""(seqlen_q, seqlen_k) of packed sequences."""
 RECIPES = tuple(Recipe)
 HEADROOM = 8
 
@@ -46,12 +50,31 @@ def outliers(q, k, v):
     return q, k, v
 
 
-def quantized(q, k, v, recipe, **how):
+def quantized(q, k, v, recipe, *, queries=WHOLE, keys=WHOLE, **how):
+    lengths = ({"lengths": queries}, {"lengths": keys})
     return fp8.Operands(
-        stated(q, recipe, heads_kv=k.shape[2], **how),
-        stated(k, recipe, **how),
-        stated(v, recipe, octaves=True),
+        stated(q, recipe, heads_kv=k.shape[-2], **lengths[0], **how),
+        stated(k, recipe, **lengths[1], **how),
+        stated(v, recipe, octaves=True, **lengths[1]),
     )
+
+
+def unscaled(q, k, v):
+    """FP8 values that stand for themselves."""
+    return fp8.Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
+
+
+def of_sequence(operands, number, rows, keys):
+    """One packed sequence of packed operands, as a batch of its own."""
+    found = []
+    for (values, descale), at in zip(operands, (rows, keys, keys), strict=True):
+        if descale.ndim > 1:
+            descale = descale[number : number + 1]
+        if descale.ndim == 3:  # as many blocks as the longest sequence has
+            block = block_rows(descale.shape[2], values.shape[0])
+            descale = descale[:, :, : -(-(at.stop - at.start) // block)]
+        found.append(Quantized(values[at][None], descale))
+    return fp8.Operands(*found)
 
 
 def exact(operands):
@@ -101,29 +124,39 @@ def model(operands, call: Options, tile_n: int, sink=None):
     return out * inverse.transpose(1, 2)[..., None], top + total.log()
 
 
-def check(instance, q, k, v, out, lse, recipe, sink=None, **arguments):
-    """Beside PyTorch's error in bf16 on the same quantised values; recipe None: q, k, v are."""
-    config = manifest.instances()[instance].config
-    operands = fp8.Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
-    if recipe is not None:
-        operands = quantized(q, k, v, recipe)
+def check(instance, operands, out, lse=None, *, dtype=None, sink=None, **arguments):
+    """Beside PyTorch's error in `dtype`, by default out's, on the same quantised values."""
+    config, dtype = manifest.instances()[instance].config, dtype or out.dtype
     call = options(**arguments)
     expected, expected_lse = model(operands, call, config["tile_n"], sink)
     values = exact(operands)
     problem = {
-        "softmax_scale": 1 / math.sqrt(q.shape[-1]),
-        "mask": resolve_mask(call, q.shape[1], k.shape[1]),
+        "softmax_scale": 1 / math.sqrt(values[0].shape[-1]),
+        "mask": resolve_mask(call, values[0].shape[1], values[1].shape[1]),
         "softcap": call.softcap or None,
         "sink": sink,
     }
     torch_error = Error.of(
-        pytorch_attention(*(x.to(q.dtype) for x in values), **problem),
-        pytorch_attention(*(x.to(q.dtype).double() for x in values), **problem),
+        pytorch_attention(*(x.to(dtype) for x in values), **problem),
+        pytorch_attention(*(x.to(dtype).double() for x in values), **problem),
     )
     error = Error.of(out, expected)
     # Some P lie so near the middle of two e4m3 numbers that the kernel rounds them the other way.
-    rounding = expected.square().mean().sqrt().item() * torch.finfo(q.dtype).eps / 2
+    rounding = expected.square().mean().sqrt().item() * torch.finfo(dtype).eps / 2
     assert error.rms <= 2 * torch_error.rms + rounding, (error, torch_error, rounding)
     assert error.maximum <= values[2].abs().max().item() / 16, error
     if lse is not None:
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def check_packed(instance, operands, lengths, out, lse, **arguments):
+    """Each sequence by itself; those without queries or keys have nothing to be judged by."""
+    end_q = end_k = 0
+    for number, (seqlen_q, seqlen_k) in enumerate(lengths):
+        end_q, end_k = end_q + seqlen_q, end_k + seqlen_k
+        rows, keys = slice(end_q - seqlen_q, end_q), slice(end_k - seqlen_k, end_k)
+        if seqlen_k == 0:
+            assert (out[rows] == 0).all() and (lse[:, rows] == -torch.inf).all()
+        elif seqlen_q > 0:
+            one = of_sequence(operands, number, rows, keys)
+            check(instance, one, out[rows][None], lse[:, rows][None], **arguments)

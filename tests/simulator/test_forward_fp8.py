@@ -3,61 +3,103 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 from itertools import product
 
 import pytest
 import torch
-from cases import Shape, random_inputs
+from cases import Shape, offsets, random_inputs
 from fp8_cases import (
+    DENSE,
     INSTANCES,
+    LENGTHS,
+    PACKED,
     RECIPES,
     SHAPES,
     arguments_for,
     check,
+    check_packed,
     exact,
     outliers,
     quantized,
+    unscaled,
 )
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hopper_attention import (
     attention_fp8,
     flash_attn_func,
-    fp8,
+    flash_attn_varlen_func,
     reference,
     simulator,
 )
-from hopper_attention.arguments import Mask
+from hopper_attention.arguments import Lengths, Mask
 from hopper_attention.numerics import Error
-from hopper_attention.quantize import Recipe
+from hopper_attention.quantize import Quantized, Recipe
+from hopper_attention.quantize_statement import INTERLEAVED
 
 pytestmark = pytest.mark.simulator
 
 
-@pytest.mark.parametrize("instance", INSTANCES)
+def inputs_for(config, shape):
+    dims = (config["head_dim"], torch.bfloat16)
+    return outliers(*random_inputs(shape, *dims, head_dim_v=config["head_dim_v"]))
+
+
+def packed_inputs(config):
+    """(total, heads, head_dim) with 9 rows of no sequence, and the lengths of either side."""
+    sides = [list(side) for side in zip(*LENGTHS, strict=True)]
+    shape = Shape(1, sum(sides[0]) + 9, sum(sides[1]) + 9, 2, 1)
+    tensors = [x[0] for x in inputs_for(config, shape)]
+    for x in tensors:
+        x[-9:] = torch.nan
+    return tensors, *(Lengths(offsets(side)) for side in sides)
+
+
+@pytest.mark.parametrize("instance", DENSE)
 def test_matches_model(instance):
     config = INSTANCES[instance].config
-    number = list(INSTANCES).index(instance)
+    number = DENSE.index(instance)
     for i, shape in enumerate(SHAPES[number % 2 :: 2]):
         recipe = RECIPES[(number + i) % len(RECIPES)]
-        q, k, v = outliers(
-            *random_inputs(
-                shape, config["head_dim"], torch.bfloat16, head_dim_v=config["head_dim_v"]
-            )
-        )
+        tensors = inputs_for(config, shape)
         arguments = arguments_for(config, number + i)
         results = []
         for seed in (0, 1):
             with simulator.enabled(seed=seed):
                 results.append(
                     attention_fp8(
-                        q, k, v, recipe=recipe, two_level=config["two_level"], return_lse=True,
+                        *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
                         **arguments,
                     )
                 )  # fmt: skip
         assert all(map(torch.equal, *results))
-        check(instance, q, k, v, *results[0], recipe, **arguments)
+        check(instance, quantized(*tensors, recipe), *results[0], **arguments)
+
+
+@pytest.mark.parametrize("instance", PACKED)
+def test_packed_sequences_match_model(instance):
+    """NaN behind the last sequence; and, in turn, an upper bound of the lengths or none."""
+    config = INSTANCES[instance].config
+    number = PACKED.index(instance)
+    recipe, arguments = RECIPES[number % len(RECIPES)], arguments_for(config, number)
+    tensors, queries, keys = packed_inputs(config)
+    bounds = {"max_seqlen_q": 203, "max_seqlen_k": 203} if number % 2 else {}
+    results = []
+    for seed in (0, 1):
+        with simulator.enabled(seed=seed):
+            results.append(
+                attention_fp8(
+                    *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
+                    cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, **bounds,
+                    **arguments,
+                )
+            )  # fmt: skip
+    assert all(map(torch.equal, *results))
+    operands = quantized(*tensors, recipe, queries=queries, keys=keys)
+    check_packed(instance, operands, LENGTHS, *results[0], **arguments)
 
 
 def test_several_tiles_a_block(monkeypatch):
@@ -71,7 +113,41 @@ def test_several_tiles_a_block(monkeypatch):
         out, lse = attention_fp8(q, k, v, causal=True, learnable_sink=sink, return_lse=True)
     assert out.dtype == torch.float16
     instance = "fwd_e4m3_d128_causal_two_level"
-    check(instance, q, k, v, out, lse, Recipe.BLOCK64, sink, causal=True)
+    operands = quantized(q, k, v, Recipe.BLOCK64)
+    check(instance, operands, out, lse, sink=sink, causal=True)
+
+
+@pytest.mark.parametrize("accumulate_every", [2, 8])
+def test_several_key_blocks_summed_at_once(accumulate_every):
+    """Maxima that grow on the way, so that what is not flushed is rescaled; three key blocks."""
+    q, k, v = random_inputs(Shape(1, 70, 384, 2, 2), 128, torch.bfloat16)
+    k[:, 128:] *= 0.6
+    k[:, 256:] *= 0.5
+    with simulator.enabled(seed=0):
+        out, lse = attention_fp8(
+            q, k, v, two_level=True, accumulate_every=accumulate_every, return_lse=True
+        )
+    check("fwd_e4m3_d128_two_level", quantized(q, k, v, Recipe.BLOCK64), out, lse)
+
+
+def test_partly_used_sequences():
+    """What lies behind their last rows is not a number."""
+    used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ([70, 0, 3], [129, 40, 0]))
+    q, k, v = random_inputs(Shape(3, 80, 200, 2, 1), 64, torch.bfloat16)
+    for tensors, used in (((q,), used_q), ((k, v), used_k)):
+        for x, (entry, rows) in itertools.product(tensors, enumerate(used.tolist())):
+            x[entry, rows:] = torch.nan
+    with simulator.enabled(seed=0):
+        out, lse = attention_fp8(
+            q, k, v, seqused_q=used_q, seqused_k=used_k, causal=True, return_lse=True
+        )
+    for b, (m, n) in enumerate(zip(used_q.tolist(), used_k.tolist(), strict=True)):
+        assert (out[b, m:] == 0).all() and (lse[b, :, m:] == -torch.inf).all()
+        one = [x[b : b + 1, :rows] for x, rows in ((q, m), (k, n), (v, n), (out, m))]
+        if m * n:
+            operands = quantized(*one[:3], Recipe.BLOCK64)
+            name = "fwd_e4m3_d64_causal_varlen_two_level"
+            check(name, operands, one[3], lse[b : b + 1, :, :m], causal=True)
 
 
 def test_unused_keys_are_not_read():
@@ -79,7 +155,7 @@ def test_unused_keys_are_not_read():
     q, k, v = (x[..., :80] for x in random_inputs(Shape(1, 70, 90, 2, 1), 96, torch.bfloat16))
     with simulator.enabled(seed=0):
         out, lse = attention_fp8(q, k, v, return_lse=True)
-    check("fwd_e4m3_d96_two_level", q, k, v, out, lse, Recipe.BLOCK64)
+    check("fwd_e4m3_d96_two_level", quantized(q, k, v, Recipe.BLOCK64), out, lse)
 
 
 @pytest.mark.parametrize(("two_level", "worst"), [(False, math.inf), (True, 1.3)])
@@ -145,6 +221,63 @@ def test_quantised_tensors(simulated, recipe):
     assert torch.equal(written, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn])
+def test_output_types(dtype, packed):
+    """Each is the same float32 result, rounded once."""
+    operands = quantized(
+        *outliers(*random_inputs(Shape(1, 70, 200, 4, 2), 64, torch.bfloat16)), Recipe.BLOCK64
+    )
+    names = ("q_descale", "k_descale", "v_descale")
+    descales = dict(zip(names, (x.descale for x in operands), strict=True))
+    values = [x.values for x in operands]
+    run = flash_attn_func
+    if packed:
+        values = [x[0] for x in values]
+        cu_seqlens = {"cu_seqlens_q": offsets([70]), "cu_seqlens_k": offsets([200])}
+        bounds = {"max_seqlen_q": 70, "max_seqlen_k": 200}
+        run = functools.partial(flash_attn_varlen_func, **cu_seqlens, **bounds)
+    with simulator.enabled(seed=1):
+        wide = run(*values, causal=True, out_dtype=torch.float32, **descales)
+        out = run(*values, causal=True, out_dtype=dtype, **descales)
+        if dtype == torch.float8_e4m3fn:
+            unit = torch.tensor([0.013])
+            scaled = run(*values, causal=True, out_dtype=dtype, out_descale=unit, **descales)
+            exact_quotient = (wide / unit).clamp(-448, 448)
+            # The division is part of the normalisation: a step of the format at most.
+            step = exact_quotient.abs().clamp(min=2.0**-6).log2().floor().exp2() / 8
+            assert ((scaled.float() - exact_quotient).abs() <= 0.51 * step).all()
+    assert torch.equal(out.float(), wide.to(dtype).float())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("recipe", [Recipe.PER_HEAD, Recipe.BLOCK128])
+def test_keys_and_values_of_two_bits(recipe, packed):
+    """e5m2; what is e4m3 after it is the same to the kernel as if it had been."""
+    tensors = outliers(*random_inputs(Shape(1, 70, 200, 2, 1), 64, torch.bfloat16))
+    q, k, v = quantized(*tensors, recipe)
+    wide = [(x.values.float() * 4).to(torch.float8_e5m2) for x in (k, v)]
+    names = ("q_descale", "k_descale", "v_descale")
+    descales = dict(zip(names, (x.descale for x in (q, k, v)), strict=True))
+    values, run = [q.values, *wide], flash_attn_func
+    if packed:
+        values, index = [x[0] for x in values], (offsets([70]), offsets([200]), 70, 200)
+        run = functools.partial(_packed_call, index)
+    operands = [q, *(Quantized(x, y.descale) for x, y in zip(wide, (k, v), strict=True))]
+    true, true_lse = reference.attention(*exact(operands), softmax_scale=0.125)
+    for simulated in (False, True):
+        with simulator.enabled(seed=1) if simulated else contextlib.nullcontext():
+            out, lse = run(*values, return_lse=True, **descales)
+        out, lse = (out[None], lse[None]) if packed else (out, lse)
+        torch.testing.assert_close(lse, true_lse.float(), rtol=1e-5, atol=1e-5)
+        rounding = 0.03 if simulated else 0.004  # of P in e4m3, of out in bf16
+        assert Error.of(out, true).rms <= rounding * true.square().mean().sqrt()
+
+
+def _packed_call(index, *tensors, **arguments):
+    return flash_attn_varlen_func(*tensors, *index, **arguments)
+
+
 def test_blocks_without_scale():
     """Zeros are quantised with a descale of 0 by some; and the first row is alone in its tensor."""
     q, k, v = quantized(*random_inputs(Shape(1, 70, 200, 2, 1), 64, torch.bfloat16), Recipe.BLOCK64)
@@ -167,7 +300,7 @@ def test_blocks_without_scale():
 def test_order_of_keys():
     """V's columns are written as P lies in registers."""
     fragments = pytest.importorskip("hopper_attention.cute_kernels.fragments")
-    assert [fragments.interleaved(place) for place in range(16)] == fp8.INTERLEAVED
+    assert [fragments.interleaved(place) for place in range(16)] == INTERLEAVED
 
 
 def test_strided_values_and_no_descales():
@@ -177,7 +310,7 @@ def test_strided_values_and_no_descales():
     with simulator.enabled(seed=0):
         out = flash_attn_func(q, k, v)
         assert torch.equal(out, flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous()))
-    check("fwd_e4m3_d64_two_level", *(x.bfloat16() for x in (q, k, v)), out, None, None)
+    check("fwd_e4m3_d64_two_level", unscaled(q, k, v), out)
 
 
 E4M3 = torch.zeros(1, 130, 2, 64).to(torch.float8_e4m3fn)
@@ -194,6 +327,12 @@ REFUSED_VALUES = [
     (ValueError, "^q_descale must be finite", {"q_descale": torch.tensor([torch.nan])}),
     (NotImplementedError, "^q is a TwoTensor", {"q": TwoTensor(E4M3, E4M3)}),
     (NotImplementedError, "^out_dtype=torch.float64", {"out_dtype": torch.float64}),
+    (ValueError, "^out_descale: only with", {"out_descale": torch.ones(1)}),
+    (
+        ValueError,
+        "^out_descale has shape",
+        {"out_dtype": torch.float8_e4m3fn, "out_descale": torch.ones(2)},
+    ),
 ]
 
 
@@ -205,7 +344,7 @@ def test_refused_values(error, message, arguments):
 
 def test_descales_of_16_bits_are_refused():
     q = E4M3.bfloat16()
-    with pytest.raises(NotImplementedError, match=r"^q_descale: only of dense float8_e4m3fn"):
+    with pytest.raises(NotImplementedError, match=r"^q_descale: only of FP8"):
         flash_attn_func(q, q, q, q_descale=torch.ones(1))
 
 
@@ -215,6 +354,9 @@ REFUSED = [
     (NotImplementedError, "smooth_k", {"smooth_k": True, "learnable_sink": torch.zeros(2)}),
     (TypeError, "hadamard", {"hadamard": 1}),
     (TypeError, "two_level", {"two_level": "yes"}),
+    (ValueError, "accumulate_every must be a power of two; got 6, use 4", {"accumulate_every": 6}),
+    (ValueError, "accumulate_every=2", {"accumulate_every": 2, "two_level": False}),
+    (TypeError, "max_seqlen_q", {"max_seqlen_q": 1.5}),
 ]
 
 
@@ -250,5 +392,5 @@ def test_refused_two_level_of_wide_heads():
 
 def test_recipes_are_all_run():
     """The numbering above leaves none out."""
-    used = {RECIPES[(n + i) % len(RECIPES)] for n, i in product(range(len(INSTANCES)), range(2))}
+    used = {RECIPES[(n + i) % len(RECIPES)] for n, i in product(range(len(DENSE)), range(2))}
     assert used == set(Recipe)

@@ -208,7 +208,7 @@ def row_scalar(q, k, v, unit, arithmetic, seen):
     row_max, row_sum, main, partial = -math.inf, 0.0, [0.0] * len(v[0]), [0.0] * len(v[0])
     largest, bits = max(unit), arithmetic.bits
     tiles = -(-len(k) // 128)
-    for count, tile in enumerate(reversed(range(tiles)), start=1):
+    for tile in reversed(range(tiles)):
         keys = list(range(tile * 128, min(tile * 128 + 128, len(k))))
         scores = {}
         for j in keys:
@@ -226,7 +226,7 @@ def row_scalar(q, k, v, unit, arithmetic, seen):
             ours = keys[start : start + 32]
             pairs = [(round_p(p[j] * unit[j // 64] / largest), v[j][column]) for j in ours]
             partial[column] = sum_scalar(pairs, partial[column], bits, Cut.SUMS)
-        if arithmetic.two_level and count % arithmetic.accumulate_every == 0:
+        if arithmetic.two_level and tile % arithmetic.accumulate_every == 0:
             main = [m + x for m, x in zip(main, partial)]
             partial = [0.0] * len(main)
     main = [(m + x) * largest for m, x in zip(main, partial)]
@@ -245,7 +245,7 @@ def row_scalar(q, k, v, unit, arithmetic, seen):
     ids=["plain", "two_level", "every_2"],
 )
 def test_attention_is_the_scalar_model(arithmetic, blocks, causal):
-    rows, keys, dv = 3, 330, 2
+    rows, keys, dv = 3, 470, 2
     q, k, v = (
         coarse(1, rows, 1, 48, seed=1),
         coarse(1, keys, 1, 48, seed=2),
@@ -253,7 +253,7 @@ def test_attention_is_the_scalar_model(arithmetic, blocks, causal):
     )
     v = v + 1  # sums that grow, so that cutting them shows
     v = v.to(torch.float8_e4m3fn).float()
-    unit = torch.tensor([0.5, 2.0, 0.25, 1.0, 3.0, 0.7]) if blocks else torch.ones(6)
+    unit = torch.tensor([0.5, 2.0, 0.25, 1.0, 3.0, 0.7, 1.5, 1.0]) if blocks else torch.ones(8)
     values = Quantized(v, unit[None, None] if blocks else torch.ones(1))
     out, lse = attention(
         exactly(q), exactly(k), values, softmax_scale=1.0, mask=CAUSAL if causal else FULL,

@@ -1,0 +1,113 @@
+"""The FP8 operators as PyTorch's compilers and modes see them, on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import offsets
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
+from hopper_attention.arguments import Options
+from hopper_attention.fp8 import Treatment
+
+ATTENTION = torch.ops.hopper_attention.attention_fp8.default
+FORWARD = torch.ops.hopper_attention.forward_fp8.default
+PLAIN = Options.of(None, True, (-1, -1), 0, 0.0, None, None, None, 0, False)
+TREATMENT = Treatment("block64", True, True, None, 1, None, None)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+def leaves(packed=False):
+    """GQA, V of another head dim, more keys than queries."""
+    shapes = ((2, 17, 4, 64), (2, 70, 2, 64), (2, 70, 2, 48))
+    shapes = [(b * s, *rest) if packed else (b, s, *rest) for b, s, *rest in shapes]
+    return [torch.randn(*shape).bfloat16().requires_grad_() for shape in shapes]
+
+
+def narrow(*tensors):
+    return [x.detach().to(torch.float8_e4m3fn) for x in tensors]
+
+
+def test_opcheck():
+    """Schema, fake strides, autograd registration, AOT dispatch with dynamic shapes."""
+    opcheck(ATTENTION, (*leaves(), *[None] * 5, *PLAIN, *TREATMENT))
+
+
+def test_opcheck_of_packed_sequences():
+    index = (offsets((3, 0, 31)), offsets((70, 5, 65)), None, None)
+    treatment = TREATMENT._replace(max_seqlen_q=31, max_seqlen_k=70)
+    opcheck(ATTENTION, (*leaves(packed=True), None, *index, *PLAIN, *treatment))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float8_e4m3fn])
+def test_opcheck_of_quantised_tensors(dtype):
+    descales = (torch.rand(2, 2), torch.rand(2, 2, 2), torch.rand(1))
+    last = torch.rand(1) if dtype == torch.float8_e4m3fn else None
+    options = PLAIN._replace(out_dtype=dtype)
+    tensors = narrow(*leaves())
+    arguments = (*tensors, *[None] * 5, *descales, last, *options, None, None)
+    # The others compare tensors, which PyTorch cannot in FP8.
+    opcheck(FORWARD, arguments, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+def test_schemas_are_the_tuples():
+    names = [argument.name for argument in ATTENTION._schema.arguments][8:]
+    assert tuple(names[: len(Options._fields)]) == Options._fields
+    assert tuple(names[len(Options._fields) : -2]) == Treatment._fields[:-2]
+
+
+def trained(q, k, v):
+    out, lse = attention_fp8(
+        q * 1.0, k, v, recipe="per_head", hadamard=True, causal=True, return_lse=True
+    )
+    return out.float().sin().sum() + lse.cos().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training_compiles_without_graph_breaks(backend):
+    qkv = leaves()
+    expected = trained(*qkv)
+    actual = torch.compile(trained, fullgraph=True, backend=backend)(*qkv)
+    torch.testing.assert_close(actual, expected)
+    gradients = torch.autograd.grad(actual, qkv)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, qkv))
+
+
+def test_quantised_tensors_compile():
+    q, k, v = narrow(*leaves())
+    scale = torch.tensor([0.5])
+
+    def run(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, q_descale=scale, v_descale=scale)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), run(q, k, v))
+
+
+def test_packed_sequences_compile_for_all_totals():
+    def run(q, k, v, cu_seqlens, longest):
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for stance, lengths in (("default", (5, 8)), ("fail_on_recompile", (3, 0, 9, 4))):
+        tensors = narrow(*(torch.randn(sum(lengths), 2, 64) for _ in "qkv"))
+        with torch.compiler.set_stance(stance):
+            out = compiled(*tensors, offsets(lengths), max(lengths))
+        assert torch.equal(out, run(*tensors, offsets(lengths), max(lengths)))
+
+
+def test_flops():
+    qkv = leaves()
+    with FlopCounterMode(display=False) as plain, torch.no_grad():
+        flash_attn_func(*qkv)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attention_fp8(*qkv)
+        flash_attn_func(*narrow(*qkv))
+    assert counter.get_total_flops() == 2 * plain.get_total_flops() > 0
