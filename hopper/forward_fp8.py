@@ -5,7 +5,9 @@ Roles, pipelines and timeline are those of forward.py.  Otherwise:
 Layouts    Q (batch, seqlen_q, heads, d), K (batch, seqlen_k, heads_kv, d) e4m3; V transposed,
            (batch, heads_kv, dv, keys), keys a multiple of 16 and zeros behind the last, since FP8
            WGMMA reads operands with contiguous K only; and in every 16 keys interleaved as P lies
-           in registers (`Fp8Fragment`), so that P needs no shuffles.  O bf16 or float32.
+           in registers (`Fp8Fragment`), so that P needs no shuffles.  Packed sequences start there
+           at multiples of 128 (`values_offset`), with zeros behind each of them, too.  O bf16,
+           fp16, float32, or e4m3 divided by a scale.
 
 Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  A consumer has
            64 rows of Q, so its factor is one number.  Those of a key block's halves go into the

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from cases import WINDOWS, Shape
+from cases import WINDOWS, Shape, offsets, random_inputs
 
 from hopper_attention import fp8, manifest, reference
-from hopper_attention.arguments import WHOLE, Options, resolve_mask
+from hopper_attention.arguments import WHOLE, Lengths, Options, resolve_mask
 from hopper_attention.numerics import Error, pytorch_attention
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 
@@ -160,3 +160,18 @@ def check_packed(instance, operands, lengths, out, lse, **arguments):
         elif seqlen_q > 0:
             one = of_sequence(operands, number, rows, keys)
             check(instance, one, out[rows][None], lse[:, rows][None], **arguments)
+
+
+def inputs_for(config, shape):
+    dims = (config["head_dim"], torch.bfloat16)
+    return outliers(*random_inputs(shape, *dims, head_dim_v=config["head_dim_v"]))
+
+
+def packed_inputs(config, device="cpu"):
+    """(total, heads, head_dim) with 9 rows of no sequence, and the lengths of either side."""
+    sides = [list(side) for side in zip(*LENGTHS, strict=True)]
+    shape = Shape(1, sum(sides[0]) + 9, sum(sides[1]) + 9, 2, 1)
+    tensors = [x[0].to(device) for x in inputs_for(config, shape)]
+    for x in tensors:
+        x[-9:] = torch.nan
+    return tensors, *(Lengths(offsets(side, device)) for side in sides)

@@ -225,6 +225,8 @@ def attend(
             *inputs.flat, *descales, *options, *bounds
         )
         return (result if out is None else out.copy_(result)), lse
+    if out is not None:
+        torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
     return descale_and_attend(inputs, descales, bounds, options, out)
 
 
@@ -294,13 +296,21 @@ def _lengths(cu_seqlens: Tensor | None, seqused: Tensor | None) -> Lengths:
 
 
 def _bounds(inputs: Inputs, *given: int | None) -> tuple[int, int]:
-    """Upper bounds of the sequences' lengths, of packed ones what the caller knows."""
-    sides = zip((inputs.q, inputs.k), (inputs.queries, inputs.keys), given, strict=True)
-    rows_q, rows_k = (
-        x.shape[-3] if bound is None or lengths.cu_seqlens is None else min(bound, x.shape[-3])
-        for x, lengths, bound in sides
+    """Upper bounds of the sequences' lengths: of packed ones what the caller says."""
+    sides = (("q", inputs.q, inputs.queries), ("k", inputs.k, inputs.keys))
+    bound_q, bound_k = (
+        _bound(f"max_seqlen_{side}", x.shape[-3], lengths.cu_seqlens, bound)
+        for (side, x, lengths), bound in zip(sides, given, strict=True)
     )
-    return rows_q, rows_k
+    return bound_q, bound_k
+
+
+def _bound(name: str, rows: int, cu_seqlens: Tensor | None, given: int | None) -> int:
+    if cu_seqlens is None or given is None:
+        return rows
+    if cu_seqlens.is_cpu and (cu_seqlens.diff() > given).any():  # a GPU would have to be waited for
+        raise ValueError(f"{name} is {given}, less than a sequence of {cu_seqlens.diff().max()}")
+    return given
 
 
 def _check_classes(**tensors: Tensor | None) -> None:
@@ -349,5 +359,7 @@ def _check_scales(name: str, descale: Any, x: Tensor) -> None:
         raise ValueError(f"{name} is on {descale.device}, its tensor is on {x.device}")
     if descale.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {descale.dtype}; expected torch.float32")
+    if descale.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} requires grad, which scales have not; use its detach()")
     if descale.is_cpu and not ((descale >= 0) & (descale < torch.inf)).all():
         raise ValueError(f"{name} must be finite and not negative")

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Shape, random_inputs
-from fp8_cases import DENSE, INSTANCES, RECIPES, SHAPES, arguments_for, check, outliers, quantized
+from cases import Shape
+from fp8_cases import (
+    DENSE,
+    INSTANCES,
+    LENGTHS,
+    PACKED,
+    RECIPES,
+    SHAPES,
+    arguments_for,
+    check,
+    check_packed,
+    inputs_for,
+    packed_inputs,
+    quantized,
+)
 
 from hopper_attention import attention_fp8, simulator
 
@@ -20,16 +33,27 @@ def test_matches_model(instance, shape):
     config = INSTANCES[instance].config
     number = (SHAPES + LARGE).index(shape)
     recipe = RECIPES[number % len(RECIPES)]
-    inputs = random_inputs(
-        shape, config["head_dim"], torch.bfloat16, head_dim_v=config["head_dim_v"]
-    )
-    q, k, v = (x.cuda() for x in outliers(*inputs))
+    q, k, v = (x.cuda() for x in inputs_for(config, shape))
     arguments = arguments_for(config, number)
     options = {"recipe": recipe, "two_level": config["two_level"], **arguments}
     out, lse = attention_fp8(q, k, v, return_lse=True, **options)
     check(instance, quantized(q, k, v, recipe), out, lse, **arguments)
     again, lse_again = attention_fp8(q, k, v, return_lse=True, **options)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("instance", PACKED)
+def test_packed_sequences_match_model(instance):
+    config = INSTANCES[instance].config
+    number = PACKED.index(instance)
+    recipe, arguments = RECIPES[number % len(RECIPES)], arguments_for(config, number)
+    tensors, queries, keys = packed_inputs(config, "cuda")
+    out, lse = attention_fp8(
+        *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
+        cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, **arguments,
+    )  # fmt: skip
+    operands = quantized(*tensors, recipe, queries=queries, keys=keys)
+    check_packed(instance, operands, LENGTHS, out, lse, **arguments)
 
 
 @pytest.mark.parametrize("two_level", [False, True])

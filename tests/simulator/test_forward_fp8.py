@@ -22,7 +22,9 @@ from fp8_cases import (
     check,
     check_packed,
     exact,
+    inputs_for,
     outliers,
+    packed_inputs,
     quantized,
     unscaled,
 )
@@ -35,27 +37,12 @@ from hopper_attention import (
     reference,
     simulator,
 )
-from hopper_attention.arguments import Lengths, Mask
+from hopper_attention.arguments import Mask
 from hopper_attention.numerics import Error
 from hopper_attention.quantize import Quantized, Recipe
 from hopper_attention.quantize_statement import INTERLEAVED
 
 pytestmark = pytest.mark.simulator
-
-
-def inputs_for(config, shape):
-    dims = (config["head_dim"], torch.bfloat16)
-    return outliers(*random_inputs(shape, *dims, head_dim_v=config["head_dim_v"]))
-
-
-def packed_inputs(config):
-    """(total, heads, head_dim) with 9 rows of no sequence, and the lengths of either side."""
-    sides = [list(side) for side in zip(*LENGTHS, strict=True)]
-    shape = Shape(1, sum(sides[0]) + 9, sum(sides[1]) + 9, 2, 1)
-    tensors = [x[0] for x in inputs_for(config, shape)]
-    for x in tensors:
-        x[-9:] = torch.nan
-    return tensors, *(Lengths(offsets(side)) for side in sides)
 
 
 @pytest.mark.parametrize("instance", DENSE)
@@ -327,6 +314,11 @@ REFUSED_VALUES = [
     (ValueError, "^q_descale must be finite", {"q_descale": torch.tensor([torch.nan])}),
     (NotImplementedError, "^q is a TwoTensor", {"q": TwoTensor(E4M3, E4M3)}),
     (NotImplementedError, "^out_dtype=torch.float64", {"out_dtype": torch.float64}),
+    (
+        NotImplementedError,
+        "^q_descale requires grad",
+        {"q_descale": torch.ones(1).requires_grad_()},
+    ),
     (ValueError, "^out_descale: only with", {"out_descale": torch.ones(1)}),
     (
         ValueError,
@@ -340,6 +332,14 @@ REFUSED_VALUES = [
 def test_refused_values(error, message, arguments):
     with pytest.raises(error, match=message):
         flash_attn_func(**({"q": E4M3, "k": E4M3, "v": E4M3} | arguments))
+
+
+def test_refused_bounds():
+    """Scales are looked up by them."""
+    q, index = E4M3[0], offsets([70, 60])
+    for bounds in ((69, 70), (70, 69)):
+        with pytest.raises(ValueError, match=r"^max_seqlen_. is 69, less than a sequence of 70"):
+            flash_attn_varlen_func(q, q, q, index, index, *bounds)
 
 
 def test_descales_of_16_bits_are_refused():
