@@ -5,7 +5,7 @@ has chunks of its own, which lie as blocks do among V's columns (columns.py).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -14,16 +14,19 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum
-from hopper_attention.cute_kernels.hadamard import VECTOR
-from hopper_attention.cute_kernels.quantize_rows import widen
+from hopper_attention.cute_kernels.rotary import Embedding, Rotary, example_rotary
 from hopper_attention.cute_kernels.sequence import Lengths, Sequence
 from hopper_attention.cute_kernels.types import DTYPES, strided
+from hopper_attention.cute_kernels.vectors import VECTOR, widen
 from hopper_attention.hopper.config import ColumnMeansConfig, ColumnSumsConfig
 
 SUM_ROWS = 256
 """Of a chunk."""
 AHEAD = 4
-"""Rows of a thread that are loaded before they are added; `unroll=4` crashes the compiler."""
+"""Rows of a thread that are loaded before they are added; `unroll=4` crashes the compiler.
+
+With a rotary embedding, for which registers would run out, one.
+"""
 
 
 def chunks_of():
@@ -47,6 +50,10 @@ class Team:
     thread: Int32
     columns: Int32
 
+    @property
+    def at_once(self):
+        return self.threads // (self.columns // VECTOR)
+
     @staticmethod
     def of(threads: int, columns: Int32) -> "Team":
         layout = cute.make_layout(threads * VECTOR)
@@ -54,38 +61,54 @@ class Team:
         return Team(shared, threads, cute.arch.thread_idx()[0], columns)
 
     @cute.jit
-    def sum_rows(self, x: cute.Tensor, first: Int32, rows: Int32) -> Float32:
+    def sum_rows(
+        self, x: cute.Tensor, first: Int32, rows: Int32, embedding: Optional[Embedding]
+    ) -> Float32:
         """Of rows [first, first + rows) of x, the sum of column `thread`, if there is one."""
-        at_once = self.threads // (self.columns // VECTOR)
-        sums = self.own_rows(x, first, rows, at_once)
+        sums = cute.make_rmem_tensor((VECTOR,), Float32)
+        sums.fill(0.0)
+        if cutlass.const_expr(embedding is None):
+            self.add_rows(sums, x, first, rows, None, AHEAD)
+        elif embedding.rotary.dim > 0:
+            self.add_rows(sums, x, first, rows, embedding, 1)
+        else:
+            self.add_rows(sums, x, first, rows, None, AHEAD)
         cute.autovec_copy(sums, cute.local_tile(self.shared, (VECTOR,), (self.thread,)))
         cute.arch.sync_threads()
         total = Float32(0.0)
         if self.thread < self.columns:
-            for i in cutlass.range(at_once, unroll=8):
+            for i in cutlass.range(self.at_once, unroll=8):
                 total += self.shared[i * self.columns + self.thread]
         return total
 
     @cute.jit
-    def own_rows(self, x: cute.Tensor, first: Int32, rows: Int32, at_once: Int32):
-        """(VECTOR,) float32: every `at_once`th row; not read from threads left over."""
-        sums = cute.make_rmem_tensor((VECTOR,), Float32)
-        sums.fill(0.0)
+    def add_rows(
+        self,
+        sums: cute.Tensor,
+        x: cute.Tensor,
+        first: Int32,
+        rows: Int32,
+        embedding: Optional[Embedding],
+        ahead: cutlass.Constexpr,
+    ):
+        """This thread's rows, `ahead` of them loaded at once; sums of threads left over are not
+        read.  The order is always the same."""
         vectors = self.columns // VECTOR
         row, vector = self.thread // vectors, self.thread % vectors
-        step = AHEAD * at_once
+        step = ahead * self.at_once
         for i in cutlass.range((rows + step - 1) // step, unroll=1):
-            loaded = cute.make_rmem_tensor((VECTOR, AHEAD), x.element_type)
-            for j in cutlass.range_constexpr(AHEAD):
-                place = first + minimum(row + i * step + j * at_once, rows - 1)
-                source = cute.local_tile(x[place, None], (VECTOR,), (vector,))
-                cute.autovec_copy(source, loaded[None, j])
+            loaded = cute.make_rmem_tensor((VECTOR, ahead), x.element_type)
+            places = [row + i * step + j * self.at_once for j in range(ahead)]
+            for j in cutlass.range_constexpr(ahead):
+                source = x[first + minimum(places[j], rows - 1), None]
+                cute.autovec_copy(cute.local_tile(source, (VECTOR,), (vector,)), loaded[None, j])
             values = widen(loaded)
-            for j in cutlass.range_constexpr(AHEAD):
-                exists = row + i * step + j * at_once < rows
+            for j in cutlass.range_constexpr(ahead):
+                if cutlass.const_expr(embedding is not None):
+                    place = first + minimum(places[j], rows - 1)
+                    embedding.apply(values[None, j], x[place, None], vector, place)
                 for e in cutlass.range_constexpr(VECTOR):
-                    sums[e] = sums[e] + (values[e, j] if exists else Float32(0.0))
-        return sums
+                    sums[e] = sums[e] + (values[e, j] if places[j] < rows else Float32(0.0))
 
 
 class ColumnSums:
@@ -94,35 +117,50 @@ class ColumnSums:
 
     def example_arguments(self) -> tuple:
         lengths = (Int64(0), Int64(0), Int32(1), Int32(1))
-        return (strided(DTYPES[self.cfg.dtype], 4), chunks_of(), *lengths)
+        return (strided(DTYPES[self.cfg.dtype], 4), chunks_of(), *example_rotary(), *lengths)
 
     @cute.jit
     def __call__(
         self,
         mX: cute.Tensor,
         mSums: cute.Tensor,
+        rotary_cos: Int64,
+        rotary_sin: Int64,
+        rotary_dim: Int32,
+        rotary_interleaved: Int32,
+        rotary_positions: Int32,
+        rotary_offset: Int32,
+        rotary_offsets: Int64,
         cu_seqlens: Int64,
         seqused: Int64,
         sequences: Int32,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mX (batch, seqlen, heads, columns), mSums (batch, chunks, heads, columns)."""
+        """mX (batch, seqlen, heads, columns), mSums (batch, chunks, heads, columns).
+
+        rotary_...: `Rotary`, which comes before.
+        """
+        rotary = Rotary(
+            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
+            rotary_offsets,
+        )  # fmt: skip
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
-        self.kernel(mX, mSums, lengths).launch(
+        self.kernel(mX, mSums, rotary, lengths).launch(
             grid=[mX.shape[2], ceil_div(max_seqlen, SUM_ROWS), sequences],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, mX: cute.Tensor, mSums: cute.Tensor, lengths: Lengths):
+    def kernel(self, mX: cute.Tensor, mSums: cute.Tensor, rotary: Rotary, lengths: Lengths):
         head, chunk, index = cute.arch.block_idx()
         sequence, team = lengths.of(index), Team.of(self.cfg.threads, mX.shape[3])
         rows = minimum(sequence.length - chunk * SUM_ROWS, SUM_ROWS)
         if rows > 0:
             x = mX[sequence.batch, None, head, None]
-            total = team.sum_rows(x, sequence.offset + chunk * SUM_ROWS, rows)
+            first = sequence.offset + chunk * SUM_ROWS
+            total = team.sum_rows(x, first, rows, rotary.of(sequence, index))
             if team.thread < team.columns:
                 place = first_chunk(sequence, index) + chunk
                 mSums[sequence.batch, place, head, team.thread] = total
@@ -160,6 +198,6 @@ class ColumnMeans:
         sequence, team = lengths.of(index), Team.of(self.cfg.threads, mSums.shape[3])
         chunks = mSums[sequence.batch, None, head, None]
         count = ceil_div(sequence.length, SUM_ROWS)
-        total = team.sum_rows(chunks, first_chunk(sequence, index), count)
+        total = team.sum_rows(chunks, first_chunk(sequence, index), count, None)
         if team.thread < team.columns:
             mMeans[index, head, team.thread] = total / Float32(maximum(sequence.length, 1))

@@ -13,13 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from hopper_attention.cute_kernels.arithmetic import minimum
-
-LANES = 4
-"""Of a row."""
-VECTOR = 8
-"""Columns of 16 bytes: one load."""
-SPAN = LANES * VECTOR
-"""Columns that the lanes of a row load at once."""
+from hopper_attention.cute_kernels.vectors import LANES, SPAN, VECTOR, vector_of
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,3 @@ class Rotation:
 def butterfly(values: cute.Tensor, low: Any, high: Any) -> None:
     a, b = values[low], values[high]
     values[low], values[high] = a + b, a - b
-
-
-def vector_of(address: Int64, vector: Int32) -> cute.Tensor:
-    """(VECTOR,) of an array of float32, in registers."""
-    start = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=32)
-    source = cute.make_tensor(start, cute.make_layout(1 << 30))
-    loaded = cute.make_rmem_tensor((VECTOR,), Float32)
-    cute.autovec_copy(cute.local_tile(source, (VECTOR,), (vector,)), loaded)
-    return loaded

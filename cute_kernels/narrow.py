@@ -16,11 +16,11 @@ from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum
 from hopper_attention.cute_kernels.columns import ROWS, Block
-from hopper_attention.cute_kernels.hadamard import LANES
 from hopper_attention.cute_kernels.quantize_rows import HALF, Rows, block_of, one_of_each_warp
 from hopper_attention.cute_kernels.quantize_store import Divisor, Values
 from hopper_attention.cute_kernels.sequence import Lengths
 from hopper_attention.cute_kernels.types import strided
+from hopper_attention.cute_kernels.vectors import LANES
 from hopper_attention.hopper.config import NarrowConfig
 
 EXPONENT = 8

@@ -6,9 +6,10 @@
     Quantize                  scale and cast; finds the scale of blocks in the same pass
 
 A block of 256 threads holds 128 rows of one head of a sequence in registers (quantize_rows.py); a
-block without rows says that its scale is that of zeros.  Mean and rotation are arguments:
+block without rows says that its scale is that of zeros.  What is done to them is arguments:
 
-    load -> - mean -> rotation (hadamard.py) -> greatest magnitude -> / descale -> e4m3 -> store
+    load -> rotary embedding (rotary.py) -> - mean -> rotation (hadamard.py)
+         -> greatest magnitude -> / descale -> e4m3 -> store
 
 The greatest magnitude is that of a warp's 16 rows (redux on the bits: floats that are not negative
 compare as integers), then of four or eight warps through shared memory.  AbsMax ends with an atomic
@@ -29,7 +30,7 @@ from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.columns import ROWS, Block
-from hopper_attention.cute_kernels.hadamard import LANES, Rotation
+from hopper_attention.cute_kernels.hadamard import Rotation
 from hopper_attention.cute_kernels.memory import read
 from hopper_attention.cute_kernels.quantize_rows import (
     HALF,
@@ -40,8 +41,10 @@ from hopper_attention.cute_kernels.quantize_rows import (
     one_of_each_warp,
 )
 from hopper_attention.cute_kernels.quantize_store import Divisor, Values
+from hopper_attention.cute_kernels.rotary import Rotary, example_rotary
 from hopper_attention.cute_kernels.sequence import Lengths
 from hopper_attention.cute_kernels.types import strided
+from hopper_attention.cute_kernels.vectors import LANES
 from hopper_attention.hopper.config import AbsMaxConfig, QuantizeConfig
 
 LARGEST = 448.0
@@ -130,6 +133,13 @@ class Quantize:
         tops_stride: Int32,
         block_rows: Int32,
         group: Int32,
+        rotary_cos: Int64,
+        rotary_sin: Int64,
+        rotary_dim: Int32,
+        rotary_interleaved: Int32,
+        rotary_positions: Int32,
+        rotary_offset: Int32,
+        rotary_offsets: Int64,
         mean: Int64,
         rotation_size: Int32,
         signs: Int64,
@@ -140,12 +150,16 @@ class Quantize:
     ):
         """mX (batch, seqlen, heads, columns), or (1, total, ...) if packed.
 
-        mValues: the same, or arranged.  tops, tops_stride, block_rows, group: `Scales`.  mean:
-        `Preparation`; rotation_size, signs: `Rotation`.  cu_seqlens, seqused: `Lengths`, of at most
-        max_seqlen rows.
+        mValues: the same, or arranged.  tops, tops_stride, block_rows, group: `Scales`.
+        rotary_...: `Rotary`; mean: `Preparation`; rotation_size, signs: `Rotation`.
+        cu_seqlens, seqused: `Lengths`, of at most max_seqlen rows.
         """
         scales = Scales(mDescale, tops, tops_stride, block_rows, group)
-        preparation = Preparation(mean, Rotation(rotation_size, signs))
+        rotary = Rotary(
+            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
+            rotary_offsets,
+        )  # fmt: skip
+        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
         self.kernel(mX, mValues, scales, preparation, lengths).launch(
             grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mDescale.shape[0]],
@@ -193,6 +207,13 @@ class AbsMax:
         mX: cute.Tensor,
         mTops: cute.Tensor,
         group: Int32,
+        rotary_cos: Int64,
+        rotary_sin: Int64,
+        rotary_dim: Int32,
+        rotary_interleaved: Int32,
+        rotary_positions: Int32,
+        rotary_offset: Int32,
+        rotary_offsets: Int64,
         mean: Int64,
         rotation_size: Int32,
         signs: Int64,
@@ -202,7 +223,11 @@ class AbsMax:
         stream: cuda.CUstream,
     ):
         """mTops (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
-        preparation = Preparation(mean, Rotation(rotation_size, signs))
+        rotary = Rotary(
+            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
+            rotary_offsets,
+        )  # fmt: skip
+        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
         self.kernel(mX, mTops, group, preparation, lengths).launch(
             grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mTops.shape[0]],
@@ -234,5 +259,6 @@ class AbsMax:
 
 
 def example_rest() -> tuple:
-    """mean; size and signs of the rotation; cu_seqlens, seqused, max_seqlen."""
-    return (Int64(0), Int32(1), Int64(0), Int64(0), Int64(0), Int32(1))
+    """rotary; mean; size and signs of the rotation; cu_seqlens, seqused, max_seqlen."""
+    rotation = (Int32(1), Int64(0))
+    return (*example_rotary(), Int64(0), *rotation, Int64(0), Int64(0), Int32(1))

@@ -11,19 +11,15 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels.arithmetic import minimum, permute_bytes
+from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.columns import Block
-from hopper_attention.cute_kernels.hadamard import (
-    LANES,
-    SPAN,
-    VECTOR,
-    Rotation,
-    vector_of,
-)
+from hopper_attention.cute_kernels.hadamard import Rotation
+from hopper_attention.cute_kernels.rotary import Rotary
 from hopper_attention.cute_kernels.sequence import Lengths
 from hopper_attention.cute_kernels.types import DTYPES
+from hopper_attention.cute_kernels.vectors import LANES, SPAN, VECTOR, vector_of, widen
 
 WARPS = 8
 HALF = 64
@@ -34,6 +30,7 @@ HALF = 64
 class Preparation:
     """What is done to rows before they are quantised: run-time arguments, each may be absent."""
 
+    rotary: Rotary
     mean: Int64
     """Address of (sequences, heads, columns) float32 to take off, or 0."""
     rotation: Rotation
@@ -71,6 +68,13 @@ class Rows:
         thread: Int32,
     ):
         lane, last = thread % LANES, mX.shape[3] // VECTOR - 1
+        if preparation.rotary.dim > 0:
+            embedding = preparation.rotary.of(block.sequence, block.index)
+            for r in cutlass.range_constexpr(2):
+                row = block.row(thread // LANES * 2 + r)
+                source = mX[block.sequence.batch, row, block.head, None]
+                for v in cutlass.range_constexpr(self.vectors):
+                    embedding.apply(values[None, v, r], source, v * LANES + lane, row)
         if preparation.mean != 0:
             of_head = Int64(block.index) * mX.shape[2] + block.head
             self.center(values, preparation.mean + 4 * of_head * mX.shape[3], lane, last)
@@ -118,30 +122,6 @@ class Rows:
             four = [of_warps[4 * half + i] for i in range(4)]
             halves.append(greater(greater(four[0], four[1]), greater(four[2], four[3])))
         return halves[0], halves[1] if block.rows > HALF else Float32(0.0)
-
-
-def widen(loaded: cute.Tensor) -> cute.Tensor:
-    """In float32, as exactly.  Of bf16 the DSL makes three instructions for two elements.
-
-    e5m2 is the upper byte of fp16.
-    """
-    values = cute.make_rmem_tensor(loaded.shape, Float32)
-    if loaded.element_type is cutlass.BFloat16:
-        words = cute.recast_tensor(loaded, Int32)
-        for i in range(cute.size(words)):
-            values[2 * i] = (words[i] << 16).bitcast(Float32)
-            values[2 * i + 1] = (words[i] & Int32(-1 << 16)).bitcast(Float32)
-    elif loaded.element_type is cutlass.Float8E5M2:
-        words = cute.recast_tensor(loaded, Uint32)
-        halves = cute.make_rmem_tensor(loaded.shape, cutlass.Float16)
-        pairs = cute.recast_tensor(halves, Uint32)
-        for i in range(cute.size(words)):
-            pairs[2 * i] = permute_bytes(words[i], Uint32(0), 0x1404)
-            pairs[2 * i + 1] = permute_bytes(words[i], Uint32(0), 0x3424)
-        values.store(halves.load().to(Float32))
-    else:
-        values.store(loaded.load().to(Float32))
-    return values
 
 
 def greater(a: Float32, b: Float32) -> Float32:

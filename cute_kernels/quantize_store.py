@@ -16,8 +16,8 @@ from cutlass.cute.runtime import make_fake_tensor
 from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.columns import Block, Staging
-from hopper_attention.cute_kernels.hadamard import LANES, VECTOR
 from hopper_attention.cute_kernels.types import strided
+from hopper_attention.cute_kernels.vectors import LANES, VECTOR
 
 FP8 = cutlass.Float8E4M3FN
 THREADS = 256

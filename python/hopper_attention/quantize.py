@@ -28,10 +28,20 @@ from torch import Tensor
 
 from hopper_attention import arguments, dispatch, runtime
 from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.quantize_arguments import (
+    check_arranged,
+    check_head_dim,
+    check_kernels,
+    check_options,
+    check_rows,
+    checked_rotary,
+    in_blocks,
+)
 from hopper_attention.quantize_statement import (
     LEAST,
     Quantized,
     Recipe,
+    Rotary,
     Sequences,
     arranged_columns,
     arranged_shape,
@@ -49,16 +59,12 @@ from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
 __all__ = [
-    "LEAST", "Quantized", "Recipe", "block_rows", "columns_of", "means_of", "narrowed", "quantize",
-    "rotated", "signs", "spread", "stated",
+    "LEAST", "Quantized", "Recipe", "Rotary", "block_rows", "columns_of", "means_of", "narrowed",
+    "quantize", "rotated", "signs", "spread", "stated",
 ]  # fmt: skip
 
 SUM_ROWS = 256
 """Of one sum of the kernel."""
-BLOCK_ROWS = 128
-"""Of a block of the kernels."""
-GRID = 65535
-"""Most blocks along the second and third dimension of a grid."""
 
 
 def quantize(
@@ -73,6 +79,7 @@ def quantize(
     dtype: torch.dtype = torch.float8_e4m3fn,
     lengths: Lengths = WHOLE,
     max_seqlen: int | None = None,
+    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
     """FP8 values with the largest scales that do not saturate.
 
@@ -91,31 +98,35 @@ def quantize(
         dtype: float8_e4m3fn; float8_e5m2 by the statement only.
         lengths: packed or partly used sequences.
         max_seqlen: an upper bound of their lengths; None: all rows.
+        rotary: (cos, sin), or a `Rotary`: queries and keys are embedded before all else; positions
+            count from each sequence's start.  rotary_dim is a multiple of 16.
 
     Raises TypeError, ValueError for arguments that make no sense, NotImplementedError for what has
     no kernel, before anything is launched.
     """
-    max_rows = _check_rows("x", x, lengths, max_seqlen)
-    recipe = _check(x, recipe, heads_kv, dtype)
+    max_rows = check_rows("x", x, lengths, max_seqlen)
+    recipe = check_options(x, recipe, heads_kv, dtype)
     if arranged:
-        _check_arranged("x", x)
-    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
+        check_arranged("x", x)
+    embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
+    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows, embedding)
     if backend is not Backend.REFERENCE:
-        _check_kernels(x, dtype)
+        check_kernels(x, dtype)
     if backend is Backend.REFERENCE or problem.empty:
         return stated(
-            x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows
-        )
+            x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows,
+            embedding,
+        )  # fmt: skip
     return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
 
 
 def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
     """(sequences, heads, head_dim) float32: what `centered` takes off."""
-    max_rows = _check_rows("x", x, lengths, max_seqlen)
+    max_rows = check_rows("x", x, lengths, max_seqlen)
     backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
     if backend is Backend.REFERENCE or problem.empty:
         return means(Sequences.of(x, lengths))[:, 0]
-    _check_kernels(x, torch.float8_e4m3fn)
+    check_kernels(x, torch.float8_e4m3fn)
     return _means(backend, problem)
 
 
@@ -143,21 +154,18 @@ def narrowed(
         values, and descales of blocks of 64 rows.  They are the given ones times powers of two: of
         V, in octaves, if all rows of a head shared one.
     """
-    max_rows = _check_rows("x", x, lengths, max_seqlen)
+    max_rows = check_rows("x", x, lengths, max_seqlen)
     if x.dtype != torch.float8_e5m2:
         raise NotImplementedError(f"x has dtype {x.dtype}; supported: torch.float8_e5m2")
-    _check_arranged("x", x)
+    check_arranged("x", x)
     problem = _Problem(x, lengths, max_rows)
-    given = _in_blocks(descale, problem)
+    given = in_blocks(descale, x, problem.sequences, max_rows)
     backend = runtime.backend_for(x, "x")
+    if backend is not Backend.REFERENCE:
+        check_head_dim(x)
     if backend is Backend.REFERENCE or problem.empty:
         values, factor = narrowed_stated(x, arranged, lengths, max_rows)
     else:
-        if x.shape[-1] > arguments.MAX_HEAD_DIM:
-            raise NotImplementedError(
-                f"head_dim {x.shape[-1]} of x is not supported; supported: multiples of 16 up to "
-                f"{arguments.MAX_HEAD_DIM}"
-            )
         values, factor = _narrow(backend, problem, arranged)
     return Quantized(values, factor * given)
 
@@ -180,10 +188,10 @@ def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = Non
 
     Raises TypeError, ValueError, NotImplementedError before anything is launched.
     """
-    max_seqlen = _check_rows("v", v, lengths, max_seqlen)
+    max_seqlen = check_rows("v", v, lengths, max_seqlen)
     if v.dtype != torch.float8_e4m3fn:
         raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
-    _check_arranged("v", v)
+    check_arranged("v", v)
     backend = runtime.backend_for(v, "v")
     if backend is Backend.REFERENCE:
         return arranged_columns(v, lengths)
@@ -197,6 +205,7 @@ class _Problem:
     x: Tensor
     lengths: Lengths
     max_seqlen: int
+    rotary: Rotary | None = None
 
     @property
     def sequences(self) -> int:
@@ -211,6 +220,27 @@ class _Problem:
         """(batch or 1, seqlen or total, heads, head_dim)"""
         return arguments.addressable("x", batched(self.x, self.lengths))
 
+    @functools.cached_property
+    def rotary_arguments(self) -> tuple[dict[str, int], dict[str, Tensor | None]]:
+        """Scalars, and what is passed by its address."""
+        if self.rotary is None:
+            names = ("dim", "interleaved", "positions", "offset")
+            addressed = dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_offsets"))
+            return {f"rotary_{name}": 0 for name in names}, addressed
+        cos, sin, interleaved, offsets = self.rotary
+        scalars = {
+            "rotary_dim": 2 * cos.shape[1],
+            "rotary_interleaved": int(interleaved),
+            "rotary_positions": cos.shape[0],
+            "rotary_offset": 0 if isinstance(offsets, Tensor) else offsets,
+        }
+        tables: dict[str, Tensor | None] = {
+            "rotary_cos": _loadable_floats(cos),
+            "rotary_sin": _loadable_floats(sin),
+            "rotary_offsets": offsets if isinstance(offsets, Tensor) else None,
+        }
+        return scalars, tables
+
     def launch(
         self,
         backend: Backend,
@@ -220,9 +250,11 @@ class _Problem:
         addressed: dict[str, Tensor | None],
     ) -> None:
         """`addressed`: what is passed by its address, or 0; scalars and these go by name."""
+        rotary, tables = self.rotary_arguments
         addressed = {
             "cu_seqlens": self.lengths.cu_seqlens,
             "seqused": self.lengths.seqused,
+            **tables,
             **addressed,
         }
         present = {name: tensor for name, tensor in addressed.items() if tensor is not None}
@@ -231,6 +263,7 @@ class _Problem:
             **{name: tensor.data_ptr() for name, tensor in present.items()},
             "sequences": self.sequences,
             "max_seqlen": self.max_seqlen,
+            **rotary,
             **scalars,
         }
         names = runtime.scalar_names(instance)
@@ -292,32 +325,6 @@ def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
     return Quantized(out if arranged else out.view(problem.x.shape), factor)
 
 
-def _in_blocks(descale: Tensor, problem: _Problem) -> Tensor:
-    """(sequences or 1, heads or 1, blocks of 64 rows or 1).  Raises what `narrowed` raises."""
-    x, sequences, heads = problem.x, problem.sequences, problem.x.shape[-2]
-    if not isinstance(descale, Tensor):
-        raise TypeError(f"descale: expected a torch.Tensor, got {type(descale).__name__}")
-    if descale.device != x.device:
-        raise ValueError(f"descale is on {descale.device}, x is on {x.device}")
-    if descale.dtype != torch.float32:
-        raise ValueError(f"descale has dtype {descale.dtype}; expected torch.float32")
-    shape = tuple(descale.shape)
-    if shape in ((), (1,)):
-        return descale.reshape(1, 1, 1)
-    if descale.ndim == 2 and shape[0] == sequences and shape[1] > 0 and heads % shape[1] == 0:
-        return descale.repeat_interleave(heads // shape[1], dim=1).unsqueeze(2)
-    blocks = {rows: -(-problem.max_seqlen // rows) for rows in (64, 128)}
-    if shape == (sequences, heads, blocks[64]):
-        return descale
-    if shape == (sequences, heads, blocks[128]):
-        return descale.repeat_interleave(2, dim=2)[:, :, : blocks[64]]
-    raise ValueError(
-        f"descale has shape {shape}; expected (1,), (sequences, heads_kv) = ({sequences}, a "
-        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or "
-        f"{blocks[128]} blocks"
-    )
-
-
 @dataclass(frozen=True)
 class _Table:
     """Where the kernels find and put the scale of a head."""
@@ -367,6 +374,12 @@ def _means(backend: Backend, problem: _Problem) -> Tensor:
     instance = dispatch.column_means_instance()
     problem.launch(backend, instance, (sums, means), {"padded": seqlen}, {})
     return means
+
+
+def _loadable_floats(table: Tensor) -> Tensor:
+    """float32, in rows of whole vectors of 32 bytes."""
+    table = table.float().contiguous()
+    return table if table.data_ptr() % 32 == 0 else table.clone()
 
 
 @annotated("arrange")
@@ -430,98 +443,3 @@ def _sign_words(head_dim: int) -> list[int]:
     negative = [int(sign < 0) for sign in signs(head_dim).tolist()]
     parts = [negative[i : i + WORD] for i in range(0, head_dim, WORD)]
     return [sum(bit << i for i, bit in enumerate(part)) for part in parts]
-
-
-def _check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> int:
-    """The upper bound of the sequences' lengths."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided or x.is_nested:
-        raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
-    if not isinstance(lengths, Lengths):
-        raise TypeError(f"lengths: expected arguments.Lengths, got {type(lengths).__name__}")
-    packed = lengths.cu_seqlens is not None
-    form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
-    if x.ndim != (3 if packed else 4):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
-    rows = x.shape[-3]
-    if max_seqlen is not None:
-        max_seqlen = arguments.integer("max_seqlen", max_seqlen, 0)
-    if not lengths.given:
-        if max_seqlen not in (None, rows):
-            raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
-    else:
-        _check_lengths(name, x, lengths, max_seqlen)
-    bound = rows if max_seqlen is None else max_seqlen
-    for what, given, most in (
-        ("sequences", number_of_sequences(x, lengths), GRID),
-        ("max_seqlen", bound, GRID * BLOCK_ROWS),
-    ):
-        if given > most:
-            raise NotImplementedError(f"{what} {given} of {name}; supported: up to {most}")
-    return bound
-
-
-def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> None:
-    cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
-    sequences = x.shape[0]
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor):
-            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)"
-            )
-        sequences = cu_seqlens.shape[0] - 1
-    arguments.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
-    arguments.check_index("seqused", seqused, sequences, x, name)
-    arguments.check_lengths("", lengths, x.shape[-3])
-    if x.is_cpu and max_seqlen is not None:
-        used = seqused if seqused is not None else cu_seqlens.diff()  # type: ignore[union-attr]
-        if used.numel() and int(used.max()) > max_seqlen:
-            raise ValueError(
-                f"max_seqlen {max_seqlen} is less than a sequence of {used.max()} rows"
-            )
-
-
-def _check(x: Tensor, recipe: Recipe | str, heads_kv: int | None, dtype: torch.dtype) -> Recipe:
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}; expected a float dtype")
-    if recipe not in list(Recipe):
-        names = ", ".join(r.value for r in Recipe)
-        raise ValueError(f"recipe {recipe!r} is none of {names}")
-    if heads_kv is not None and (heads_kv < 1 or x.shape[-2] % heads_kv != 0):
-        raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
-    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise NotImplementedError(
-            f"dtype {dtype}: supported: torch.float8_e4m3fn, torch.float8_e5m2"
-        )
-    return Recipe(recipe)
-
-
-def _check_arranged(name: str, x: Tensor) -> None:
-    if x.shape[-1] % 16:
-        raise NotImplementedError(
-            f"head_dim {x.shape[-1]} of {name} is not supported; supported: multiples of 16 "
-            f"(nearest: {-(-x.shape[-1] // 16) * 16})"
-        )
-
-
-def _check_kernels(x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype not in arguments.DTYPES:
-        raise NotImplementedError(
-            f"x has dtype {x.dtype}; the kernels take torch.bfloat16 and torch.float16 "
-            "(nearest: x.bfloat16())"
-        )
-    if dtype is not torch.float8_e4m3fn:
-        raise NotImplementedError(
-            f"dtype {dtype} has no kernel; use torch.float8_e4m3fn, or quantize.stated"
-        )
-    head_dim = x.shape[-1]
-    if head_dim % 8 != 0 or not 0 < head_dim <= arguments.MAX_HEAD_DIM:
-        nearest = min(arguments.MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
-        raise NotImplementedError(
-            f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
-            f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
-        )
-    arguments.addressable("x", x)

@@ -45,6 +45,21 @@ class Quantized(NamedTuple):
     """float32."""
 
 
+class Rotary(NamedTuple):
+    """Rotary embedding of the first columns, by flash-attn's conventions, before all else.
+
+    Not rounded to x's dtype in between.
+    """
+
+    cos: Tensor
+    """(positions, rotary_dim / 2), any float dtype."""
+    sin: Tensor
+    interleaved: bool = False
+    """Whether columns 2i and 2i + 1 are a pair, else i and i + rotary_dim / 2."""
+    offsets: int | Tensor = 0
+    """Position of a sequence's first row, or of each one's: (sequences,) int32."""
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Where the sequences of (batch, seqlen, heads, head_dim) lie."""
@@ -110,10 +125,13 @@ def stated(
     dtype: torch.dtype = torch.float8_e4m3fn,
     lengths: Lengths = WHOLE,
     max_seqlen: int | None = None,
+    rotary: Rotary | None = None,
 ) -> Quantized:
     """`quantize`."""
     sequences = Sequences.of(x, lengths)
     rows = sequences.gathered()
+    if rotary is not None:
+        rows = embedded(rows, rotary)
     if centered:
         exists = torch.arange(rows.shape[1], device=x.device) < sequences.counts[:, None]
         rows = torch.where(exists[..., None, None], rows - means(sequences), 0)
@@ -156,6 +174,23 @@ def narrowed_stated(
     out = torch.zeros(sequences.rows.shape, dtype=values.dtype, device=x.device)
     out = sequences.scattered(values, out).view(x.shape)
     return Quantized(arranged_columns(out, lengths) if arranged else out, factor.contiguous())
+
+
+def embedded(rows: Tensor, rotary: Rotary) -> Tensor:
+    """Every product and sum rounded to float32; zeros behind the last row stay."""
+    longest, half = rows.shape[1], rotary.cos.shape[1]
+    offsets = torch.as_tensor(rotary.offsets, device=rows.device).view(-1, 1)
+    positions = offsets + torch.arange(longest, device=rows.device)
+    positions = positions.clamp(max=len(rotary.cos) - 1)  # rows that do not exist
+    cos, sin = (table.float()[positions].unsqueeze(2) for table in (rotary.cos, rotary.sin))
+    turned, rest = rows[..., : 2 * half], rows[..., 2 * half :]
+    if rotary.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([pairs, rest], dim=-1)
 
 
 def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) -> Tensor:

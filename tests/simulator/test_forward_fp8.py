@@ -137,6 +137,29 @@ def test_partly_used_sequences():
             check(name, operands, one[3], lse[b : b + 1, :, :m], causal=True)
 
 
+@pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_lse_has_the_mean_that_was_taken_off(packed, simulated):
+    """Of keys with a mean; queries in no sequence are not numbers."""
+    q, k, v = random_inputs(Shape(1, 90, 140, 2, 1), 64, torch.bfloat16)
+    k += 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    index, call = {}, {"smooth_k": True, "return_lse": True}
+    if packed:
+        q, k, v = (x[0] for x in (q, k, v))
+        q[80:] = torch.nan
+        index = {"cu_seqlens_q": offsets([30, 0, 50]), "cu_seqlens_k": offsets([100, 10, 30])}
+    with simulator.enabled(seed=0) if simulated else contextlib.nullcontext():
+        _, lse = attention_fp8(q, k, v, **index, **call)
+    if packed:
+        _, true = flash_attn_varlen_func(q, k, v, *index.values(), 50, 100, return_lse=True)
+        assert (lse[:, 80:] == -torch.inf).all()
+        lse, true = lse[:, :80], true[:, :80]
+    else:
+        _, true = flash_attn_func(q, k, v, return_lse=True)
+    assert (lse - true).abs().max() < 0.02 * true.abs().max()
+    assert true.std() > 1  # far beyond what quantisation does
+
+
 def test_unused_keys_are_not_read():
     """Head dims and lengths that fill no tile: what lies beside them is not a number."""
     q, k, v = (x[..., :80] for x in random_inputs(Shape(1, 70, 90, 2, 1), 96, torch.bfloat16))

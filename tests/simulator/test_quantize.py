@@ -19,7 +19,17 @@ from torch import Tensor
 
 from hopper_attention import manifest, simulator
 from hopper_attention.arguments import WHOLE
-from hopper_attention.quantize import LEAST, Quantized, Recipe, narrowed, quantize, spread, stated
+from hopper_attention.quantize import (
+    LEAST,
+    Quantized,
+    Recipe,
+    Rotary,
+    narrowed,
+    quantize,
+    spread,
+    stated,
+)
+from hopper_attention.quantize_statement import Sequences
 
 pytestmark = [
     pytest.mark.simulator,
@@ -232,6 +242,42 @@ def test_nothing_to_do():
             check_equal(
                 simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x, lengths
             )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "dim"), [(64, 64), (80, 16), (96, 48), (128, 128), (256, 96)])
+def test_rotary(head_dim, dim, interleaved):
+    """Bit for bit, all columns or some; the last position is the last there is."""
+    dtype = DTYPES[interleaved]
+    x = some((2, 131, 2, head_dim), dtype)
+    angle = torch.rand(140, dim // 2, generator=torch.Generator().manual_seed(0)) * 7
+    cos, sin = (table.to((torch.float32, dtype)[dim == 48]) for table in (angle.cos(), angle.sin()))
+    for recipe, offsets in (
+        (Recipe.BLOCK64, 9),
+        (Recipe.PER_HEAD, torch.tensor([9, 0], dtype=torch.int32)),
+    ):
+        rotary = Rotary(cos, sin, interleaved, offsets)
+        got = simulate(x, recipe, rotary=rotary, arranged=interleaved)
+        check_equal(got, stated(x, recipe, rotary=rotary, arranged=interleaved), x)
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_of_sequences(kind, interleaved):
+    """Positions count from each one's start; means are of what has been embedded."""
+    x, lengths = some_of(kind, 64), LENGTHS[kind]
+    angle = torch.rand(204, 16, generator=torch.Generator().manual_seed(0)) * 7
+    sequences = len(Sequences.of(x, lengths).places)
+    offsets = torch.arange(sequences, dtype=torch.int32)
+    rotary = Rotary(angle.cos(), angle.sin(), interleaved, offsets)
+    arguments = {"lengths": lengths, "max_seqlen": 200, "rotary": rotary}
+    check_equal(
+        simulate(x, "block64", **arguments), stated(x, Recipe.BLOCK64, **arguments), x, lengths
+    )
+    arguments |= {"centered": True, "hadamard": True}
+    check_near(
+        simulate(x, "per_head", **arguments), stated(x, Recipe.PER_HEAD, **arguments), x, lengths
+    )
 
 
 @pytest.mark.parametrize("kind", [None, *LENGTHS])

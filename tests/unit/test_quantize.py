@@ -14,6 +14,7 @@ from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
+    Rotary,
     block_rows,
     columns_of,
     narrowed,
@@ -22,7 +23,7 @@ from hopper_attention.quantize import (
     signs,
     spread,
 )
-from hopper_attention.quantize_statement import hadamard_matrix
+from hopper_attention.quantize_statement import embedded, hadamard_matrix
 
 FORMATS = {torch.float8_e4m3fn: (448.0, 3, -6), torch.float8_e5m2: (57344.0, 2, -14)}
 """Greatest number, bits of the mantissa, least normal exponent."""
@@ -296,6 +297,77 @@ def test_narrowed_keeps_what_was_meant(shape, packed):
     if len(shape) < 3:
         steps = (descale / descale.amax(dim=2, keepdim=True)).log2()
         assert torch.equal(steps, steps.round())
+
+
+def angles(positions: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    frequency = 100.0 ** -(torch.arange(dim // 2) / (dim // 2))
+    angle = torch.arange(positions).view(-1, 1) * frequency
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "offset"), [(16, 0), (32, 5), (48, 0)])
+def test_rotary(interleaved, dim, offset):
+    """Pairs are complex numbers that are multiplied; scores depend on distances only."""
+    q, k = some(1, 20, 2, 48), some(1, 20, 2, 48, seed=1)
+    cos, sin = angles(40, dim)
+    q_turned, k_turned = (embedded(x, Rotary(cos, sin, interleaved, offset)) for x in (q, k))
+    a, b = (
+        (slice(0, dim, 2), slice(1, dim, 2))
+        if interleaved
+        else (slice(dim // 2), slice(dim // 2, dim))
+    )
+    turned = (
+        torch.complex(q[..., a], q[..., b]) * torch.complex(cos, sin)[offset : offset + 20, None]
+    )
+    torch.testing.assert_close(q_turned[..., a], turned.real)
+    torch.testing.assert_close(q_turned[..., b], turned.imag)
+    assert torch.equal(q_turned[..., dim:], q[..., dim:])
+    later = embedded(q, Rotary(cos, sin, interleaved, offset + 7))
+    later_k = embedded(k, Rotary(cos, sin, interleaved, offset + 7))
+    scores = torch.einsum("bihd,bjhd->bhij", q_turned, k_turned)
+    torch.testing.assert_close(
+        torch.einsum("bihd,bjhd->bhij", later, later_k), scores, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rotary_is_what_is_quantised(packed):
+    """Each sequence's positions start at its offset; before the mean is taken off."""
+    cos, sin = angles(80, 16)
+    x, offsets = some(3, 30, 2, 32), torch.tensor([0, 50, 3], dtype=torch.int32)
+    lengths = lengths_of([30, 30, 30], None) if packed else WHOLE
+    rows = x.flatten(0, 1) if packed else x
+    arguments = {"centered": True, "lengths": lengths, "max_seqlen": 30}
+    got = quantize(rows, Recipe.BLOCK64, rotary=Rotary(cos, sin, False, offsets), **arguments)
+    for i, offset in enumerate(offsets.tolist()):
+        alone = embedded(x[i : i + 1], Rotary(cos, sin, False, offset))
+        expected = quantize(alone, Recipe.BLOCK64, centered=True)
+        assert torch.equal(got.values.view(x.shape)[i].float(), expected.values[0].float())
+        assert torch.equal(got.descale[i], expected.descale[0])
+
+
+def test_refusals_of_rotary():
+    x, (cos, sin) = some(2, 20, 3, 32), angles(20, 16)
+    index = torch.tensor([0, 1], dtype=torch.int32)
+    for rotary, error, message in (
+        (cos, TypeError, r"rotary: expected \(cos, sin\) or a Rotary, got Tensor"),
+        ((cos, 1.0), TypeError, "rotary: expected a torch.Tensor as sin, got float"),
+        ((cos.double(), sin), ValueError, "rotary: cos has dtype torch.float64"),
+        ((cos, sin[:-1]), ValueError, r"rotary: sin has shape \(19, 8\)"),
+        ((cos, sin.to("meta")), ValueError, "rotary: sin is on meta, x is on cpu"),
+        (angles(20, 24), NotImplementedError, "rotary: rotary_dim 24; .* up to head_dim 32"),
+        (angles(20, 48), NotImplementedError, "rotary: rotary_dim 48; .* up to head_dim 32"),
+        (angles(19, 16), ValueError, "rotary: cos and sin have 19 positions; needed: 20"),
+        ((cos, sin, False, 1), ValueError, "rotary: cos and sin have 20 positions; needed: 21"),
+        ((cos, sin, False, index), ValueError, "rotary: cos and sin have 20 positions; needed: 21"),
+        ((cos, sin, False, -index), ValueError, "rotary: offsets must not be negative"),
+        ((cos, sin, False, -1), ValueError, "rotary: offsets must be from 0, got -1"),
+        ((cos, sin, False, index[:1]), ValueError, r"rotary: offsets has shape \(1,\)"),
+        ((cos, sin, 1), TypeError, "rotary: interleaved: expected True or False"),
+    ):
+        with pytest.raises(error, match=message):
+            quantize(x, Recipe.BLOCK64, rotary=rotary)
 
 
 def test_refusals_of_narrowed():

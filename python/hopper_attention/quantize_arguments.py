@@ -1,0 +1,188 @@
+"""Checks of the arguments of quantize.py's functions, before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hopper_attention import arguments
+from hopper_attention.arguments import Lengths
+from hopper_attention.quantize_statement import Recipe, Rotary, number_of_sequences
+
+BLOCK_ROWS = 128
+"""Of a block of the kernels."""
+GRID = 65535
+"""Most blocks along the second and third dimension of a grid."""
+
+
+def check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> int:
+    """The upper bound of the sequences' lengths."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
+    if not isinstance(lengths, Lengths):
+        raise TypeError(f"lengths: expected arguments.Lengths, got {type(lengths).__name__}")
+    packed = lengths.cu_seqlens is not None
+    form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    if x.ndim != (3 if packed else 4):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
+    rows = x.shape[-3]
+    if max_seqlen is not None:
+        max_seqlen = arguments.integer("max_seqlen", max_seqlen, 0)
+    if not lengths.given:
+        if max_seqlen not in (None, rows):
+            raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
+    else:
+        _check_lengths(name, x, lengths, max_seqlen)
+    bound = rows if max_seqlen is None else max_seqlen
+    for what, given, most in (
+        ("sequences", number_of_sequences(x, lengths), GRID),
+        ("max_seqlen", bound, GRID * BLOCK_ROWS),
+    ):
+        if given > most:
+            raise NotImplementedError(f"{what} {given} of {name}; supported: up to {most}")
+    return bound
+
+
+def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> None:
+    cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)"
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    arguments.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
+    arguments.check_index("seqused", seqused, sequences, x, name)
+    arguments.check_lengths("", lengths, x.shape[-3])
+    if x.is_cpu and max_seqlen is not None:
+        used = seqused if seqused is not None else cu_seqlens.diff()  # type: ignore[union-attr]
+        if used.numel() and int(used.max()) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen {max_seqlen} is less than a sequence of {used.max()} rows"
+            )
+
+
+def check_options(
+    x: Tensor, recipe: Recipe | str, heads_kv: int | None, dtype: torch.dtype
+) -> Recipe:
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; expected a float dtype")
+    if recipe not in list(Recipe):
+        names = ", ".join(r.value for r in Recipe)
+        raise ValueError(f"recipe {recipe!r} is none of {names}")
+    if heads_kv is not None and (heads_kv < 1 or x.shape[-2] % heads_kv != 0):
+        raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise NotImplementedError(
+            f"dtype {dtype}: supported: torch.float8_e4m3fn, torch.float8_e5m2"
+        )
+    return Recipe(recipe)
+
+
+def checked_rotary(
+    rotary: Rotary | tuple[Tensor, Tensor], x: Tensor, lengths: Lengths, max_seqlen: int
+) -> Rotary:
+    if not isinstance(rotary, tuple) or not 2 <= len(rotary) <= 4:
+        raise TypeError(f"rotary: expected (cos, sin) or a Rotary, got {type(rotary).__name__}")
+    cos, sin, interleaved, offsets = rotary = Rotary(*rotary)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"rotary: expected a torch.Tensor as {name}, got {_kind(table)}")
+        if table.device != x.device:
+            raise ValueError(f"rotary: {name} is on {table.device}, x is on {x.device}")
+        if table.dtype not in (torch.float32, *arguments.DTYPES):
+            raise ValueError(f"rotary: {name} has dtype {table.dtype}; expected float32 or 16 bits")
+        if table.ndim != 2 or table.shape != cos.shape:
+            raise ValueError(
+                f"rotary: {name} has shape {tuple(table.shape)}; expected (positions, "
+                "rotary_dim / 2), both alike"
+            )
+    positions, dim = cos.shape[0], 2 * cos.shape[1]
+    if dim % 16 != 0 or not 0 < dim <= x.shape[-1]:
+        raise NotImplementedError(
+            f"rotary: rotary_dim {dim}; supported: multiples of 16 up to head_dim {x.shape[-1]}"
+        )
+    arguments.flag("rotary: interleaved", interleaved)
+    first = 0
+    if isinstance(offsets, Tensor):
+        sequences = number_of_sequences(x, lengths)
+        arguments.check_index("rotary: offsets", offsets, sequences, x, "x")
+        if offsets.is_cpu and sequences > 0:
+            if int(offsets.min()) < 0:
+                raise ValueError("rotary: offsets must not be negative")
+            first = int(offsets.max())
+    else:
+        first = arguments.integer("rotary: offsets", offsets, 0)
+    if first + max_seqlen > positions:
+        raise ValueError(
+            f"rotary: cos and sin have {positions} positions; needed: {first + max_seqlen}, "
+            "offset and max_seqlen"
+        )
+    return rotary
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def check_arranged(name: str, x: Tensor) -> None:
+    if x.shape[-1] % 16:
+        raise NotImplementedError(
+            f"head_dim {x.shape[-1]} of {name} is not supported; supported: multiples of 16 "
+            f"(nearest: {-(-x.shape[-1] // 16) * 16})"
+        )
+
+
+def check_kernels(x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype not in arguments.DTYPES:
+        raise NotImplementedError(
+            f"x has dtype {x.dtype}; the kernels take torch.bfloat16 and torch.float16 "
+            "(nearest: x.bfloat16())"
+        )
+    if dtype is not torch.float8_e4m3fn:
+        raise NotImplementedError(
+            f"dtype {dtype} has no kernel; use torch.float8_e4m3fn, or quantize.stated"
+        )
+    check_head_dim(x)
+    arguments.addressable("x", x)
+
+
+def check_head_dim(x: Tensor) -> None:
+    """Of what the kernels take."""
+    head_dim = x.shape[-1]
+    if head_dim % 8 != 0 or not 0 < head_dim <= arguments.MAX_HEAD_DIM:
+        nearest = min(arguments.MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
+        raise NotImplementedError(
+            f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
+            f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
+        )
+
+
+def in_blocks(descale: Tensor, x: Tensor, sequences: int, max_seqlen: int) -> Tensor:
+    """(sequences or 1, heads or 1, blocks of 64 rows or 1).  Raises what `narrowed` raises."""
+    if not isinstance(descale, Tensor):
+        raise TypeError(f"descale: expected a torch.Tensor, got {type(descale).__name__}")
+    if descale.device != x.device:
+        raise ValueError(f"descale is on {descale.device}, x is on {x.device}")
+    if descale.dtype != torch.float32:
+        raise ValueError(f"descale has dtype {descale.dtype}; expected torch.float32")
+    shape, heads = tuple(descale.shape), x.shape[-2]
+    if shape in ((), (1,)):
+        return descale.reshape(1, 1, 1)
+    if descale.ndim == 2 and shape[0] == sequences and shape[1] > 0 and heads % shape[1] == 0:
+        return descale.repeat_interleave(heads // shape[1], dim=1).unsqueeze(2)
+    blocks = {rows: -(-max_seqlen // rows) for rows in (64, 128)}
+    if shape == (sequences, heads, blocks[64]):
+        return descale
+    if shape == (sequences, heads, blocks[128]):
+        return descale.repeat_interleave(2, dim=2)[:, :, : blocks[64]]
+    raise ValueError(
+        f"descale has shape {shape}; expected (1,), (sequences, heads_kv) = ({sequences}, a "
+        f"divisor of {heads}), or ({sequences}, {heads}, blocks) with {blocks[64]} or "
+        f"{blocks[128]} blocks"
+    )
