@@ -125,7 +125,8 @@ def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None)
     max_rows = check_rows("x", x, lengths, max_seqlen)
     backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
     if backend is Backend.REFERENCE or problem.empty:
-        return means(Sequences.of(x, lengths))[:, 0]
+        sequences = Sequences.of(x, lengths)
+        return means(sequences.gathered(), sequences.counts)[:, 0]
     check_kernels(x, torch.float8_e4m3fn)
     return _means(backend, problem)
 

@@ -134,7 +134,7 @@ def stated(
         rows = embedded(rows, rotary)
     if centered:
         exists = torch.arange(rows.shape[1], device=x.device) < sequences.counts[:, None]
-        rows = torch.where(exists[..., None, None], rows - means(sequences), 0)
+        rows = torch.where(exists[..., None, None], rows - means(rows, sequences.counts), 0)
     if hadamard:
         rows = rotated(rows)
     largest = torch.finfo(dtype).max
@@ -152,10 +152,9 @@ def stated(
     return Quantized(arranged_columns(out, lengths) if arranged else out, descale)
 
 
-def means(sequences: Sequences) -> Tensor:
-    """Of each sequence, head and channel: (sequences, 1, heads, head_dim)."""
-    count = sequences.counts.clamp(min=1).view(-1, 1, 1, 1)
-    return sequences.gathered().sum(dim=1, keepdim=True) / count
+def means(rows: Tensor, counts: Tensor) -> Tensor:
+    """Of each sequence, head and channel of what was gathered: (sequences, 1, heads, head_dim)."""
+    return rows.sum(dim=1, keepdim=True) / counts.clamp(min=1).view(-1, 1, 1, 1)
 
 
 def narrowed_stated(
