@@ -1,8 +1,7 @@
 """Integer arithmetic on Python integers and traced values alike: host tests run the same code."""
 
 import cutlass
-import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32
 from cutlass.cutlass_dsl import select_
 
 
@@ -28,8 +27,3 @@ def select(condition, a, b):
     if isinstance(condition, bool):
         return a if condition else b
     return Int32(select_(condition, Int32(a), Int32(b)))
-
-
-def permute_bytes(a: Uint32, b: Uint32, selector: Int32) -> Uint32:
-    """The four that `selector` names: bytes 0 to 3 are those of a, 4 to 7 those of b."""
-    return Uint32(cute.arch.prmt(a, b, selector))

@@ -13,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint16, Uint32
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels.arithmetic import ceil_div, minimum, permute_bytes
+from hopper_attention.cute_kernels.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.columns import (
     CHUNKS,
     EIGHT,
@@ -23,6 +23,7 @@ from hopper_attention.cute_kernels.columns import (
     Staging,
     store_keys,
 )
+from hopper_attention.cute_kernels.instructions import permute_bytes
 from hopper_attention.cute_kernels.sequence import Lengths
 from hopper_attention.cute_kernels.types import DTYPES, strided
 from hopper_attention.hopper.config import ArrangeConfig

@@ -13,6 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.instructions import fma
 from hopper_attention.cute_kernels.vectors import LANES, SPAN, VECTOR, vector_of
 
 
@@ -58,11 +59,14 @@ class Rotation:
                         butterfly(values, (e, v, row), (e | bit, v, row))
 
     def between_vectors(self, values: cute.Tensor, bit: int) -> None:
+        """a + b, then a + b - 2 b, each in its place: what is optional costs a move otherwise."""
         for row in range(values.shape[2]):
             for v in range(values.shape[1]):
                 if not v & bit:
                     for e in range(VECTOR):
-                        butterfly(values, (e, v, row), (e, v | bit, row))
+                        a, b = values[e, v, row], values[e, v | bit, row]
+                        values[e, v, row] = a + b
+                        values[e, v | bit, row] = fma(b, Float32(-2.0), a + b)
 
     @cute.jit
     def between_lanes(self, values: cute.Tensor, lane: Int32, bit: cutlass.Constexpr):

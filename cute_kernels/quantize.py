@@ -69,7 +69,7 @@ class Scales:
     """64 or 128 rows have a scale, a power of two below their head's largest if `tops` is given; 0:
     all rows share that of `tops`."""
     group: Int32
-    """Successive heads with one scale."""
+    """Successive heads with one scale: one, if blocks have scales."""
 
     @cute.jit
     def descale(self, low: Float32, high: Float32, block: Block, thread: Int32) -> Float32:
@@ -77,9 +77,9 @@ class Scales:
 
         low, high: the greatest magnitudes of the block's halves.
         """
-        of_group = block.head // self.group
-        shared = Float32(0.0)
+        of_group, shared = block.head, Float32(0.0)
         if self.tops != 0:
+            of_group = block.head // self.group
             of_sequence = Int64(block.index) * self.tops_stride
             shared = read(Float32, self.tops + 4 * (of_sequence + of_group), Int32(0))
         top, place, writes = shared, Int32(0), block.number == 0 and thread == 0
@@ -100,13 +100,18 @@ class Scales:
 
 @cute.jit
 def descale_of(top: Float32) -> Float32:
-    descale = top / LARGEST
+    """An IEEE division by LARGEST, as `Divisor`'s; of what is tiny LEAST comes of it anyhow."""
+    quotient = Divisor(Float32(LARGEST), Float32(1 / LARGEST)).divide(top)
+    descale = top if top == Float32.inf else quotient
     return Float32(LEAST) if descale < LEAST else descale
 
 
 def in_octaves(descale: Float32, largest: Float32) -> Float32:
-    """The least that is not smaller and a power of two, at most OCTAVES, below the largest."""
-    steps = minimum(((largest / descale).bitcast(Int32) >> 23) - 127, OCTAVES)
+    """The least that is not smaller and a power of two, at most OCTAVES, below the largest.
+
+    The difference of the bits has that of the exponents in front, one less if mantissas borrow.
+    """
+    steps = minimum((largest.bitcast(Int32) - descale.bitcast(Int32)) >> 23, OCTAVES)
     return largest * ((127 - steps) << 23).bitcast(Float32)
 
 

@@ -11,36 +11,15 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint16
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_tensor
-from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.columns import Block, Staging
+from hopper_attention.cute_kernels.instructions import fma, to_fp8
 from hopper_attention.cute_kernels.types import strided
 from hopper_attention.cute_kernels.vectors import LANES, VECTOR
 
 FP8 = cutlass.Float8E4M3FN
 THREADS = 256
-
-
-@dsl_user_op
-def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
-    """a * b + c, rounded once; said, not left to ptxas, because the result depends on it."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b, c)]
-    code = "fma.rn.f32 $0, $1, $2, $3;"
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, code, "=f,f,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
-
-
-@dsl_user_op
-def to_fp8(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint16:
-    """Two bytes of e4m3: nearest even, saturating."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (high, low)]
-    code = "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;"
-    return Uint16(
-        llvm.inline_asm(T.i16(), operands, code, "=h,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.instructions import product
 from hopper_attention.cute_kernels.memory import read
 from hopper_attention.cute_kernels.sequence import Sequence
 from hopper_attention.cute_kernels.vectors import VECTOR, vector_of, widen
@@ -101,13 +100,3 @@ def four_of(address: Int64, place: Int32) -> cute.Tensor:
     loaded = cute.make_rmem_tensor((VECTOR // 2,), Float32)
     cute.autovec_copy(cute.local_tile(source, (VECTOR // 2,), (place,)), loaded)
     return loaded
-
-
-@dsl_user_op
-def product(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
-    """a * b, rounded: never part of an fma."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b)]
-    code = "mul.rn.f32 $0, $1, $2;"
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, code, "=f,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )

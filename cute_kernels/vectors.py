@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
-from hopper_attention.cute_kernels.arithmetic import permute_bytes
+from hopper_attention.cute_kernels.instructions import permute_bytes
 
 LANES = 4
 """Of a row."""

@@ -220,8 +220,8 @@ def in_octaves(descale: Tensor) -> Tensor:
     if descale.numel() == 0:
         return descale
     largest = descale.amax(dim=2, keepdim=True)
-    _, exponent = torch.frexp(largest / descale)  # of a mantissa from 1/2: one more than log2's
-    steps = torch.where(largest / descale < torch.inf, exponent - 1, OCTAVES)
+    # Of floats that are not negative: the difference of the exponents, less what mantissas borrow.
+    steps = (largest.view(torch.int32) - descale.view(torch.int32)) >> 23
     return torch.ldexp(largest.expand_as(descale), -steps.clamp(0, OCTAVES))
 
 
