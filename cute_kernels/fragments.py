@@ -6,6 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+from hopper_attention.cute_kernels.instructions import to_fp8
 
 
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -17,20 +18,14 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
 
 
 @dsl_user_op
-def _convert_pair(low, high, dtype, *, loc=None, ip=None):
-    """Two elements in one word: nearest even; e4m3 saturates."""
-    kind = {
-        cutlass.BFloat16: "bf16x2",
-        cutlass.Float16: "f16x2",
-        cutlass.Float8E4M3FN: "satfinite.e4m3x2",
-    }[dtype]
-    narrow = dtype.width == 8
+def _convert_pair(low, high, dtype, *, loc=None, ip=None) -> cutlass.Int32:
+    ptx_type = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
     operands = [x.ir_value(loc=loc, ip=ip) for x in (high, low)]
+    code = f"cvt.rn.{ptx_type}.f32 $0, $1, $2;"
     word = llvm.inline_asm(
-        T.i16() if narrow else T.i32(), operands, f"cvt.rn.{kind}.f32 $0, $1, $2;",
-        "=h,f,f" if narrow else "=r,f,f", has_side_effects=False, loc=loc, ip=ip,
-    )  # fmt: skip
-    return cutlass.Uint16(word) if narrow else cutlass.Int32(word)
+        T.i32(), operands, code, "=r,f,f", has_side_effects=False, loc=loc, ip=ip
+    )
+    return cutlass.Int32(word)
 
 
 def converted_pair(low: cutlass.Float32, high: cutlass.Float32, dtype) -> cute.Tensor:
@@ -39,7 +34,7 @@ def converted_pair(low: cutlass.Float32, high: cutlass.Float32, dtype) -> cute.T
         pair = cute.make_rmem_tensor((2,), dtype)
         pair[0], pair[1] = low, high
         return pair
-    word = _convert_pair(low, high, dtype)
+    word = to_fp8(low, high) if dtype.width == 8 else _convert_pair(low, high, dtype)
     pair = cute.make_rmem_tensor((1,), type(word))
     pair[0] = word
     return pair
