@@ -19,12 +19,14 @@ from hopper_attention.functional import (
     flash_attn_varlen_func,
 )
 from hopper_attention.integrations.sdpa import disable_sdpa, enable_sdpa
+from hopper_attention.selection import backend
 
 __version__ = version("hopper-attention")
 
 __all__ = [
     "__version__",
     "attention_fp8",
+    "backend",
     "disable_sdpa",
     "enable_sdpa",
     "flash_attn_func",

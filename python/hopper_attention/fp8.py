@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, autograd, dispatch, reference, runtime
+from hopper_attention import arguments, autograd, dispatch, reference, runtime, selection
 from hopper_attention.arguments import Options
 from hopper_attention.plan import Inputs, Plan, make_plan, prepare
 from hopper_attention.quantize import (
@@ -100,6 +100,7 @@ def attention_fp8(
     if smooth_k and (softcap or sink is not None):
         raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
     inputs = Inputs(q, k, v, sink)
+    selection.target_for_fp8(q)
     plan = prepare(inputs, options)
     _check_head_dims(q, v)
     instance = dispatch.forward_fp8_instance(
@@ -148,7 +149,8 @@ def attend(
         raise NotImplementedError(f"out_dtype={out_dtype} is not supported for FP8; use {have}")
     sink = arguments.resolve_sink(learnable_sink, q)
     shapes = (q.shape, k.shape, v.shape)
-    plan = make_plan(shapes, (torch.bfloat16,) * 3, options._replace(out_dtype=None))
+    target = selection.target_for_fp8(q)
+    plan = make_plan(shapes, (torch.bfloat16,) * 3, options._replace(out_dtype=None), target)
     arguments.check_sink_values(sink)
     operands = Operands(
         Quantized(q, _checked_descale("q_descale", descales[0], q, k.shape[2])),
@@ -217,7 +219,8 @@ def compute(
     """
     q, k, v = (x.values for x in operands)
     plain = Options.of(softmax_scale, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
-    plan = replace(make_plan((q.shape, k.shape, v.shape), (torch.bfloat16,) * 3, plain), mask=mask)
+    shapes, target = (q.shape, k.shape, v.shape), selection.target_for_fp8(q)
+    plan = replace(make_plan(shapes, (torch.bfloat16,) * 3, plain, target), mask=mask)
     instance = dispatch.forward_fp8_instance(q.shape[-1], v.shape[-1], mask.kind, False, two_level)
     return run(plan, instance, Operands(*operands), None, torch.float32)[0]
 
@@ -234,7 +237,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) on whatever the operands' device has; they fit the plan, but for their dtype."""
     q, k, v = (x.values for x in operands)
-    backend = runtime.backend_for(q)
+    backend = plan.backend_for(q)
     if backend is runtime.Backend.REFERENCE or k.numel() == 0:
         exact = (x.values.float() * spread(x.descale, x.values) for x in operands)
         return reference.attention(

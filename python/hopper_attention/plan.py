@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, runtime
+from hopper_attention import arguments, dispatch, runtime, selection
 from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
+from hopper_attention.selection import Target
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
 
@@ -60,10 +61,11 @@ def prepare(inputs: Inputs, options: Options) -> Plan:
     q, k, v, sink, queries, keys = inputs
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
     if queries is WHOLE and keys is WHOLE:
-        plan = make_plan(shapes, dtypes, options)
+        plan = make_plan(shapes, dtypes, options, selection.target_for(q))
     else:
         packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
-        plan = make_plan(shapes, dtypes, options, *packed, inputs.varlen)
+        target = selection.target_for(q)
+        plan = make_plan(shapes, dtypes, options, target, *packed, inputs.varlen)
         runtime.backend_for(q)  # refuses other devices before their index tensors are read
         _check_index_tensors(inputs)
     if sink is not None:
@@ -92,7 +94,10 @@ def _check_index_tensors(inputs: Inputs) -> None:
 class Plan:
     """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
 
+    target: Target
+    """Whose kernels."""
     instance: str
+    """Empty: the reference was asked for."""
     scale: float
     mask: Mask
     softcap: float | None
@@ -131,11 +136,17 @@ class Plan:
             "output_float32": int(self.out_dtype == torch.float32),
         }
 
+    def backend_for(self, q: Tensor) -> runtime.Backend:
+        """Where it runs; gradients may be asked for where nothing is forced any more."""
+        if self.target.backend == selection.REFERENCE:
+            return runtime.Backend.REFERENCE
+        return runtime.backend_for(q)
+
     def backward_instances(self, q: Tensor, v: Tensor) -> dispatch.BackwardInstances:
         """Raises NotImplementedError if there is no backward for this kind of call."""
         dtype, capped = arguments.DTYPES[q.dtype], self.softcap is not None
         kind, dims = self.mask.kind, (q.shape[-1], v.shape[-1])
-        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen)
+        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen, self.target)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,6 +154,7 @@ def make_plan(
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     options: Options,
+    target: Target,
     packed_q: bool = False,
     packed_k: bool = False,
     varlen: bool = False,
@@ -158,10 +170,14 @@ def make_plan(
     group = q[-2] // k[-2]
     problem = (arguments.DTYPES[dtypes[0]], q[-1], v[-1], mask.kind, softcap is not None)
     seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
-    packs = dispatch.packs_heads(*problem, group, seqlen_q, options.pack_gqa)
+    instance, packs = "", False
+    if target.backend != selection.REFERENCE:
+        packs = dispatch.packs_heads(*problem, group, seqlen_q, options.pack_gqa, target)
+        instance = dispatch.forward_instance(*problem, varlen or packs, target)
     out_shape, lse_shape = result_shapes(q, v, packed_q)
     return Plan(
-        instance=dispatch.forward_instance(*problem, varlen or packs),
+        target=target,
+        instance=instance,
         scale=scale,
         mask=mask,
         softcap=softcap,

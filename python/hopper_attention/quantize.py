@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, runtime
+from hopper_attention import arguments, dispatch, runtime, selection
 from hopper_attention.ranges import annotated
 from hopper_attention.runtime import Backend
 
@@ -88,6 +88,7 @@ def quantize(
     recipe = _check(x, recipe, heads_kv, dtype)
     backend = runtime.backend_for(x, "x")
     if backend is not Backend.REFERENCE:
+        selection.target_for_fp8(x)
         _check_kernels(x, dtype)
     # A block's scale by its head's largest would take the kernels a pass more.
     if backend is Backend.REFERENCE or x.numel() == 0 or (octaves and recipe.rows):
