@@ -23,7 +23,7 @@ ARCHITECTURES = {
     (8, 9): "sm_80",
     (9, 0): "sm_90",
 }
-"""Compute capability -> what the kernels are compiled for: machine code serves one major version."""
+"""Compute capability -> architecture of the instances: machine code serves one major version."""
 
 MATRIX = 16
 """Rows, and columns, of what one ldmatrix.x4 loads; rows of one mma.sync."""
@@ -70,7 +70,7 @@ class AmpereForwardConfig:
 FORWARD_TILES = {
     # 32 rows a warp halve what it reads of K and V: with 16, shared memory would be slower than the
     # tensor cores.  Wider heads leave registers for 16.
-    (64, 64): ((128, 128, 4),),
+    (64, 64): ((128, 96, 4),),
     (96, 96): ((128, 64, 4),),
     (128, 128): ((128, 64, 4),),
     (192, 128): ((128, 64, 4),),

@@ -154,10 +154,8 @@ class Stream:
     """Address of the thread's first chunk in the next block."""
     row_bytes: Int64
     """From row to row."""
-    shared: Int32
-    """Where that chunk goes."""
-    columns: tuple
-    """Whether the chunk of each column step exists."""
+    width: Int32
+    """Columns that exist."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +305,7 @@ class AmpereForward:
             self.load_queries(tensors.q, work, rows, place.shared)
             last = work.blocks.end - 1
             k = self.stream(self.copy_k, tensors.k, problem, place, last)
-            self.load(self.copy_k, k, work.keys.length - last * self.cfg.tile_n)
+            self.load(self.copy_k, k, place, work.keys.length - last * self.cfg.tile_n)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
@@ -369,7 +367,8 @@ class AmpereForward:
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K is there, V is free
         work = Work.of(place.words)
-        v = self.load(self.copy_v, v, work.keys.length - n_block * cfg.tile_n if masked else None)
+        keys = work.keys.length - n_block * cfg.tile_n if masked else None
+        v = self.load(self.copy_v, v, place, keys)
         cute.arch.cp_async_commit_group()
         acc_s = accumulator(cfg.warp_rows, cfg.tile_n)
         warp_rows = self.warp_row() * 2 * self.q.span
@@ -379,7 +378,7 @@ class AmpereForward:
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # V is there, K is free
         if n_block > work.blocks.first:
-            k = self.load(self.copy_k, k, None)
+            k = self.load(self.copy_k, k, place, None)
         cute.arch.cp_async_commit_group()
         scores = rows_and_columns(acc_s)
         if problem.cap_outer != 0.0:
@@ -407,29 +406,28 @@ class AmpereForward:
         work, thread = Work.of(place.words), cute.arch.thread_idx()[0]
         row = work.keys.offset + n_block * copy.tile.rows + copy.row(thread, 0)
         line = tensor[work.keys.batch, row, work.tile.head // problem.tiles_per_kvhead, None]
-        columns, width = [copy.column(thread, i) for i in range(copy.column_steps)], tensor.shape[3]
         return Stream(
-            (line.iterator + columns[0]).toint(),
+            (line.iterator + copy.column(thread, 0)).toint(),
             Int64(tensor.stride[1]) * 2,
-            place.shared + copy.place(thread),
-            tuple(column < width for column in columns),
+            tensor.shape[3],
         )
 
-    def load(self, copy: TileCopy, stream: Stream, keys: Any) -> Stream:
+    def load(self, copy: TileCopy, stream: Stream, place: Place, keys: Any) -> Stream:
         """A block; if `keys` is not None, zeros for those from that on.  Then the block before."""
         thread, source = cute.arch.thread_idx()[0], stream.source
+        shared, columns = place.shared + copy.place(thread), copy.columns(thread, stream.width)
+        following = replace(stream, source=opaque(source - stream.row_bytes * copy.tile.rows))
         for step in range(copy.row_steps):
             present = None if keys is None else copy.row(thread, step) < keys
-            copy.copy(stream.shared, step, source, stream.columns, present)
+            copy.copy(shared, step, source, columns, present)
             source = source + stream.row_bytes * copy.rows_at_once
-        source = stream.source - stream.row_bytes * copy.tile.rows
-        return replace(stream, source=source)
+        return following
 
     def load_queries(self, mQ: cute.Tensor, work: Work, rows: Rows, shared: Int32) -> None:
         """Zeros for rows and columns that do not exist."""
         copy, queries = self.copy_q, work.queries
         thread = cute.arch.thread_idx()[0]
-        columns = [copy.column(thread, step) < mQ.shape[3] for step in range(copy.column_steps)]
+        columns = copy.columns(thread, mQ.shape[3])
         for step in range(copy.row_steps):
             row = copy.row(thread, step)
             position = rows.position(row)

@@ -12,6 +12,8 @@ from hopper_attention.cute_kernels.instance import Instance
 GROUPS = {"sm_80": "ampere", "sm_90": "ampere_sm90"}
 """Architecture -> group; for sm_90 only what a Hopper GPU would run, as a second opinion."""
 
+SPILLS_ON_HOPPER = "48 bytes, of a kernel that is there to compare results with"
+
 
 def _forward(dtype: str, dims: tuple[int, int], tile: int, architecture: str) -> Instance:
     config = AmpereForwardConfig(dtype, *dims, *FORWARD_TILES[dims][tile])
@@ -27,6 +29,7 @@ def _forward(dtype: str, dims: tuple[int, int], tile: int, architecture: str) ->
         architecture=architecture,
         group=GROUPS[architecture],
         claims=("HMMA", "LDSM", "LDGSTS"),
+        spills_because=SPILLS_ON_HOPPER if (architecture, dims) == ("sm_90", (192, 128)) else "",
     )
 
 

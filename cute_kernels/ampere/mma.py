@@ -36,8 +36,8 @@ class Coordinates:
 
     def __getitem__(self, place: tuple[int, int]):
         i, j = place
-        row = self.first_row + i // 2 * MATRIX + i % 2 * 8 + self.lane // 4
-        return row, j // 2 * 8 + self.lane % 4 * 2 + j % 2
+        row = self.first_row + i // 2 * MATRIX + i % 2 * 8 + (self.lane >> 2)
+        return row, j // 2 * 8 + (self.lane & 3) * 2 + j % 2
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def store_rounded(
     out = PackedFragment.like(acc, dtype)
     out.convert(acc)
     (_, _, column_blocks), row_blocks, _ = acc.shape
-    lane = coordinates.lane % QUAD
+    lane = coordinates.lane & QUAD - 1
     chunk = cute.make_rmem_tensor((QUAD,), Int32)
     for i in cutlass.range_constexpr(2 * row_blocks):
         exists, line = target(coordinates[i, 0][0])

@@ -23,6 +23,12 @@ CHUNK = 8
 """Columns of 16 bytes."""
 
 
+def split(index, size: int):
+    """(index // size, index % size), `size` a power of two; a division minds the sign."""
+    assert size & (size - 1) == 0
+    return index >> size.bit_length() - 1, index & size - 1
+
+
 @dataclass(frozen=True)
 class SharedTile:
     """The layout of one tile; works on Python integers and traced values alike."""
@@ -50,11 +56,11 @@ class SharedTile:
         return self.start + self.bytes
 
     def swizzle(self, row):
-        return row % 8 if self.span == 64 else row // 2 % 4
+        return row & 7 if self.span == 64 else row >> 1 & 3
 
     def place(self, row, chunk):
         """Byte of a chunk, from the beginning of the tile."""
-        span, within = chunk // self.span_chunks, chunk % self.span_chunks
+        span, within = split(chunk, self.span_chunks)
         of_span = row * 2 * self.span + (within ^ self.swizzle(row)) * 16
         return span * self.rows * 2 * self.span + of_span
 
@@ -78,9 +84,9 @@ class Lanes:
         `across`: the quarters of a block come in the order (0, 0), (0, 8), (8, 0), (8, 8), and not
         (0, 0), (8, 0), (0, 8), (8, 8): pairs that an mma.sync takes must be in adjacent registers.
         """
-        layout, half, quarter = SharedTile(0, MATRIX, span), lane // 8 % 2, lane // 16
+        layout, half, quarter = SharedTile(0, MATRIX, span), lane >> 3 & 1, lane >> 4
         down, right = (quarter, half) if across else (half, quarter)
-        first = opaque(shared + layout.place(lane % 8 + 8 * down, right))
+        first = opaque(shared + layout.place((lane & 7) + 8 * down, right))
         return Lanes([first ^ (32 * i) for i in range(span // MATRIX)])
 
     def load(self, tile: SharedTile, row: int, column: int, transposed: bool = False) -> list:
@@ -132,17 +138,19 @@ class TileCopy:
         return self.tile.columns // CHUNK // self.row_threads
 
     def row(self, thread, step: int):
-        return thread // self.row_threads + step * self.rows_at_once
+        return split(thread, self.row_threads)[0] + step * self.rows_at_once
 
     def column(self, thread, step: int):
         """First of a chunk."""
-        return (thread % self.row_threads + step * self.row_threads) * CHUNK
+        return (split(thread, self.row_threads)[1] + step * self.row_threads) * CHUNK
+
+    def columns(self, thread, width) -> list[Any]:
+        """Whether the chunk of each step exists."""
+        return [self.column(thread, step) < width for step in range(self.column_steps)]
 
     def place(self, thread):
         """Of this thread's first chunk, from the block's shared memory."""
-        return self.tile.start + self.tile.place(
-            thread // self.row_threads, thread % self.row_threads
-        )
+        return self.tile.start + self.tile.place(*split(thread, self.row_threads))
 
     def constant(self, row_step: int, column_step: int) -> int:
         """What to add for the others."""
