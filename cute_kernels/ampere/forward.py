@@ -306,6 +306,10 @@ class AmpereForward:
             last = work.blocks.end - 1
             k = self.stream(self.copy_k, tensors.k, problem, place, last)
             self.load(self.copy_k, k, place, work.keys.length - last * self.cfg.tile_n)
+            if tensors.v.shape[3] < self.cfg.head_dim_v:
+                # Zeros in the columns that are never loaded.
+                v = self.stream(self.copy_v, tensors.v, problem, place, last)
+                self.load(self.copy_v, v, place, 0)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
