@@ -79,3 +79,7 @@ FORWARD_TILES = {
     (64, 256): ((128, 64, 8),),
 }
 """(head_dim, head_dim_v) -> (tile_m, tile_n, warps), the best first; others need less memory."""
+HOPPER_TILES = {dims: tiles[:1] for dims, tiles in FORWARD_TILES.items()} | {
+    (192, 128): ((128, 48, 4),),  # 64 keys spill when compiled for sm_90
+}
+"""The same on sm_90, which has memory for the best."""
