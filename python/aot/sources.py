@@ -11,7 +11,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-INSTANCE_MODULES = ("hopper_attention.hopper.instances",)
+INSTANCE_MODULES = (
+    "hopper_attention.hopper.instances",
+    "hopper_attention.cute_kernels.ampere.instances",
+)
 """Every module with a list of kernels to compile, `INSTANCES`."""
 
 SOURCE_FOLDERS = tuple(ROOT / name for name in ("hopper", "cute_kernels", "python"))

@@ -1,7 +1,8 @@
-"""Exact attention for NVIDIA Hopper GPUs, with flash-attn's call signatures.
+"""Exact attention for NVIDIA Hopper and Ampere GPUs, with flash-attn's call signatures.
 
-Tensors on a Hopper GPU go to the compiled kernels; tensors on the CPU go to the reference
+Tensors on such a GPU go to the compiled kernels; tensors on the CPU go to the reference
 implementation, or, inside `simulator.enabled()`, to the same kernels on a functional simulator.
+Which kernels: selection.
 
 The way of a call: functional (signatures, arguments), ops (operator, or past it: watched), plan
 (what is checked and kept for all calls of one kind; dispatch names the instance), forward and
@@ -20,12 +21,14 @@ from hopper_attention.functional import (
     flash_attn_varlen_func,
 )
 from hopper_attention.integrations.sdpa import disable_sdpa, enable_sdpa
+from hopper_attention.selection import backend
 
 __version__ = version("hopper-attention")
 
 __all__ = [
     "__version__",
     "attention_fp8",
+    "backend",
     "disable_sdpa",
     "enable_sdpa",
     "flash_attn_func",

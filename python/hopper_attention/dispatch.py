@@ -8,18 +8,32 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from hopper_attention import manifest
+from hopper_attention import manifest, selection
+from hopper_attention.manifest import CompiledInstance
+from hopper_attention.selection import Target
+
+HOPPER = selection.choose((9, 0))
 
 
 @functools.cache
 def forward_instance(
-    dtype: str, head_dim: int, head_dim_v: int, mask: str, softcap: bool, varlen: bool
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+    target: Target = HOPPER,
 ) -> str:
     """The forward instance with the least tile that holds both head dims.
 
     Raises NotImplementedError, naming what this build has, if nothing does.
     """
-    return _attention_instance("forward", dtype, head_dim, head_dim_v, mask, softcap, varlen)
+    if target.backend == selection.AMPERE:
+        # Masks, softcap and lengths are arguments.
+        return _attention_instance("ampere_forward", {"dtype": dtype}, head_dim, head_dim_v, target)
+    wanted = _by_mask(dtype, mask, softcap, varlen)
+    return _attention_instance("forward", wanted, head_dim, head_dim_v, target)
 
 
 @functools.cache
@@ -34,9 +48,8 @@ def forward_fp8_instance(
     """As `forward_instance`, for e4m3; `two_level` None: if there is an instance for it."""
     for level in (True, False) if two_level is None else (two_level,):
         try:
-            return _attention_instance(
-                "forward_fp8", "e4m3", head_dim, head_dim_v, mask, softcap, varlen, two_level=level
-            )
+            wanted = _by_mask("e4m3", mask, softcap, varlen, two_level=level)
+            return _attention_instance("forward_fp8", wanted, head_dim, head_dim_v, HOPPER)
         except NotImplementedError:
             if two_level is not None or not level:
                 raise
@@ -58,10 +71,22 @@ class BackwardInstances:
 
 @functools.cache
 def backward_instances(
-    dtype: str, head_dim: int, head_dim_v: int, mask: str, softcap: bool, varlen: bool
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+    target: Target = HOPPER,
 ) -> BackwardInstances:
     """As `forward_instance`, of backward."""
-    main = _attention_instance("backward", dtype, head_dim, head_dim_v, mask, softcap, varlen)
+    if target.backend == selection.AMPERE:
+        raise NotImplementedError(
+            "gradients: the Ampere kernels have none yet; use torch.no_grad(), or backend "
+            f'"{selection.REFERENCE}" ({selection.VARIABLE})'
+        )
+    wanted = _by_mask(dtype, mask, softcap, varlen)
+    main = _attention_instance("backward", wanted, head_dim, head_dim_v, target)
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
     return BackwardInstances(
@@ -129,30 +154,31 @@ def _helper_instance(family: str, wanted: dict[str, str | int]) -> str:
 
 
 def _attention_instance(
-    family: str,
-    dtype: str,
-    head_dim: int,
-    head_dim_v: int,
-    mask: str,
-    softcap: bool,
-    varlen: bool,
-    **more: bool,
+    family: str, wanted: dict[str, str | bool], head_dim: int, head_dim_v: int, target: Target
 ) -> str:
-    """The instance of `family` with the least tile that holds both head dims."""
-    mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
-    wanted = {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen, **more}
-    tiles = {
-        (instance.config["head_dim"], instance.config["head_dim_v"]): name
-        for name, instance in manifest.instances().items()
-        if instance.family == family and wanted.items() <= instance.config.items()
-    }
+    """The instance of `family` with the least tile that holds both head dims.
+
+    Of several with the same head dims the one with most rows that the target has room for.
+    """
+    tiles: dict[tuple[int, int], CompiledInstance] = {}
+    for instance in manifest.instances().values():
+        config = instance.config
+        if (
+            instance.family == family
+            and instance.architecture == target.architecture
+            and instance.shared_memory_bytes <= target.shared_memory
+            and wanted.items() <= config.items()
+        ):
+            dims = (config["head_dim"], config["head_dim_v"])
+            if dims not in tiles or tiles[dims].config["tile_m"] < config["tile_m"]:
+                tiles[dims] = instance
     fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
     if fitting:
-        return tiles[min(fitting, key=sum)]
+        return tiles[min(fitting, key=sum)].name
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
     if not tiles:
         raise NotImplementedError(
-            f"this build has no {family} kernel for {kind}; rebuild with "
+            f"this build has no {family} kernel for {kind} on {target.architecture}; rebuild with "
             "HOPPER_ATTENTION_INSTANCES=full"
         )
     have = ", ".join(f"{d}/{dv}" for d, dv in sorted(tiles))
@@ -161,6 +187,14 @@ def _attention_instance(
         f"head_dim {head_dim} with head_dim_v {head_dim_v} has no {family} kernel for {kind}; have "
         f"up to one of {have} (nearest: {nearest[0]}/{nearest[1]})"
     )
+
+
+def _by_mask(
+    dtype: str, mask: str, softcap: bool, varlen: bool, **more: bool
+) -> dict[str, str | bool]:
+    """What Hopper's instances are told apart by, beside head dims."""
+    mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
+    return {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen, **more}
 
 
 def packs_heads(
@@ -172,6 +206,7 @@ def packs_heads(
     group: int,
     seqlen_q: int,
     wanted: bool | None,
+    target: Target = HOPPER,
 ) -> bool:
     """Whether the `group` query heads of a key head share tiles, of at most `seqlen_q` positions.
 
@@ -183,7 +218,7 @@ def packs_heads(
     if wanted:
         return True
     try:
-        name = forward_instance(dtype, head_dim, head_dim_v, mask, softcap, True)
+        name = forward_instance(dtype, head_dim, head_dim_v, mask, softcap, True, target)
     except NotImplementedError:
         return False  # not in this build
     tile_m = manifest.instances()[name].config["tile_m"]

@@ -16,7 +16,7 @@ def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, 
 
     `out` is written if given (`arguments.check_out`); contiguous and new if not.
     """
-    backend = runtime.backend_for(inputs.q)
+    backend = plan.backend_for(inputs.q)
     if out is not None:
         out = arguments.addressable("out", out)
     if backend is runtime.Backend.REFERENCE:

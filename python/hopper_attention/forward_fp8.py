@@ -48,7 +48,7 @@ def run(
     `out` is written if given.
     """
     q, k, v, _, _, keys = inputs
-    backend = runtime.backend_for(q)
+    backend = plan.backend_for(q)
     if backend is runtime.Backend.REFERENCE or k.numel() == 0:
         result, lse = _run_reference(plan, inputs, scaling)
         return (result if out is None else out.copy_(result)), lse

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hopper_attention import arguments, autograd, forward_fp8, ops, runtime
+from hopper_attention import arguments, autograd, forward_fp8, ops, runtime, selection
 from hopper_attention.arguments import WHOLE, Lengths, Options
 from hopper_attention.forward_fp8 import Scaling
 from hopper_attention.plan import FP8_TENSORS, Fp8, Inputs, Plan, make_plan, prepare
@@ -164,7 +164,7 @@ def _quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple
     bound_q, bound_k = _bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)
     of_queries: dict[str, Any] = {"lengths": queries, "max_seqlen": bound_q}
     of_keys: dict[str, Any] = {"lengths": keys, "max_seqlen": bound_k}
-    arranged = _arranges(inputs)
+    arranged = _arranges(plan, inputs)
     q8 = quantize(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
     k8 = quantize(k, recipe, hadamard=hadamard, centered=treatment.smooth_k, **of_keys)
     v8 = quantize(v, recipe, octaves=True, arranged=arranged, **of_keys)
@@ -180,9 +180,10 @@ def _quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple
     return out, lse
 
 
-def _arranges(inputs: Inputs) -> bool:
+def _arranges(plan: Plan, inputs: Inputs) -> bool:
     """Whether a kernel takes V, arranged as it wants it."""
-    return runtime.backend_for(inputs.q) is not runtime.Backend.REFERENCE and inputs.k.numel() > 0
+    reference = plan.backend_for(inputs.q) is runtime.Backend.REFERENCE
+    return not reference and inputs.k.numel() > 0
 
 
 def _scores_of_mean(inputs: Inputs, max_seqlen_k: int) -> Tensor:
@@ -259,7 +260,7 @@ def descale_and_attend(
     if k.dtype == torch.float8_e5m2:
         k, k_descale = narrowed(k, k_descale, lengths=keys, max_seqlen=bound_k)
     if v.dtype == torch.float8_e5m2:
-        arranged = _arranges(inputs)
+        arranged = _arranges(plan, inputs)
         values, v_descale = narrowed(
             v, v_descale, arranged=arranged, lengths=keys, max_seqlen=bound_k
         )
@@ -285,7 +286,8 @@ def compute(
     )
     shapes, dtypes = (q.shape, k.shape, v.shape), (torch.bfloat16,) * 3
     how = Fp8(two_level, accumulate_every)
-    plan = make_plan(shapes, dtypes, options, fp8=how, mask=mask)
+    target = selection.target_for_fp8(q)
+    plan = make_plan(shapes, dtypes, options, target, fp8=how, mask=mask)
     q_descale, k_descale, v_descale = (x.descale for x in operands)
     scaling = Scaling(q_descale, k_descale, v_descale, q.shape[1], k.shape[1])
     return forward_fp8.run(plan, Inputs(q, k, v), scaling)[0]

@@ -73,7 +73,7 @@ def attend(
             torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
         return forward.run(plan, inputs, out)
     arguments.check_differentiable(plan.out_dtype, q.dtype)
-    if runtime.backend_for(q) is not runtime.Backend.REFERENCE:
+    if plan.backend_for(q) is not runtime.Backend.REFERENCE:
         plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
     return autograd.Attention.apply(plan, forward.run, *inputs)
 

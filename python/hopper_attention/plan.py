@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, runtime
+from hopper_attention import arguments, dispatch, runtime, selection
 from hopper_attention.arguments import WHOLE, Lengths, Mask, Options
+from hopper_attention.selection import Target
 
 FP8_TENSORS = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn)
@@ -72,15 +73,20 @@ def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
     if fp8 is not None and q.dtype in FP8_TENSORS:
         dtypes = (torch.bfloat16,) * 3  # whose result theirs is
     if queries is WHOLE and keys is WHOLE:
-        plan = make_plan(shapes, dtypes, options, fp8=fp8)
+        plan = make_plan(shapes, dtypes, options, _target(q, fp8), fp8=fp8)
     else:
         packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
-        plan = make_plan(shapes, dtypes, options, *packed, inputs.varlen, fp8)
+        target = _target(q, fp8)
+        plan = make_plan(shapes, dtypes, options, target, *packed, inputs.varlen, fp8)
         runtime.backend_for(q)  # refuses other devices before their index tensors are read
         _check_index_tensors(inputs)
     if sink is not None:
         arguments.check_sink_values(sink)
     return plan
+
+
+def _target(q: Tensor, fp8: Fp8 | None) -> Target:
+    return selection.target_for(q) if fp8 is None else selection.target_for_fp8(q)
 
 
 def check_shapes_of(inputs: Inputs) -> None:
@@ -104,7 +110,10 @@ def _check_index_tensors(inputs: Inputs) -> None:
 class Plan:
     """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
 
+    target: Target
+    """Whose kernels."""
     instance: str
+    """Empty: the reference was asked for."""
     scale: float
     mask: Mask
     softcap: float | None
@@ -147,11 +156,17 @@ class Plan:
             "accumulate_every": self.accumulate_every,
         }
 
+    def backend_for(self, q: Tensor) -> runtime.Backend:
+        """Where it runs; gradients may be asked for where nothing is forced any more."""
+        if self.target.backend == selection.REFERENCE:
+            return runtime.Backend.REFERENCE
+        return runtime.backend_for(q)
+
     def backward_instances(self, q: Tensor, v: Tensor) -> dispatch.BackwardInstances:
         """Raises NotImplementedError if there is no backward for this kind of call."""
         dtype, capped = arguments.DTYPES[q.dtype], self.softcap is not None
         kind, dims = self.mask.kind, (q.shape[-1], v.shape[-1])
-        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen)
+        return dispatch.backward_instances(dtype, *dims, kind, capped, self.varlen, self.target)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,6 +174,7 @@ def make_plan(
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     options: Options,
+    target: Target,
     packed_q: bool = False,
     packed_k: bool = False,
     varlen: bool = False,
@@ -175,17 +191,19 @@ def make_plan(
     softcap = options.softcap or None
     group = q[-2] // k[-2]
     kind = (q[-1], v[-1], mask.kind, softcap is not None)
-    if fp8 is None:
+    instance, packs = "", False
+    if fp8 is not None:  # heads are not packed: the rows of a tile share Q's scale
+        arguments.check_fp8_head_dims(q[-1], v[-1])
+        if target.backend != selection.REFERENCE:
+            instance = dispatch.forward_fp8_instance(*kind, varlen, fp8.two_level)
+    elif target.backend != selection.REFERENCE:
         dtype = arguments.DTYPES[dtypes[0]]
         seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
-        packs = dispatch.packs_heads(dtype, *kind, group, seqlen_q, options.pack_gqa)
-        instance = dispatch.forward_instance(dtype, *kind, varlen or packs)
-    else:
-        packs = False  # the rows of a tile share Q's scale
-        arguments.check_fp8_head_dims(q[-1], v[-1])
-        instance = dispatch.forward_fp8_instance(*kind, varlen, fp8.two_level)
+        packs = dispatch.packs_heads(dtype, *kind, group, seqlen_q, options.pack_gqa, target)
+        instance = dispatch.forward_instance(dtype, *kind, varlen or packs, target)
     out_shape, lse_shape = result_shapes(q, v, packed_q)
     return Plan(
+        target=target,
         instance=instance,
         scale=scale,
         mask=mask,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, runtime
+from hopper_attention import arguments, dispatch, runtime, selection
 from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize_arguments import (
     check_arranged,
@@ -109,7 +109,7 @@ def quantize(
     if arranged:
         check_arranged("x", x)
     embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
-    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows, embedding)
+    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows, embedding)
     if backend is not Backend.REFERENCE:
         check_kernels(x, dtype)
     if backend is Backend.REFERENCE or problem.empty:
@@ -123,7 +123,7 @@ def quantize(
 def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
     """(sequences, heads, head_dim) float32: what `centered` takes off."""
     max_rows = check_rows("x", x, lengths, max_seqlen)
-    backend, problem = runtime.backend_for(x, "x"), _Problem(x, lengths, max_rows)
+    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows)
     if backend is Backend.REFERENCE or problem.empty:
         sequences = Sequences.of(x, lengths)
         return means(sequences.gathered(), sequences.counts)[:, 0]
@@ -161,7 +161,7 @@ def narrowed(
     check_arranged("x", x)
     problem = _Problem(x, lengths, max_rows)
     given = in_blocks(descale, x, problem.sequences, max_rows)
-    backend = runtime.backend_for(x, "x")
+    backend = _backend(x, "x")
     if backend is not Backend.REFERENCE:
         check_head_dim(x)
     if backend is Backend.REFERENCE or problem.empty:
@@ -193,10 +193,18 @@ def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = Non
     if v.dtype != torch.float8_e4m3fn:
         raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
     check_arranged("v", v)
-    backend = runtime.backend_for(v, "v")
+    backend = _backend(v, "v")
     if backend is Backend.REFERENCE:
         return arranged_columns(v, lengths)
     return _arrange(backend, _Problem(v, lengths, max_seqlen))
+
+
+def _backend(x: Tensor, name: str) -> Backend:
+    """Raises NotImplementedError where there are no FP8 kernels."""
+    backend = runtime.backend_for(x, name)
+    if backend is not Backend.REFERENCE:
+        selection.target_for_fp8(x)
+    return backend
 
 
 @dataclass(frozen=True)

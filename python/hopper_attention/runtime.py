@@ -14,17 +14,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hopper_attention import _cuda, _simulator, manifest, simulator
+from hopper_attention import _cuda, _simulator, manifest, selection, simulator
 from hopper_attention.arguments import Description
 
-COMPUTE_CAPABILITY = (9, 0)
 SIMULATED_SMS = 132
 """Of an H200."""
 NO_MORE_TILES = 1 << 30
 """As a tile counter's first entry: blocks end after the tile they start with."""
 
-QUEUE = ["tile_counter", "max_blocks"]
-"""Last arguments of persistent kernels."""
+COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
+"""Last arguments of kernels whose blocks do tile after tile: from a counter, or every n-th."""
+NO_LIMIT = 1 << 30
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
 
 _intercept: Callable[..., None] | None = None
 
@@ -39,27 +41,23 @@ class Backend(enum.Enum):
 
 
 def backend_for(tensor: Tensor, name: str = "q") -> Backend:
-    """Raises NotImplementedError for a device without kernels."""
+    """Raises NotImplementedError for a device without kernels, or without those that are forced."""
+    if selection.forced() == selection.REFERENCE:
+        return Backend.REFERENCE
     if tensor.is_cuda:
         check_gpu(tensor.device)
         return Backend.CUDA
     if tensor.is_cpu:
         return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
     raise NotImplementedError(
-        f"{name} is on {tensor.device}; supported: a Hopper GPU (cuda), or the CPU for reference "
-        "and simulator"
+        f"{name} is on {tensor.device}; supported: a Hopper or Ampere GPU (cuda), or the CPU for "
+        "reference and simulator"
     )
 
 
-@functools.cache
 def check_gpu(device: torch.device) -> None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability != COMPUTE_CAPABILITY:
-        raise NotImplementedError(
-            f"{device} ({torch.cuda.get_device_name(device)}) has compute capability "
-            f"{capability[0]}.{capability[1]}; the kernels need 9.0 (H100, H200); use CPU tensors "
-            "for the reference implementation"
-        )
+    """Raises NotImplementedError for one without kernels."""
+    selection.of_device(device.index, selection.forced())
 
 
 def launch(
@@ -74,8 +72,9 @@ def launch(
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
     `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
-    among them.  A persistent kernel has a block on every SM but `sm_margin` of them.  `described`
-    are the tensors' addresses, shapes and strides, where the caller knows them.
+    among them.  A persistent kernel has a block on every SM but `sm_margin` of them; one without a
+    counter has a block for every tile, or only as many as run together on that many SMs.
+    `described` are the tensors' addresses, shapes and strides, where the caller knows them.
     """
     if described is None:
         described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
@@ -86,11 +85,16 @@ def launch(
         if persistent:
             counter = tile_counter(device, stream)
             scalars = [*scalars, counter.data_ptr(), multiprocessors(device) - sm_margin]
+        elif takes_limit(instance):
+            limit = block_limit(instance, tensors[0], multiprocessors(device), sm_margin)
+            scalars = [*scalars, limit]
         _cuda.launch(instance, device, stream, described, scalars)
         return
     counter = simulated_counter(tensors[0].device)
     if persistent:
         scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
+    elif takes_limit(instance):
+        scalars = [*scalars, block_limit(instance, tensors[0], SIMULATED_SMS, sm_margin)]
     reachable = [*tensors, *pointees, counter]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
@@ -104,14 +108,30 @@ def scalar_names(instance: str) -> list[str]:
 
     Without those that `launch` adds.
     """
-    names = _all_scalar_names(instance)
-    return names[: -len(QUEUE)] if is_persistent(instance) else names
+    return [name for name in _all_scalar_names(instance) if name not in (COUNTER, MAX_BLOCKS)]
 
 
 @functools.cache
 def is_persistent(instance: str) -> bool:
     """Whether blocks take tile after tile from a counter."""
-    return _all_scalar_names(instance)[-len(QUEUE) :] == QUEUE
+    return COUNTER in _all_scalar_names(instance)
+
+
+@functools.cache
+def takes_limit(instance: str) -> bool:
+    """Whether there may be fewer blocks than tiles."""
+    return MAX_BLOCKS in _all_scalar_names(instance)
+
+
+def block_limit(instance: str, tensor: Tensor, multiprocessors: int, sm_margin: int) -> int:
+    """With a margin, how many blocks run together on the other multiprocessors."""
+    if sm_margin == 0:
+        return NO_LIMIT
+    facts, target = manifest.instances()[instance], selection.target_for(tensor)
+    by_registers = REGISTERS // (facts.registers * facts.threads)
+    # A multiprocessor has 1 KiB more than one block may have, and takes 1 KiB a block for itself.
+    by_memory = (target.shared_memory + 1024) // (facts.shared_memory_bytes + 1024)
+    return (multiprocessors - sm_margin) * max(min(by_registers, by_memory), 1)
 
 
 def _all_scalar_names(instance: str) -> list[str]:

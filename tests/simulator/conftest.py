@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hopper_attention import simulator
+from hopper_attention import backend, simulator
 
 PROGRAMS = Path(__file__).parent / "programs"
+
+
+@pytest.fixture(params=["hopper", "ampere"])
+def kernels(request):
+    """Whose kernels the calls of a test run."""
+    with backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ from hopper_attention.arguments import CAUSAL
 from hopper_attention.numerics import Error
 
 pytestmark = pytest.mark.simulator
+both = pytest.mark.usefixtures("kernels")
+"""Hopper's and Ampere's."""
 
 SEEDS = (0, 1, 2)
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
@@ -82,6 +84,7 @@ def test_packed_sequences_match_fp64_for_every_schedule(instance):
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@both
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 136, 160, 200, 224])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_head_dims_between_the_tiles(head_dim, causal):
@@ -89,6 +92,7 @@ def test_head_dims_between_the_tiles(head_dim, causal):
     check_forward(q, k, v, *simulate(q, k, v, causal=causal), causal=causal)
 
 
+@both
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v"), [(192, 128), (64, 256), (64, 512 // 4), (72, 16), (8, 248)]
 )
@@ -100,6 +104,7 @@ def test_v_of_another_head_dim(head_dim, head_dim_v):
     check_packed(q[0], k[0], v[0], out, lse, lengths, causal=True)
 
 
+@both
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
 def test_sinks(arguments):
     """Each head its own; rows without keys have the sink alone: out 0, lse the sink."""
@@ -111,6 +116,7 @@ def test_sinks(arguments):
         assert torch.equal(lse[0, :3, 0], sink[:3]) and (out[:, 0] == 0).all()
 
 
+@both
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 def test_softcap_of_large_scores(softcap):
     q, k, v = random_inputs(EDGE_SHAPE, 128, torch.bfloat16, scale=4.0)
@@ -118,6 +124,7 @@ def test_softcap_of_large_scores(softcap):
     check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
 
 
+@both
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_any_strides(head_dim, causal):
@@ -131,6 +138,7 @@ def test_any_strides(head_dim, causal):
     assert torch.equal(strided[0], out) and torch.equal(strided[1], lse)
 
 
+@both
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_memory_around_the_tensors_is_not_read(head_dim, causal):
@@ -147,6 +155,7 @@ def test_memory_around_the_tensors_is_not_read(head_dim, causal):
     assert torch.equal(embedded[0], out) and torch.equal(embedded[1], lse)
 
 
+@both
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_packed_neighbours_do_not_leak(head_dim, causal):
@@ -163,6 +172,7 @@ def test_packed_neighbours_do_not_leak(head_dim, causal):
         check_forward(*one, causal=causal)
 
 
+@both
 def test_used_lengths():
     """Padded tensors of which parts are used: the rest is neither read nor written."""
     shape = Shape(3, 140, 180, 2, 1)
@@ -180,6 +190,7 @@ def test_used_lengths():
         assert (out[b, n:] == 0).all() and (lse[b, :, n:] == -torch.inf).all()
 
 
+@both
 def test_dense_queries_with_packed_keys():
     q, _, _ = random_inputs(Shape(2, 33, 33, 2, 1), 128, torch.bfloat16)
     _, k, v = (x[0] for x in random_inputs(Shape(1, 1, 190, 2, 1), 128, torch.bfloat16))
@@ -230,6 +241,7 @@ def test_heads_that_share_tiles(instance):
         torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("shape", [Shape(2, 5, 300, 8, 1), Shape(1, 70, 70, 6, 2)], ids=str)
 def test_dense_heads_that_share_tiles(monkeypatch, shape):
     monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
@@ -240,6 +252,7 @@ def test_dense_heads_that_share_tiles(monkeypatch, shape):
     assert_rounded_alike(out, simulate(q, k, v, pack_gqa=False, causal=True)[0])
 
 
+@both
 def test_few_queries_share_tiles_unasked():
     q, k, v = random_inputs(Shape(1, 8, 64, 8, 2), 64, torch.bfloat16)
     grids = []
@@ -278,6 +291,7 @@ def test_sm_margin():
     assert grids == [(120, 1, 1), (32, 1, 1)]
 
 
+@both
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_large_logits(head_dim):
     """All scores far above or far below 0: exponentials would overflow or vanish unshifted."""
@@ -288,12 +302,14 @@ def test_large_logits(head_dim):
         assert lse.abs().min() > 100
 
 
+@both
 def test_softmax_scale():
     q, k, v = random_inputs(EDGE_SHAPE, 64, torch.bfloat16)
     arguments = {"softmax_scale": 0.5, "causal": True}
     check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
 
 
+@both
 def test_nan_in_a_key_reaches_just_the_queries_that_see_it():
     q, k, v = random_inputs(EDGE_SHAPE, 128, torch.bfloat16)
     clean, _ = simulate(q, k, v, causal=True)
@@ -304,6 +320,7 @@ def test_nan_in_a_key_reaches_just_the_queries_that_see_it():
     assert out[:, first:].isnan().all() and lse[..., first:].isnan().all()
 
 
+@both
 def test_offsets_beyond_32_bits():
     """Batch strides of more than 2^31 elements; only the pages in use are ever touched."""
     stride = 2**31 + 4096

@@ -20,6 +20,7 @@ from strategies import (
 from hopper_attention import runtime, simulator
 
 pytestmark = pytest.mark.simulator
+both = pytest.mark.usefixtures("kernels")
 
 LONGEST = 200
 
@@ -33,6 +34,7 @@ def simulated(problem, count):
         yield
 
 
+@both
 @examples(14)
 @given(problems(LONGEST, sequences=2, same_lengths=True), multiprocessors)
 def test_dense(problem, count):
@@ -40,6 +42,7 @@ def test_dense(problem, count):
         check_dense(problem, "cpu")
 
 
+@both
 @examples(5)
 @given(problems(LONGEST, sequences=2, same_lengths=True), multiprocessors)
 def test_packed_qkv(problem, count):
@@ -47,6 +50,7 @@ def test_packed_qkv(problem, count):
         check_qkvpacked(problem, "cpu")
 
 
+@both
 @examples(14)
 @given(st.data(), multiprocessors)
 def test_sequences(data, count):

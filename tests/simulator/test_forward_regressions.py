@@ -29,6 +29,7 @@ from hopper_attention import (
 )
 
 pytestmark = pytest.mark.simulator
+both = pytest.mark.usefixtures("kernels")
 
 MASKS = ({}, {"causal": True}, {"window_size": (9, 30)})
 
@@ -46,6 +47,7 @@ def packed(q, k, v, lengths, seed=0, **arguments):
         )
 
 
+@both
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_causal_is_aligned_to_the_bottom_right(head_dim):
     """Lengths at the edges of tiles, more queries than keys and the other way round."""
@@ -54,6 +56,7 @@ def test_causal_is_aligned_to_the_bottom_right(head_dim):
         check_forward(q, k, v, *dense(q, k, v, causal=True), causal=True)
 
 
+@both
 @pytest.mark.parametrize("causal", [False, True], ids=["two-sided", "causal"])
 def test_window_encodings(causal):
     """None and -1 are unbounded, 0 is not, and what exceeds the keys hides nothing."""
@@ -63,6 +66,7 @@ def test_window_encodings(causal):
         check_forward(q, k, v, *dense(q, k, v, **arguments), **arguments)
 
 
+@both
 @pytest.mark.parametrize("dims", [(64, 64), (64, 256), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("arguments", MASKS, ids=str)
 def test_unused_keys_are_not_read(dims, arguments):
@@ -83,6 +87,7 @@ def test_unused_keys_are_not_read(dims, arguments):
         check_forward(*one, **arguments)
 
 
+@both
 @pytest.mark.parametrize("side", ["queries", "keys", "both"])
 @pytest.mark.parametrize("place", [0, 1, 2, slice(0, 2), slice(0, 3)], ids=str)
 def test_empty_sequences(side, place):
@@ -98,6 +103,7 @@ def test_empty_sequences(side, place):
         check_packed(q, k, v, out, lse, lengths, causal=causal)
 
 
+@both
 @pytest.mark.parametrize("arguments", MASKS, ids=str)
 def test_result_does_not_depend_on_the_batch(arguments):
     """Bit for bit, a sequence alone and among others."""
@@ -115,6 +121,7 @@ def test_result_does_not_depend_on_the_batch(arguments):
     assert torch.equal(alone, packed_out[rows]) and torch.equal(alone_lse, packed_lse[:, rows])
 
 
+@both
 def test_max_seqlen_is_an_upper_bound():
     """Absent, exact, far above, and on the device: the same bits."""
     lengths = ((70, 90), (33, 20))
@@ -150,6 +157,7 @@ def test_every_instance_takes_tile_after_tile(monkeypatch, instance):
         check_forward(q, k, v, *dense(q, k, v, seed=1, **arguments), **arguments)
 
 
+@both
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_results_beyond_32_bits(monkeypatch, causal):
     """A batch stride of more than 2^31 elements in out too; few pages are ever touched."""
@@ -167,6 +175,7 @@ def test_results_beyond_32_bits(monkeypatch, causal):
     check_forward(q, k, v, out, lse, causal=causal)
 
 
+@both
 def test_packed_rows_beyond_32_bits(monkeypatch):
     """Row strides of 2^26 elements: the last rows lie behind 2^31."""
     stride, lengths = 2**26, ((30, 20), (6, 16))
@@ -183,6 +192,7 @@ def test_packed_rows_beyond_32_bits(monkeypatch):
     check_packed(q, k, v, out, lse, lengths, causal=True)
 
 
+@both
 @pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_written_out(simulated, out_dtype):

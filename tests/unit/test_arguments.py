@@ -272,9 +272,9 @@ def test_wrong_packed_qkv(qkv, num_heads_q):
 
 
 def test_gpu_without_kernels(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
-    with pytest.raises(NotImplementedError, match=r"cuda:7.*A100.*8\.0.*9\.0"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(NotImplementedError, match=r"cuda:7.*T4.*7\.5.*9\.0.*reference"):
         runtime.check_gpu(torch.device("cuda", 7))
 
 

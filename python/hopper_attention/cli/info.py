@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hopper_attention import _cuda, manifest
+from hopper_attention import _cuda, manifest, selection
 
 
 def info(
@@ -28,6 +28,7 @@ def info(
         },
         "cuda": _cuda.runtime_info(),
         "devices": _devices(),
+        "forced_backend": selection.forced(),
         "instances": [asdict(instance) for instance in manifest.instances().values()],
     }
     if as_json:
@@ -41,9 +42,18 @@ def _devices() -> list[dict[str, Any]]:
         {
             "name": torch.cuda.get_device_name(index),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+            **_backend(torch.cuda.get_device_capability(index)),
         }
         for index in range(torch.cuda.device_count())
     ]
+
+
+def _backend(capability: tuple[int, int]) -> dict[str, str | None]:
+    """What calls run there, or why they are refused."""
+    try:
+        return {"backend": selection.choose(capability, selection.forced()).backend}
+    except NotImplementedError as reason:
+        return {"backend": None, "refusal": str(reason)}
 
 
 def _print(console: Console, facts: dict[str, Any]) -> None:
@@ -52,8 +62,14 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         summary.add_row(name, text)
     for name, value in facts["cuda"].items():
         summary.add_row(f"CUDA {name.replace('_', ' ')}", str(value))
-    devices = [f"{d['name']} (sm_{d['capability'].replace('.', '')})" for d in facts["devices"]]
-    summary.add_row("devices", ", ".join(devices) or "no GPU: kernels run on the simulator")
+    for device in facts["devices"]:
+        number = device["capability"].replace(".", "")
+        runs = device["backend"] or f"no backend: {device['refusal']}"
+        summary.add_row("device", f"{device['name']} (sm_{number}): {runs}")
+    if not facts["devices"]:
+        summary.add_row("devices", "no GPU: kernels run on the simulator")
+    if facts["forced_backend"]:
+        summary.add_row(selection.VARIABLE, facts["forced_backend"])
     console.print(summary)
 
     instances = facts["instances"]

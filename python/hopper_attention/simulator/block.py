@@ -355,50 +355,49 @@ class Block:
 
     def store_matrix(self, lanes, instruction, addresses, values, transpose: bool) -> None:
         """stmatrix: lane 8 i + r holds the address of row r of matrix i."""
-        for rows, value in zip(
-            self._rows(lanes, instruction, addresses, len(values)), values, strict=True
-        ):
-            self._check_rows(lanes, instruction, rows, True)
-            words, halves = _matrix_places(lanes, rows, transpose)
+        rows = self._rows(lanes, instruction, addresses, len(values))
+        self._check_rows(lanes, instruction, rows, True)
+        for k, value in enumerate(values):
+            words, halves = _matrix_places(rows[:, k : k + 1], transpose)
             if words is not None:
-                self.shared.views[4][words] = value
+                self.shared.views[4][words.reshape(-1)] = value
             else:
                 for half, place in enumerate(halves):
-                    self.shared.views[2][place] = value >> np.uint32(16 * half) & np.uint32(0xFFFF)
+                    part = value >> np.uint32(16 * half) & np.uint32(0xFFFF)
+                    self.shared.views[2][place.reshape(-1)] = part
 
     def load_matrix(self, lanes, instruction, addresses, count: int, transpose: bool):
-        result = []
-        for rows in self._rows(lanes, instruction, addresses, count):
-            self._check_rows(lanes, instruction, rows, False)
-            words, halves = _matrix_places(lanes, rows, transpose)
-            if words is not None:
-                result.append(self.shared.views[4][words])
-            else:
-                low, high = (self.shared.views[2][place].astype(np.uint32) for place in halves)
-                result.append(low | high << np.uint32(16))
-        return result
+        rows = self._rows(lanes, instruction, addresses, count)
+        self._check_rows(lanes, instruction, rows, False)
+        words, halves = _matrix_places(rows, transpose)
+        if words is not None:
+            result = self.shared.views[4][words]
+        else:
+            low, high = (self.shared.views[2][place].astype(np.uint32) for place in halves)
+            result = low | high << np.uint32(16)
+        return result.transpose(1, 0, 2).reshape(count, -1)
 
-    def _rows(self, lanes: Lanes, instruction: Instruction, addresses, count: int):
-        """Offsets of rows, (warps, 8), of each matrix."""
+    def _rows(self, lanes: Lanes, instruction: Instruction, addresses, count: int) -> np.ndarray:
+        """Offsets of rows, (warps, matrices, 8)."""
         if not lanes.whole_warps:
             raise SimulatorError(f"executed by a part of a warp\n  at {instruction.where()}")
-        table = np.broadcast_to(addresses, (lanes.count,)).astype(np.int64).reshape(-1, 32)
-        table = table - self.window
+        table = np.broadcast_to(addresses, (lanes.count,)).astype(np.int64).reshape(-1, 4, 8)
+        rows = (table - self.window)[:, :count]
         try:
-            for k in range(count):
-                rows = table[:, 8 * k : 8 * k + 8]
-                self.shared.index(rows, 1, 16)
-                yield rows
+            self.shared.index(rows, 1, 16)
         except SimulatorError as error:
             raise located(error, instruction) from error
+        return rows
 
     def _check_rows(self, lanes: Lanes, instruction: Instruction, rows, writes: bool) -> None:
         if self.accesses.writes or (writes and self.accesses.reads):
-            low, high = int(rows.min()), int(rows.max()) + 16
-            self.check_shared(instruction, low, high, writes, lanes)
+            for k in range(rows.shape[1]):
+                low, high = int(rows[:, k].min()), int(rows[:, k].max()) + 16
+                self.check_shared(instruction, low, high, writes, lanes)
         if self.shadow is None:
             return
-        agents = np.broadcast_to(self.first_agent + lanes.threads[::32, None] // 32, rows.shape)
+        warps = self.first_agent + lanes.threads[::32] // 32
+        agents = np.broadcast_to(warps[:, None, None], rows.shape)
         units = self.shadow.units(rows, 16)
         if writes:
             conflict = self.shadow.write(agents, units, instruction.line)
@@ -588,13 +587,12 @@ def located(error: SimulatorError, instruction: Instruction) -> SimulatorError:
     return type(error)(f"{error}\n  at {instruction.where()}")
 
 
-def _matrix_places(lanes: Lanes, rows: np.ndarray, transpose: bool):
-    """Element numbers that each lane holds: 32-bit words, or two 16-bit halves if transposed."""
+def _matrix_places(rows: np.ndarray, transpose: bool):
+    """Elements that lanes hold, (warps, matrices, 32): words, or 16-bit halves if transposed."""
     lane = np.arange(32)
     if not transpose:
-        return ((rows[:, lane // 4] >> 2) + lane % 4).reshape(-1), None
-    halves = [((rows[:, 2 * (lane % 4) + half] >> 1) + lane // 4).reshape(-1) for half in (0, 1)]
-    return None, halves
+        return (rows[..., lane // 4] >> 2) + lane % 4, None
+    return None, [(rows[..., 2 * (lane % 4) + half] >> 1) + lane // 4 for half in (0, 1)]
 
 
 ATOMICS = {

@@ -46,7 +46,7 @@ def multiply_fragments(kinds: tuple[str, str, str], saturate: bool, a, b, c) -> 
     d_kind, a_kind, b_kind = kinds
 
     def registers(items) -> np.ndarray:
-        return np.stack([np.asarray(x) for x in items]).reshape(len(items), -1, 32)
+        return np.concatenate(items).reshape(len(items), -1, 32)
 
     left, right = _elements(registers(a), a_kind), _elements(registers(b), b_kind)
     many, warps = left.shape[:2]
@@ -57,13 +57,13 @@ def multiply_fragments(kinds: tuple[str, str, str], saturate: bool, a, b, c) -> 
     split = product.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3)  # half, column, warp, g, t
     flat = split.reshape(2, 2, -1)
     if d_kind == "s32":
-        old = np.stack([np.asarray(x).view(np.int32) for x in c]).reshape(2, 2, -1)
+        old = np.concatenate(c).view(np.int32).reshape(2, 2, -1)
         total: Any = flat.astype(np.int64) + old
         if saturate:
             total = np.clip(total, -(1 << 31), (1 << 31) - 1)
         return list(total.astype(np.int32).view(np.uint32).reshape(4, -1))
     if d_kind == "f32":
-        before = np.stack([np.asarray(x).view(np.float32) for x in c]).reshape(2, 2, -1)
+        before = np.concatenate(c).view(np.float32).reshape(2, 2, -1)
         return list((flat + before).astype(np.float32).view(np.uint32).reshape(4, -1))
     pairs = np.stack([np.ascontiguousarray(x)[:, None].view(np.float16) for x in c])
     total = (flat + pairs.transpose(0, 2, 1).astype(np.float32)).astype(np.float16)

@@ -1,0 +1,481 @@
+"""Forward attention on sm_80 and later: O = softmax(softmax_scale * Q K^T) V and its log-sum-exp.
+
+FlashAttention-2's structure (arXiv 2307.08691); a tile is `tile_m` query rows of one head, and a
+block of threads does one after another, usually one.  Everything but types and tile is decided at
+run time: windows and chunks (which may hide nothing, or what a causal mask hides), softcap, packed
+or used lengths, sinks, heads that share tiles, the type of O.
+
+Layouts    As hopper/forward.py, and its arguments.
+
+Warps      `warp_rows` query rows each, all keys; together they load.  Warps meet twice a key block.
+
+Timeline   of a tile, key blocks j from last to first; each load is one group of cp.async
+
+             load Q, K(last)
+             for j:  wait K(j), all warps | load V(j) | S = Q K(j)
+                     wait V(j), all warps | load K(j-1) | mask, softmax, P | O += P V(j)
+             1 / row_sum, LSE | store
+
+           V(j) is loaded under S = Q K(j), K(j-1) under softmax and O += P V(j).  Two blocks of
+           threads on a multiprocessor fill each other's waits.
+
+Loops      Blocks that every row sees entirely are done without mask, between masked ones: both
+           loops are in one that runs twice, so that neither has to be written out twice.
+
+Masks      What a row sees is found once a tile, by one thread a row, and kept in shared memory.
+
+Shared memory: Q, K, V (shared_tile.py), begin and end of what each row sees.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.ampere.config import AmpereForwardConfig
+from hopper_attention.cute_kernels.ampere.mma import (
+    Coordinates,
+    PackedA,
+    SharedA,
+    SharedB,
+    accumulator,
+    gemm,
+)
+from hopper_attention.cute_kernels.ampere.row_store import store_float32, store_rounded
+from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, TileCopy
+from hopper_attention.cute_kernels.arithmetic import minimum
+from hopper_attention.cute_kernels.fragments import PackedFragment, opaque, rows_and_columns
+from hopper_attention.cute_kernels.mask import Mask
+from hopper_attention.cute_kernels.memory import read
+from hopper_attention.cute_kernels.sequence import Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, Part, cap, scale_rows
+from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, Tile, VarlenScheduler
+from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
+from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """As passed: (batch, row, head, column), LSE (batch, head, row)."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    o: cute.Tensor
+    lse: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known of the launch."""
+
+    dense: DenseScheduler
+    packed: VarlenScheduler
+    """Which of the two: `num_sequences`."""
+    num_sequences: Int32
+    """0: every batch entry is one."""
+    queries: Lengths
+    keys: Lengths
+    group: Any
+    """Query heads whose rows share a tile (`Rows`): 1, or all of a key head; divides quickly."""
+    tiles_per_kvhead: Int32
+    """Tiles of the same positions that read the same keys: the others of the group."""
+    scale_log2: Float32
+    """Of the scores that softmax sees: after softcap if there is one."""
+    cap_inner: Float32
+    """Of `softmax.cap`."""
+    cap_outer: Float32
+    """0: there is no softcap."""
+    window: tuple
+    """(left, right, chunk) of `Visibility`."""
+    sink: Int64
+    """Address of a float32 score for each head, or 0."""
+    output_type: Int32
+    """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tile."""
+
+    number: Int32
+    tile: Tile
+    queries: Sequence
+    keys: Sequence
+    blocks: BlockRange
+
+    def words(self) -> list[Int32]:
+        """To be kept in shared memory."""
+        parts = (self.tile, self.queries, self.keys, self.blocks)
+        return [self.number, *(Int32(value) for part in parts for value in vars(part).values())]
+
+    @staticmethod
+    def of(words: cute.Tensor) -> "Work":
+        """Looked up again, and not kept in registers that the loops need."""
+        number, *values = (words[i] for i in range(WORDS))
+        return Work(
+            number,
+            Tile(*values[:3]),
+            Sequence(*values[3:6]),
+            Sequence(*values[6:9]),
+            BlockRange(*values[9:]),
+        )
+
+
+WORDS = 14
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A `Visibility` of the tile's rows that was looked up before."""
+
+    limits: cute.Tensor
+    """(tile_m, 2) in shared memory."""
+
+    bounds_begin = True
+    bounds_end = True
+
+    def begin(self, row):
+        return self.limits[row, 0]
+
+    def end(self, row):
+        return self.limits[row, 1]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """K or V of a tile's keys, as one thread loads them: block after block, last to first."""
+
+    source: Int64
+    """Address of the thread's first chunk in the next block."""
+    row_bytes: Int64
+    """From row to row."""
+    width: Int32
+    """Columns that exist."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of the block in shared memory."""
+
+    shared: Int32
+    """Address of its beginning."""
+    limits: cute.Tensor
+    """(tile_m, 2): begin and end of what each row sees."""
+    words: cute.Tensor
+    """`Work.words`"""
+
+
+class AmpereForward:
+    """The kernel of one `AmpereForwardConfig`."""
+
+    def __init__(self, config: AmpereForwardConfig):
+        self.cfg = cfg = config
+        self.dtype = DTYPES[cfg.dtype]
+        self.q = SharedTile(0, cfg.tile_m, cfg.head_dim)
+        self.k = SharedTile(self.q.end, cfg.tile_n, cfg.head_dim)
+        self.v = SharedTile(self.k.end, cfg.tile_n, cfg.head_dim_v)
+        self.copy_q, self.copy_k, self.copy_v = (
+            TileCopy(tile, cfg.threads) for tile in (self.q, self.k, self.v)
+        )
+        assert self.v.end + 8 * cfg.tile_m + 4 * WORDS <= cfg.shared_memory_bytes
+
+    def example_arguments(self) -> tuple:
+        """What `__call__` is compiled for, without the stream."""
+        operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
+        window, lengths = (Int32(1),) * 3, (Int64(0),) * 4
+        return (
+            *operands, Float32(1.0), Int64(0), Float32(0.0), *window, *lengths, *(Int32(1),) * 4
+        )  # fmt: skip
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        softmax_scale: Float32,
+        learnable_sink: Int64,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        attention_chunk: Int32,
+        cu_seqlens_q: Int64,
+        cu_seqlens_k: Int64,
+        seqused_q: Int64,
+        seqused_k: Int64,
+        num_sequences: Int32,
+        qheads_per_tile: Int32,
+        output_type: Int32,
+        max_blocks: Int32,
+        stream: cuda.CUstream,
+    ):
+        cfg = self.cfg
+        entries, seqlen_q, heads, _ = mQ.shape
+        _, seqlen_k, heads_kv, _ = mK.shape
+        key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
+        group = qheads_per_tile
+        queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+        dense = DenseScheduler.create(
+            seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
+        )
+        rows = entries * seqlen_q * group
+        packed = VarlenScheduler(queries, num_sequences, heads // group, rows, cfg.tile_m, group)
+        capped = softcap > 0.0
+        problem = Problem(
+            dense=dense,
+            packed=packed,
+            num_sequences=num_sequences,
+            queries=queries,
+            keys=Lengths(cu_seqlens_k, seqused_k, seqlen_k),
+            group=cute.fast_divmod_create_divisor_v2(group),
+            tiles_per_kvhead=heads // heads_kv // group,
+            scale_log2=LOG2_E * (Float32(1.0) if capped else softmax_scale),
+            cap_inner=(2.0 * LOG2_E * softmax_scale / softcap) if capped else Float32(0.0),
+            cap_outer=softcap,
+            window=(window_left, window_right, attention_chunk),
+            sink=learnable_sink,
+            output_type=output_type,
+        )
+        tiles = packed.tiles if num_sequences > 0 else dense.tiles
+        self.kernel(Tensors(mQ, mK, mV, mO, mLSE), problem, tiles).launch(
+            grid=[minimum(tiles, max_blocks), 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: Tensors, problem: Problem, tiles: Int32):
+        cfg = self.cfg
+        start = SmemAllocator().allocate(cfg.shared_memory_bytes, 1024)
+        notes = cute.recast_ptr(start + self.v.end, dtype=Int32)
+        limits = cute.make_tensor(notes, cute.make_layout((cfg.tile_m, 2), stride=(2, 1)))
+        words = cute.make_tensor(notes + 2 * cfg.tile_m, cute.make_layout(WORDS))
+        place = Place(Int32(start.toint()), limits, words)
+        number = cute.arch.block_idx()[0]
+        while number < tiles:
+            work = self.find_work(problem, number)
+            if work.tile.m_block >= 0:
+                self.begin(tensors, problem, work, place)
+                number = self.attend(tensors, problem, place)
+            number += cute.arch.grid_dim()[0]
+
+    @cute.jit
+    def find_work(self, problem: Problem, number: Int32) -> Work:
+        """By every warp; a number left over has m_block -1."""
+        cfg = self.cfg
+        m_block, head, batch = Int32(0), Int32(0), Int32(0)
+        if problem.num_sequences > 0:
+            tile = problem.packed.tile(number)
+            left_over = tile.batch >= problem.num_sequences
+            m_block = Int32(-1) if left_over else tile.m_block
+            head, batch = tile.head, minimum(tile.batch, problem.num_sequences - 1)
+        else:
+            tile = problem.dense.tile(number)
+            m_block, head, batch = tile.m_block, tile.head, tile.batch
+        queries, keys = problem.queries.of(batch), problem.keys.of(batch)
+        visibility = Visibility("local", queries.length, keys.length, *problem.window)
+        blocks = BlockRange.of(visibility, m_block, cfg.tile_m, cfg.tile_n, problem.group)
+        return Work(number, Tile(m_block, head, batch), queries, keys, blocks)
+
+    def rows(self, problem: Problem, tile: Tile) -> Rows:
+        return Rows(problem.group, tile.head * problem.packed.group, tile.m_block * self.cfg.tile_m)
+
+    @cute.jit
+    def begin(self, tensors: Tensors, problem: Problem, work: Work, place: Place):
+        """The first loads, and what is looked up later."""
+        thread = cute.arch.thread_idx()[0]
+        rows = self.rows(problem, work.tile)
+        if thread == 0:
+            for i, word in enumerate(work.words()):
+                place.words[i] = word
+        visibility = Visibility("local", work.queries.length, work.keys.length, *problem.window)
+        if thread < self.cfg.tile_m:
+            query = rows.position(thread)
+            place.limits[thread, 0] = visibility.begin(query)
+            place.limits[thread, 1] = visibility.end(query)
+        cute.arch.sync_threads()
+        if work.blocks.end > work.blocks.first:
+            self.load_queries(tensors.q, work, rows, place.shared)
+            last = work.blocks.end - 1
+            k = self.stream(self.copy_k, tensors.k, problem, place, last)
+            self.load(self.copy_k, k, place, work.keys.length - last * self.cfg.tile_n)
+            if tensors.v.shape[3] < self.cfg.head_dim_v:
+                # Zeros in the columns that are never loaded.
+                v = self.stream(self.copy_v, tensors.v, problem, place, last)
+                self.load(self.copy_v, v, place, 0)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def attend(self, tensors: Tensors, problem: Problem, place: Place):
+        """One tile's keys, and what comes of them; the tile's number."""
+        cfg = self.cfg
+        blocks = Work.of(place.words).blocks
+        softmax = OnlineSoftmax.create(cfg.warp_rows // 8, problem.scale_log2)
+        acc_o = accumulator(cfg.warp_rows, cfg.head_dim_v)
+        acc_o.fill(0.0)
+        step = partial(self.step, acc_o, softmax, problem, place)
+        n_block = blocks.end - 1
+        k = self.stream(self.copy_k, tensors.k, problem, place, n_block - 1)
+        v = self.stream(self.copy_v, tensors.v, problem, place, n_block)
+        for part in cutlass.range(2, unroll=1):
+            # Masked blocks at the end and unmasked ones, then masked ones at the beginning.
+            blocks = Work.of(place.words).blocks
+            masked_first = blocks.unmasked_end if part == 0 else blocks.first
+            left = n_block + 1 - masked_first
+            while left > 0:
+                k, v = step(k, v, n_block, True)
+                n_block -= 1
+                left -= 1
+            left = n_block + 1 - Work.of(place.words).blocks.unmasked_first
+            while left > 0:
+                k, v = step(k, v, n_block, False)
+                n_block -= 1
+                left -= 1
+
+        work = Work.of(place.words)
+        rows, coordinates = self.rows(problem, work.tile), self.coordinates()
+        factors = softmax.finish(self.read_sinks(problem, rows, coordinates))
+        scale_rows(rows_and_columns(acc_o), factors)
+        self.store(tensors, problem, work, rows, acc_o, softmax.lse, coordinates)
+        cute.arch.sync_threads()  # the next tile's loads overwrite what warps still read
+        return work.number
+
+    def warp_row(self) -> Int32:
+        """First row of the warp."""
+        return cute.arch.make_warp_uniform(cute.arch.warp_idx()) * self.cfg.warp_rows
+
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.warp_row(), opaque(cute.arch.lane_idx()))
+
+    @cute.jit
+    def step(
+        self,
+        acc_o: cute.Tensor,
+        softmax: OnlineSoftmax,
+        problem: Problem,
+        place: Place,
+        k: Stream,
+        v: Stream,
+        n_block: Int32,
+        masked: cutlass.Constexpr,
+    ):
+        """One key block; the streams behind what was loaded."""
+        cfg = self.cfg
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()  # K is there, V is free
+        work = Work.of(place.words)
+        keys = work.keys.length - n_block * cfg.tile_n if masked else None
+        v = self.load(self.copy_v, v, place, keys)
+        cute.arch.cp_async_commit_group()
+        acc_s = accumulator(cfg.warp_rows, cfg.tile_n)
+        warp_rows = self.warp_row() * 2 * self.q.span
+        sQ = SharedA(self.q, self.lanes(place.shared + warp_rows, False))
+        sK = SharedB(self.k, self.lanes(place.shared, True), False)
+        gemm(acc_s, sQ, sK, self.dtype, accumulate=False)
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()  # V is there, K is free
+        if n_block > work.blocks.first:
+            k = self.load(self.copy_k, k, place, None)
+        cute.arch.cp_async_commit_group()
+        scores = rows_and_columns(acc_s)
+        if problem.cap_outer != 0.0:
+            cap(scores, problem.cap_inner, problem.cap_outer)
+        if const_expr(masked):
+            mask = Mask(Limits(place.limits), self.coordinates(), Rows(1, 0, 0), cfg.tile_n)
+            mask.apply(scores, n_block)
+        parts = (Part(range(cfg.tile_n // 4), problem.scale_log2),)
+        rescale, must_rescale = softmax.step(scores, parts, first=False, masked=masked)
+        if must_rescale:
+            scale_rows(rows_and_columns(acc_o), rescale)
+        p = PackedFragment.like(acc_s, self.dtype)
+        p.convert(acc_s)
+        sV = SharedB(self.v, self.lanes(place.shared, False), True)
+        gemm(acc_o, PackedA(p), sV, self.dtype, accumulate=True)
+        return k, v
+
+    def lanes(self, shared: Int32, across: bool) -> Lanes:
+        return Lanes.of(shared, cute.arch.lane_idx(), self.q.span, across)
+
+    def stream(
+        self, copy: TileCopy, tensor: cute.Tensor, problem: Problem, place: Place, n_block: Int32
+    ) -> Stream:
+        """Of the tile's keys, from block `n_block` on, down."""
+        work, thread = Work.of(place.words), cute.arch.thread_idx()[0]
+        row = work.keys.offset + n_block * copy.tile.rows + copy.row(thread, 0)
+        line = tensor[work.keys.batch, row, work.tile.head // problem.tiles_per_kvhead, None]
+        return Stream(
+            (line.iterator + copy.column(thread, 0)).toint(),
+            Int64(tensor.stride[1]) * 2,
+            tensor.shape[3],
+        )
+
+    def load(self, copy: TileCopy, stream: Stream, place: Place, keys: Any) -> Stream:
+        """A block; if `keys` is not None, zeros for those from that on.  Then the block before."""
+        thread, source = cute.arch.thread_idx()[0], stream.source
+        shared, columns = place.shared + copy.place(thread), copy.columns(thread, stream.width)
+        following = replace(stream, source=opaque(source - stream.row_bytes * copy.tile.rows))
+        for step in range(copy.row_steps):
+            present = None if keys is None else copy.row(thread, step) < keys
+            copy.copy(shared, step, source, columns, present)
+            source = source + stream.row_bytes * copy.rows_at_once
+        return following
+
+    def load_queries(self, mQ: cute.Tensor, work: Work, rows: Rows, shared: Int32) -> None:
+        """Zeros for rows and columns that do not exist."""
+        copy, queries = self.copy_q, work.queries
+        thread = cute.arch.thread_idx()[0]
+        columns = copy.columns(thread, mQ.shape[3])
+        for step in range(copy.row_steps):
+            row = copy.row(thread, step)
+            position = rows.position(row)
+            line = mQ[queries.batch, queries.offset + position, rows.head(row), None]
+            source = (line.iterator + copy.column(thread, 0)).toint()
+            place = shared + copy.place(thread)
+            copy.copy(place, step, source, columns, position < queries.length)
+
+    @cute.jit
+    def read_sinks(self, problem: Problem, rows: Rows, coordinates: Coordinates) -> cute.Tensor:
+        """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
+        count = self.cfg.warp_rows // 8
+        sinks_log2 = cute.make_rmem_tensor((count,), Float32)
+        sinks_log2.fill(-Float32.inf)
+        if problem.sink != 0:
+            for i in cutlass.range_constexpr(count):
+                head = rows.head(coordinates[i, 0][0])
+                sinks_log2[i] = read(Float32, problem.sink, head) * LOG2_E
+        return sinks_log2
+
+    @cute.jit
+    def store(
+        self,
+        tensors: Tensors,
+        problem: Problem,
+        work: Work,
+        rows: Rows,
+        acc_o: cute.Tensor,
+        lse: cute.Tensor,
+        coordinates: Coordinates,
+    ):
+        queries = work.queries
+
+        def target(row):
+            position = rows.position(row)
+            line = tensors.o[queries.batch, queries.offset + position, rows.head(row), None]
+            return position < queries.length, line
+
+        for i in cutlass.range_constexpr(cute.size(lse)):
+            row, column = coordinates[i, 0]
+            position = rows.position(row)
+            if column == 0 and position < queries.length:
+                tensors.lse[queries.batch, rows.head(row), queries.offset + position] = lse[i]
+        if problem.output_type != 0:
+            store_float32(acc_o, coordinates, target)
+        else:
+            store_rounded(acc_o, coordinates, target, self.dtype)

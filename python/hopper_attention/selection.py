@@ -1,0 +1,129 @@
+"""Which kernels a call runs: Hopper's, Ampere's, or none, the reference implementation.
+
+What a GPU gets by itself is `choose`'s table.  Another choice is forced for a process by the
+environment variable HOPPER_ATTENTION_BACKEND, read when the package is imported, or inside
+`with backend(name):`, for calls of that thread or task.  An operator in a compiled graph is a call
+as well: it is decided when it runs, not when it was traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopper_attention.cute_kernels.ampere.config import ARCHITECTURES, SHARED_MEMORY
+
+VARIABLE = "HOPPER_ATTENTION_BACKEND"
+HOPPER, AMPERE, REFERENCE = "hopper", "ampere", "reference"
+BACKENDS = (HOPPER, AMPERE, REFERENCE)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Whose kernels, and for what; one object each, so that plans are quickly found by it."""
+
+    backend: str
+    architecture: str = ""
+    """Of the instances."""
+    shared_memory: int = 0
+    """Bytes that a block may have."""
+
+
+@functools.cache
+def choose(capability: tuple[int, int], forced: str | None = None) -> Target:
+    """The kernels for a GPU of this compute capability.
+
+        capability          by itself    may be forced
+        9.0                 hopper       ampere, compiled for sm_90; reference
+        8.0, 8.6, 8.7, 8.9  ampere       reference
+
+    Raises NotImplementedError for everything else.
+    """
+    if forced == REFERENCE:
+        return Target(REFERENCE)
+    number = ".".join(map(str, capability))
+    if capability not in ARCHITECTURES:
+        have = ", ".join(".".join(map(str, known)) for known in ARCHITECTURES)
+        raise NotImplementedError(
+            f"compute capability {number}; there are kernels for {have}; use "
+            f"{VARIABLE}={REFERENCE}, or CPU tensors, for the reference implementation"
+        )
+    if capability == (9, 0) and forced != AMPERE:
+        return Target(HOPPER, "sm_90a", SHARED_MEMORY[capability])
+    if forced == HOPPER:
+        raise NotImplementedError(
+            f"compute capability {number}; Hopper's kernels need 9.0 (H100, H200); use "
+            f"{VARIABLE}={AMPERE}, or leave it unset"
+        )
+    return Target(AMPERE, ARCHITECTURES[capability], SHARED_MEMORY[capability])
+
+
+SIMULATED = {HOPPER: (9, 0), AMPERE: (8, 0)}
+"""The GPU that the simulator stands for, by what is forced; Hopper if nothing is."""
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "hopper_attention_backend",
+    default=_known(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None,
+)
+
+forced = _forced.get
+"""The backend that is forced here, or None."""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Calls inside run on "hopper", "ampere" or "reference", and so do their gradients.
+
+    What a device has no such kernels for raises NotImplementedError.  CPU tensors go to the
+    reference anyhow, unless the simulator is enabled.
+
+    Raises ValueError for another name.
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def target_for(tensor: Tensor) -> Target:
+    """What a call with `tensor` runs, here and now.  Raises NotImplementedError as `choose`."""
+    if tensor.is_cuda:
+        return of_device(tensor.get_device(), forced())
+    name = forced()
+    return choose(SIMULATED.get(name or HOPPER, (9, 0)), name)
+
+
+@functools.cache
+def of_device(index: int, forced: str | None) -> Target:
+    """The same for a GPU; messages name it."""
+    try:
+        return choose(torch.cuda.get_device_capability(index), forced)
+    except NotImplementedError as reason:
+        name = torch.cuda.get_device_name(index)
+        raise NotImplementedError(f"cuda:{index} ({name}) has {reason}") from None
+
+
+def target_for_fp8(tensor: Tensor) -> Target:
+    """As `target_for`.  Raises NotImplementedError for Ampere's kernels too: they have no FP8."""
+    target = target_for(tensor)
+    if target.backend == AMPERE:
+        raise NotImplementedError(
+            "FP8: only Hopper's kernels have it; use bfloat16 or float16, or backend "
+            f'"{REFERENCE}" ({VARIABLE})'
+        )
+    return target

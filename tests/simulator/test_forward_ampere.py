@@ -1,0 +1,202 @@
+"""Every Ampere forward instance, interpreted from its PTX, against FP64.
+
+What does not depend on the instance is tested with both backends: test_forward.py and others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from cases import (
+    PACKED,
+    SHAPES,
+    TORCH_DTYPES,
+    WINDOWS,
+    Shape,
+    check_forward,
+    check_packed,
+    inputs_for,
+    offsets,
+    random_inputs,
+)
+
+from hopper_attention import (
+    backend,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    manifest,
+    reference,
+    runtime,
+    selection,
+    simulator,
+)
+from hopper_attention.arguments import CAUSAL
+from hopper_attention.numerics import Error
+
+pytestmark = pytest.mark.simulator
+
+SEEDS = (0, 1)
+VARIANTS = ("full", "causal", "local", "softcap")
+"""Ways through one instance."""
+FEW = (Shape(1, 203, 113, 1, 1), Shape(1, 97, 131, 2, 1))
+FEW_PACKED = (((0, 0), (70, 90), (0, 5), (1, 1), (7, 0), (40, 120)),)
+
+
+def instances(architecture: str = "sm_80", dtype: str = "") -> list[str]:
+    return [
+        name
+        for name, i in manifest.instances().items()
+        if i.family == "ampere_forward"
+        and i.architecture == architecture
+        and dtype in i.config["dtype"]
+    ]
+
+
+@contextlib.contextmanager
+def device_of(monkeypatch, instance: str):
+    """Calls inside run on the GPU that the instance is for."""
+    sm90 = manifest.instances()[instance].architecture == "sm_90"
+    capability = (9, 0) if sm90 else (8, 6) if instance.endswith("_small") else (8, 0)
+    monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+    with backend("ampere"):
+        yield
+
+
+def simulate(q, k, v, seed=0, pack_gqa=False, **arguments):
+    with simulator.enabled(seed=seed):
+        return flash_attn_func(q, k, v, pack_gqa=pack_gqa, return_lse=True, **arguments)
+
+
+def simulate_packed(q, k, v, lengths, seed=0, **arguments):
+    cu_seqlens = (offsets(side) for side in zip(*lengths))
+    with simulator.enabled(seed=seed):
+        return flash_attn_varlen_func(
+            q, k, v, *cu_seqlens, None, None, return_lse=True, **arguments
+        )
+
+
+def arguments_for(variant: str, number: int) -> dict:
+    """Windows by number."""
+    window = WINDOWS[number % len(WINDOWS)]
+    return {"full": {}, "causal": {"causal": True}, "local": window,
+            "softcap": window | {"softcap": 15.0}}[variant]  # fmt: skip
+
+
+def launched(call) -> set[str]:
+    """The kernels that a call launches."""
+    kernels = set()
+    with runtime.intercepted(lambda _tensors, kernel, *_: kernels.add(kernel)):
+        call()
+    return kernels
+
+
+def thorough(instance: str) -> bool:
+    """All instances are one program for other tiles: a few shapes tell whether the tiles fit."""
+    return instance in ("ampere_fwd_bf16_d64", "ampere_fwd_bf16_d128")
+
+
+def cases():
+    for instance in instances():
+        for variant in VARIANTS if "bf16" in instance else VARIANTS[1:2]:
+            every = VARIANTS.index(variant) % 2
+            shapes = SHAPES[every::2] if thorough(instance) else FEW[every:]
+            yield pytest.param(instance, variant, shapes, id=f"{instance}-{variant}")
+
+
+@pytest.mark.parametrize(("instance", "variant", "shapes"), list(cases()))
+def test_matches_fp64_for_every_schedule(monkeypatch, instance, variant, shapes):
+    with device_of(monkeypatch, instance):
+        for number, shape in enumerate(shapes):
+            q, k, v = inputs_for(instance, shape)
+            arguments = arguments_for(variant, len(instance) + number)
+            first, second = (simulate(q, k, v, seed, **arguments) for seed in SEEDS)
+            check_forward(q, k, v, *first, **arguments)
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("instance", instances())
+def test_packed_sequences_match_fp64_for_every_schedule(monkeypatch, instance):
+    with device_of(monkeypatch, instance):
+        for number, lengths in enumerate(PACKED if thorough(instance) else FEW_PACKED):
+            total_q, total_k = (sum(side) for side in zip(*lengths))
+            q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 2, 1)))
+            arguments = arguments_for("local" if number else "causal", len(instance))
+            first, second = (simulate_packed(q, k, v, lengths, s, **arguments) for s in SEEDS)
+            check_packed(q, k, v, *first, lengths, **arguments)
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("instance", instances(dtype="bf16"))
+def test_heads_that_share_tiles(monkeypatch, instance):
+    """But for rounding, what they are with tiles of their own: rows lie elsewhere in tiles."""
+    lengths = ((37, 131), (0, 9), (60, 70), (1, 1))
+    total_q, total_k = (sum(side) for side in zip(*lengths))
+    q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 6, 2)))
+    arguments = {
+        "window_size": (60, 10),
+        "learnable_sink": torch.tensor([-1.0, 0.5, -torch.inf, 2.0, 0.0, 1.0]),
+        "seqused_q": torch.tensor([37, 0, 51, 1], dtype=torch.int32),
+    }
+    with device_of(monkeypatch, instance):
+        expected = simulate_packed(q, k, v, lengths, pack_gqa=False, **arguments)
+        out, lse = simulate_packed(q, k, v, lengths, 1, pack_gqa=True, **arguments)
+    eps = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected[0], rtol=eps, atol=eps / 4)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("instance", instances())
+def test_float32_is_what_the_result_is_rounded_from(monkeypatch, instance):
+    config = manifest.instances()[instance].config
+    q, k, v = inputs_for(instance, Shape(1, 70, 90, 4, 2))
+    q, v = q[..., : config["head_dim"] - 8], v[..., : config["head_dim_v"] - 8]
+    k = k[..., : q.shape[-1]]
+    with device_of(monkeypatch, instance):
+        rounded, lse = simulate(q, k, v, pack_gqa=True, causal=True)
+        arguments = {"causal": True, "out_dtype": torch.float32}
+        out, same_lse = simulate(q, k, v, pack_gqa=True, **arguments)
+    assert out.dtype == torch.float32
+    assert torch.equal(out.to(rounded.dtype), rounded) and torch.equal(same_lse, lse)
+    exact, _ = reference.attention(
+        q, k, v, softmax_scale=q.shape[-1] ** -0.5, mask=CAUSAL, compute_dtype=torch.float64
+    )
+    assert Error.of(out, exact).rms < Error.of(rounded, exact).rms
+
+
+@pytest.mark.parametrize("instance", instances(dtype="bf16"))
+def test_blocks_do_several_tiles(monkeypatch, instance):
+    """With a margin there are as many blocks as run together; some tiles are without keys."""
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
+    q, k, v = inputs_for(instance, Shape(1, 389, 70, 1, 1))
+    arguments = {"causal": True, "sm_margin": 1}
+    grids = []
+    with device_of(monkeypatch, instance):
+        out, lse = simulate(q, k, v, seed=1, **arguments)
+        with simulator.enabled(), runtime.intercepted(lambda _, *ask: grids.append(ask[1][0])):
+            flash_attn_func(q, k, v, **arguments)
+    check_forward(q, k, v, out, lse, causal=True)
+    config = manifest.instances()[instance].config
+    assert grids[0] <= 3 < -(-389 // config["tile_m"])
+
+
+@pytest.mark.parametrize("instance", instances("sm_90"))
+def test_what_hopper_runs(monkeypatch, instance):
+    """Compiled for sm_90 it is a second opinion on Hopper's kernels."""
+    q, k, v = inputs_for(instance, FEW[1])
+    arguments = {"window_size": (100, 20)}
+    with device_of(monkeypatch, instance):
+        check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
+        with simulator.enabled():
+            assert launched(lambda: flash_attn_func(q, k, v)) == {f"{instance}_0"}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_devices_with_less_memory_get_smaller_tiles(monkeypatch, dtype):
+    q, k, v = random_inputs(FEW[1], 256, TORCH_DTYPES[dtype])
+    for capability, suffix in (((8, 0), ""), ((8, 7), ""), ((8, 6), "_small"), ((8, 9), "_small")):
+        monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+        with backend("ampere"), simulator.enabled():
+            kernels = launched(lambda: flash_attn_func(q, k, v))
+        assert kernels == {f"ampere_fwd_{dtype}_d256{suffix}_0"}

@@ -1,0 +1,198 @@
+"""Which kernels a device gets, how another choice is forced, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import hopper_attention
+from hopper_attention import (
+    attention_fp8,
+    backend,
+    flash_attn_func,
+    manifest,
+    plan,
+    quantize,
+    runtime,
+    selection,
+    simulator,
+)
+from hopper_attention.arguments import Options
+
+Q = torch.randn(1, 40, 2, 64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "forced", "expected"),
+    [
+        ((9, 0), None, ("hopper", "sm_90a", 227)),
+        ((9, 0), "hopper", ("hopper", "sm_90a", 227)),
+        ((9, 0), "ampere", ("ampere", "sm_90", 227)),
+        ((8, 0), None, ("ampere", "sm_80", 163)),
+        ((8, 0), "ampere", ("ampere", "sm_80", 163)),
+        ((8, 7), None, ("ampere", "sm_80", 163)),
+        ((8, 6), None, ("ampere", "sm_80", 99)),
+        ((8, 9), None, ("ampere", "sm_80", 99)),
+    ],
+)
+def test_choice(capability, forced, expected):
+    target = selection.choose(capability, forced)
+    assert (target.backend, target.architecture, target.shared_memory >> 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "forced", "message"),
+    [
+        ((8, 0), "hopper", r"8\.0.*9\.0.*HOPPER_ATTENTION_BACKEND=ampere"),
+        ((7, 5), None, r"7\.5.*8\.0, 8\.6, 8\.7, 8\.9, 9\.0.*HOPPER_ATTENTION_BACKEND=reference"),
+        ((10, 0), "ampere", r"10\.0.*there are kernels for"),
+        ((12, 0), "hopper", r"12\.0.*there are kernels for"),
+    ],
+)
+def test_no_choice(capability, forced, message):
+    with pytest.raises(NotImplementedError, match=message):
+        selection.choose(capability, forced)
+    assert selection.choose(capability, "reference").backend == "reference"
+
+
+def test_every_target_has_every_head_dim():
+    """A device with kernels has them for all that is documented: every build is one for all 8.x."""
+    kinds = {i.architecture for i in manifest.instances().values() if i.family == "ampere_forward"}
+    for capability in selection.SHARED_MEMORY:
+        target = selection.choose(capability, "ampere")
+        assert target.architecture in kinds
+        for dims in ((64, 64), (8, 256), (96, 96), (120, 128), (192, 128), (192, 192), (256, 256)):
+            for dtype in ("bf16", "fp16"):
+                name = hopper_attention.dispatch.forward_instance(
+                    dtype, *dims, "local", True, True, target
+                )
+                found = manifest.instances()[name]
+                assert found.shared_memory_bytes <= target.shared_memory
+                assert found.architecture == target.architecture
+                assert found.config["dtype"] == dtype
+
+
+def launched(**arguments) -> list[str]:
+    kernels: list[str] = []
+    with simulator.enabled(), runtime.intercepted(lambda _, kernel, *__: kernels.append(kernel)):
+        flash_attn_func(Q, Q, Q, **arguments)
+    return kernels
+
+
+def test_the_innermost_choice_holds():
+    assert launched() == ["fwd_bf16_d64_0"]
+    with backend("ampere"):
+        assert launched() == launched(causal=True) == ["ampere_fwd_bf16_d64_0"]
+        with backend("hopper"):
+            assert launched() == ["fwd_bf16_d64_0"]
+        with backend("reference"):
+            assert launched() == []
+        assert launched() == ["ampere_fwd_bf16_d64_0"]
+    assert launched() == ["fwd_bf16_d64_0"]
+
+
+def test_a_choice_is_of_its_thread():
+    seen = []
+    with backend("ampere"):
+        thread = threading.Thread(target=lambda: seen.extend(launched()))
+        thread.start()
+        thread.join()
+    assert seen == ["fwd_bf16_d64_0"]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend 'volta'; choose one of hopper, ampere, ref"):
+        with backend("volta"):
+            pass
+
+
+def in_new_process(code: str, value: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HOPPER_ATTENTION_BACKEND": value}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_environment_variable():
+    code = (
+        "import torch; from hopper_attention import *; from hopper_attention import selection\n"
+        "print(selection.target_for(torch.empty(0)).backend)\n"
+        "with backend('hopper'): print(selection.target_for(torch.empty(0)).backend)"
+    )
+    assert in_new_process(code, "ampere").stdout.split() == ["ampere", "hopper"]
+    assert in_new_process(code, "").stdout.split() == ["hopper", "hopper"]
+    wrong = in_new_process(code, "A100")
+    assert wrong.returncode != 0
+    assert "backend 'A100'; choose one of" in wrong.stderr
+
+
+def test_graphs_decide_when_they_run():
+    compiled = torch.compile(lambda q: flash_attn_func(q, q, q), backend="eager", fullgraph=True)
+    kernels: list[str] = []
+    with simulator.enabled(), runtime.intercepted(lambda _, name, *__: kernels.append(name)):
+        compiled(Q)
+        with backend("ampere"):
+            compiled(Q)
+        compiled(Q)
+    assert kernels == ["fwd_bf16_d64_0", "ampere_fwd_bf16_d64_0", "fwd_bf16_d64_0"]
+
+
+def test_gradients_under_ampere_are_refused_before_anything_runs():
+    q = Q.clone().requires_grad_()
+    kernels: list[str] = []
+    with simulator.enabled(), runtime.intercepted(lambda _, name, *__: kernels.append(name)):
+        with backend("ampere"):
+            with pytest.raises(NotImplementedError, match=r"gradients: .*no_grad.*reference"):
+                flash_attn_func(q, Q, Q)
+            with torch.no_grad():
+                flash_attn_func(q, Q, Q)
+    assert kernels == ["ampere_fwd_bf16_d64_0"]
+
+
+def test_gradients_are_of_the_backend_of_forward():
+    """Also where it is not forced any more."""
+    q = Q.clone().requires_grad_()
+    kernels: list[str] = []
+    with simulator.enabled(), runtime.intercepted(lambda _, name, *__: kernels.append(name)):
+        with backend("reference"):
+            out = flash_attn_func(q, Q, Q)
+        out.sum().backward()
+    assert kernels == []
+    assert q.grad is not None and q.grad.isfinite().all()
+
+
+def test_plans_are_apart():
+    shapes, dtypes = (Q.shape,) * 3, (Q.dtype,) * 3
+    options = Options.of(None, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
+    targets = [selection.choose((8, 0)), selection.choose((9, 0)), selection.choose((9, 0), "ampere")]
+    instances = [plan.make_plan(shapes, dtypes, options, target).instance for target in targets]
+    assert instances == ["ampere_fwd_bf16_d64", "fwd_bf16_d64", "ampere_fwd_bf16_d64_sm90"]
+
+
+@pytest.mark.parametrize("call", ["attention_fp8", "flash_attn_func", "quantize"])
+def test_fp8_is_hoppers(call):
+    values = Q.to(torch.float8_e4m3fn)
+    calls = {
+        "attention_fp8": lambda: attention_fp8(Q, Q, Q),
+        "flash_attn_func": lambda: flash_attn_func(values, values, values),
+        "quantize": lambda: quantize.quantize(Q, "per_tensor"),
+    }
+    with backend("ampere"), simulator.enabled():
+        with pytest.raises(NotImplementedError, match=r"FP8: only Hopper.*bfloat16.*reference"):
+            calls[call]()
+
+
+def test_block_limit():
+    """Blocks that run together on the multiprocessors that are left."""
+    counts = {}
+    for capability in ((8, 0), (8, 6)):
+        with backend("ampere"), pytest.MonkeyPatch.context() as patch:
+            patch.setitem(selection.SIMULATED, "ampere", capability)
+            for name in ("ampere_fwd_bf16_d64", "ampere_fwd_bf16_d128", "ampere_fwd_bf16_d192"):
+                counts[capability, name] = runtime.block_limit(name, Q, 100, sm_margin=10)
+                assert runtime.block_limit(name, Q, 100, sm_margin=0) == runtime.NO_LIMIT
+    assert list(counts.values()) == [180, 180, 90, 180, 90, 90]
