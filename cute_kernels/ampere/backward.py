@@ -126,12 +126,35 @@ class Work:
 
     n_block: Int32
     head_kv: Int32
-    queries: Sequence
-    keys: Sequence
-    visibility: Visibility
-    order: RowOrder
     workspace_row: Int32
     """Where the sequence's rows start in the workspace."""
+    shift: Int32
+    """Of `RowOrder`."""
+    queries: Sequence
+    keys: Sequence
+    blocks: BlockRange
+
+    @property
+    def order(self) -> RowOrder:
+        return RowOrder(self.blocks, self.shift)
+
+    def words(self) -> list[Int32]:
+        """To be kept in shared memory."""
+        parts = (self.queries, self.keys, self.blocks)
+        numbers = (self.n_block, self.head_kv, self.workspace_row, self.shift)
+        return [Int32(n) for n in (*numbers, *(n for part in parts for n in vars(part).values()))]
+
+    @staticmethod
+    def of(words: cute.Tensor) -> "Work":
+        """Looked up again, and not kept in registers that the loop needs."""
+        numbers = [words[i] for i in range(WORDS)]
+        return Work(
+            *numbers[:4], Sequence(*numbers[4:7]), Sequence(*numbers[7:10]),
+            BlockRange(*numbers[10:]),
+        )  # fmt: skip
+
+
+WORDS = 14
 
 
 @dataclass(frozen=True)
@@ -140,7 +163,6 @@ class Visit:
 
     number: Int32
     head: Int32
-    """Of the group."""
     step: Int32
     """Of `RowOrder`."""
 
@@ -160,6 +182,8 @@ class Place:
     """(tile_m, 2, stages): LSE and delta."""
     limits: cute.Tensor
     """(tile_n, 2): begin and end of who sees each key."""
+    words: cute.Tensor
+    """`Work.words`"""
 
 
 class AmpereBackward:
@@ -176,7 +200,7 @@ class AmpereBackward:
         self.p = SharedTile(self.v.end, cfg.tile_n, cfg.tile_m)
         self.ds = SharedTile(self.p.end, cfg.tile_n, cfg.tile_m)
         statistics = 8 * cfg.tile_m * cfg.stages
-        assert self.ds.end + statistics + 8 * cfg.tile_n == cfg.shared_memory_bytes
+        assert self.ds.end + statistics + 8 * cfg.tile_n + 4 * WORDS <= cfg.shared_memory_bytes
 
     def example_arguments(self) -> tuple:
         """What `__call__` is compiled for, without the stream."""
@@ -265,21 +289,22 @@ class AmpereBackward:
             cute.recast_ptr(statistics.iterator + cute.size(statistics), dtype=Int32),
             cute.make_layout((cfg.tile_n, 2), stride=(2, 1)),
         )
-        place = Place(Int32(start.toint()), statistics, limits)
-        work = self.find_work(problem)
+        words = cute.make_tensor(limits.iterator + cute.size(limits), cute.make_layout(WORDS))
+        place = Place(Int32(start.toint()), statistics, limits, words)
+        self.note(problem, self.find_work(problem), place)
         acc_dk, acc_dv = (
             accumulator(cfg.tile_n // cfg.key_warps[0], columns // cfg.key_warps[1])
             for columns in (cfg.head_dim, cfg.head_dim_v)
         )
         acc_dk.fill(0.0)
         acc_dv.fill(0.0)
-        if work.order.count > 0:
-            self.begin(tensors, work, place)
-            visit = Visit(Int32(0), Int32(0), Int32(0))
-            visits = work.order.count * problem.group
+        visits = Work.of(words).order.count * problem.group
+        if visits > 0:
+            visit = Visit(Int32(0), Work.of(words).head_kv * problem.group, Int32(0))
+            self.begin(tensors, place, visit)
             while visit.number < visits:
-                visit = self.step(tensors, problem, work, place, visit, visits, acc_dk, acc_dv)
-        self.store(tensors, problem, work, acc_dk, acc_dv)
+                visit = self.step(tensors, problem, place, visit, visits, acc_dk, acc_dv)
+        self.store(tensors, problem, Work.of(words), acc_dk, acc_dv)
 
     @cute.jit
     def find_work(self, problem: Problem) -> Work:
@@ -299,8 +324,8 @@ class AmpereBackward:
         # First keys first; not below 0 for a number left over, whatever sequence it looks at.
         n_block = maximum(ceil_div(keys.length, cfg.tile_n) - 1 - m_block, 0)
         keys = Sequence(keys.batch, keys.offset, select(exists, keys.length, 0))
-        visibility = Visibility("local", queries.length, keys.length, *problem.window)
-        blocks = BlockRange.of_viewers(visibility.viewers, n_block, cfg.tile_n, cfg.tile_m)
+        viewers = self.visibility(problem, queries, keys).viewers
+        blocks = BlockRange.of_viewers(viewers, n_block, cfg.tile_n, cfg.tile_m)
         end = select(keys.length > 0, blocks.end, blocks.first)
         blocks = BlockRange(
             blocks.first, end, minimum(blocks.unmasked_first, end),
@@ -308,23 +333,35 @@ class AmpereBackward:
         )  # fmt: skip
         unmasked = maximum(blocks.unmasked_end - blocks.unmasked_first, 1)
         shift = n_block * (cfg.tile_n // cfg.tile_m) % unmasked
-        order = RowOrder(blocks, select(problem.turns.address == 0, shift, 0))
+        shift = select(problem.turns.address == 0, shift, 0)
         row = workspace.first_row(problem.queries.cu_seqlens != 0, queries, batch)
-        return Work(n_block, head, queries, keys, visibility, order, row)
+        return Work(n_block, head, row, shift, queries, keys, blocks)
+
+    def visibility(self, problem: Problem, queries: Sequence, keys: Sequence) -> Visibility:
+        return Visibility("local", queries.length, keys.length, *problem.window)
 
     @cute.jit
-    def begin(self, tensors: Tensors, work: Work, place: Place):
-        """The first loads, and what is looked up later."""
-        cfg, keys = self.cfg, work.keys
-        first_key = work.n_block * cfg.tile_n
-        for tensor, tile in ((tensors.k, self.k), (tensors.v, self.v)):
-            self.load(tensor, tile, keys, work.head_kv, first_key, place.shared)
-        self.load_queries(tensors, work, place, Visit(Int32(0), Int32(0), Int32(0)))
+    def note(self, problem: Problem, work: Work, place: Place):
+        """What is looked up later."""
         thread = cute.arch.thread_idx()[0]
-        if thread < cfg.tile_n:
-            viewers = work.visibility.viewers
-            place.limits[thread, 0] = viewers.begin(first_key + thread)
-            place.limits[thread, 1] = viewers.end(first_key + thread)
+        if thread == 0:
+            for i, word in enumerate(work.words()):
+                place.words[i] = word
+        if thread < self.cfg.tile_n:
+            viewers = self.visibility(problem, work.queries, work.keys).viewers
+            key = work.n_block * self.cfg.tile_n + thread
+            place.limits[thread, 0] = viewers.begin(key)
+            place.limits[thread, 1] = viewers.end(key)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def begin(self, tensors: Tensors, place: Place, visit: Visit):
+        """The first loads."""
+        work = Work.of(place.words)
+        first_key = work.n_block * self.cfg.tile_n
+        for tensor, tile in ((tensors.k, self.k), (tensors.v, self.v)):
+            self.load(tensor, tile, work.keys, work.head_kv, first_key, place.shared)
+        self.load_queries(tensors, work, place, visit)
 
     def stage(self, visit: Visit):
         return visit.number & 1 if self.cfg.stages == 2 else 0
@@ -333,23 +370,19 @@ class AmpereBackward:
     def load_queries(self, tensors: Tensors, work: Work, place: Place, visit: Visit):
         """Q, dO, LSE and delta of one block, as one group of cp.async."""
         cfg, queries, stage = self.cfg, work.queries, self.stage(visit)
-        head = self.query_head(tensors, work, visit)
         first_row = work.order.block(visit.step) * cfg.tile_m
         shared = place.shared + stage * cfg.stage_bytes
         for tensor, tile in ((tensors.q, self.q), (tensors.do, self.do)):
-            self.load(tensor, tile, queries, head, first_row, shared)
+            self.load(tensor, tile, queries, visit.head, first_row, shared)
         # One thread 4 rows: first all of LSE, then all of delta.
         quads = cfg.tile_m // 4
         which, quad = split(cute.arch.thread_idx()[0], quads)
         row = work.workspace_row + first_row + 4 * quad
         target = place.shared + self.ds.end + 16 * (quad + quads * (which + 2 * stage))
         for number, saved in enumerate((tensors.lse, tensors.delta)):
-            source = (saved[queries.batch, head, None].iterator + row).toint()
+            source = (saved[queries.batch, visit.head, None].iterator + row).toint()
             copy_chunk(target, 0, source, 0, which == number)
         cute.arch.cp_async_commit_group()
-
-    def query_head(self, tensors: Tensors, work: Work, visit: Visit):
-        return work.head_kv * (tensors.q.shape[2] // tensors.k.shape[2]) + visit.head
 
     def load(self, tensor, tile: SharedTile, sequence: Sequence, head, first_row, shared) -> None:
         """A tile's rows from `first_row` of the sequence; zeros for what does not exist."""
@@ -369,7 +402,6 @@ class AmpereBackward:
         self,
         tensors: Tensors,
         problem: Problem,
-        work: Work,
         place: Place,
         visit: Visit,
         visits: Int32,
@@ -378,13 +410,14 @@ class AmpereBackward:
     ):
         """One block of query rows; the next one."""
         cfg = self.cfg
-        following = visit.following(work.order.count)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # Q and dO are there; the other stage, P and dS are free
+        work = Work.of(place.words)
+        following = visit.following(work.order.count)
         if const_expr(cfg.stages == 2):
             if following.number < visits:
                 self.load_queries(tensors, work, place, following)
-        self.score(problem, work, place, visit)
+        self.score(problem, work.order, place, visit)
         cute.arch.sync_threads()  # P and dS are there
         queries = place.shared + self.stage(visit) * cfg.stage_bytes
         for acc, a, b in ((acc_dv, self.p, self.do), (acc_dk, self.ds, self.q)):
@@ -392,12 +425,12 @@ class AmpereBackward:
         if const_expr(cfg.stages == 1):
             cute.arch.sync_threads()  # Q and dO are free
             if following.number < visits:
-                self.load_queries(tensors, work, place, following)
-        self.add_dq(tensors, problem, work, place, visit)
+                self.load_queries(tensors, Work.of(place.words), place, following)
+        self.add_dq(tensors, problem, Work.of(place.words), place, visit)
         return following
 
     @cute.jit
-    def score(self, problem: Problem, work: Work, place: Place, visit: Visit):
+    def score(self, problem: Problem, order: RowOrder, place: Place, visit: Visit):
         """P and dS of this warp's keys and queries, into shared memory."""
         cfg, stage, span = self.cfg, self.stage(visit), self.cfg.span
         warps_k, warps_q = cfg.score_warps
@@ -421,9 +454,9 @@ class AmpereBackward:
         scores = rows_and_columns(acc_p)
         if problem.cap_outer != 0.0:
             cap(scores, problem.cap_inner, problem.cap_outer)
-        if visit.step < work.order.unmasked_begin or visit.step >= work.order.unmasked_end:
+        if visit.step < order.unmasked_begin or visit.step >= order.unmasked_end:
             mask = Mask(Limits(place.limits), coordinates, Rows(1, 0, 0), cfg.tile_m)
-            mask.apply(scores, work.order.block(visit.step))
+            mask.apply(scores, order.block(visit.step))
         capped = cute.make_rmem_tensor_like(acc_p)
         capped.store(acc_p.load())
         lse, delta = (place.statistics[None, i, stage] for i in range(2))
@@ -478,15 +511,16 @@ class AmpereBackward:
         lanes_b = Lanes.of(place.shared, lane, self.k.span, across=False, column=column)
         a = SharedA(self.ds, lanes_a, True, rows)
         gemm(acc, a, SharedB(self.k, lanes_b, True, parts), self.dtype, accumulate=False)
-        entry, head = work.queries.batch, self.query_head(tensors, work, visit)
         m_block = work.order.block(visit.step)
-        block = (entry, head, work.workspace_row // cfg.tile_m + m_block)
+        row_block = work.workspace_row // cfg.tile_m + m_block
+        block = (work.queries.batch, visit.head, row_block)
         start = tensors.dq[(*block, None)].iterator.toint()
         start += dq_bands.block_place(query, column, cfg.head_dim) + 4 * lane
         thread, turns = cute.arch.thread_idx()[0], problem.turns
         if turns.address != 0:
             if thread == 0:
-                earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
+                visibility = self.visibility(problem, work.queries, work.keys)
+                earlier = BlockRange.of(visibility, m_block, cfg.tile_m, cfg.tile_n)
                 turns.wait(block, work.n_block - earlier.first)
             cute.arch.sync_threads()
         (_, _, column_blocks), row_blocks, _ = acc.shape

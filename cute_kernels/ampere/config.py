@@ -134,11 +134,11 @@ class AmpereBackwardConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        """Q, dO, K, V, P and dS, LSE and delta, two limits a key."""
+        """Q, dO, K, V, P and dS, LSE and delta, two limits a key, and what the block's work is."""
         keys = 2 * self.tile_n * (self.head_dim + self.head_dim_v)
         scores = 2 * 2 * self.tile_m * self.tile_n
         statistics = self.stages * 8 * self.tile_m
-        return self.stages * self.stage_bytes + keys + scores + statistics + 8 * self.tile_n
+        return self.stages * self.stage_bytes + keys + scores + statistics + 8 * self.tile_n + 64
 
 
 @dataclass(frozen=True)

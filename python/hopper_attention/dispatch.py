@@ -78,13 +78,13 @@ def backward_instances(
 ) -> BackwardInstances:
     """As `forward_instance`, of backward."""
     if target.backend == selection.AMPERE:
-        family, wanted = "ampere_backward", {"dtype": dtype}
+        family, wanted = "ampere_backward", dict[str, str | bool](dtype=dtype)
     else:
         family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
     main = _attention_instance(family, wanted, head_dim, head_dim_v, target)
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
-    # Ampere's serves all tiles.
+    # Ampere's postprocessing serves all tiles.
     of_tile = {} if target.backend == selection.AMPERE else tile
     post = _helper_instance(f"{family}_postprocess", {"dtype": dtype, **of_tile}, target)
     return BackwardInstances(

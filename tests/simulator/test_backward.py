@@ -22,10 +22,20 @@ from cases import (
 from hopper_attention import backward, flash_attn_func, flash_attn_varlen_func, simulator
 
 pytestmark = pytest.mark.simulator
+both = pytest.mark.usefixtures("kernels")
+"""Hopper's and Ampere's."""
 
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
+AMPERE_HEAD_DIMS = (64, 96)
+"""All its instances are one program; these differ in how shared memory is swizzled."""
 LENGTHS = ((0, 0), (70, 150), (0, 5), (150, 40), (7, 0), (1, 1), (0, 0))
+
+
+def per_head_dim(test):
+    """With Hopper's and Ampere's kernels."""
+    cases = [("hopper", d) for d in HEAD_DIMS] + [("ampere", d) for d in AMPERE_HEAD_DIMS]
+    return pytest.mark.parametrize(("kernels", "head_dim"), cases, indirect=["kernels"])(both(test))
 
 
 def leaves(tensors):
@@ -99,12 +109,14 @@ def test_packed_sequences_match_fp64_for_every_schedule(instance):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
 
+@both
 def test_more_sequences_than_lanes():
     q, k, v = packed_inputs("bwd_bf16_d64_causal_varlen", PACKED[1])
     dout, gradients = differentiate(packed(PACKED[1]), q, k, v, causal=True)
     check_packed_backward(q, k, v, dout, gradients, PACKED[1], causal=True)
 
 
+@both
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 160, 200, 224])
 def test_head_dims_between_the_tiles(head_dim):
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
@@ -112,6 +124,7 @@ def test_head_dims_between_the_tiles(head_dim):
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
+@both
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (72, 16), (8, 120)])
 def test_v_of_another_head_dim(head_dim, head_dim_v):
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, head_dim_v=head_dim_v)
@@ -119,6 +132,7 @@ def test_v_of_another_head_dim(head_dim, head_dim_v):
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
+@both
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
 def test_sinks_and_lse(head_dim, arguments):
@@ -131,6 +145,7 @@ def test_sinks_and_lse(head_dim, arguments):
     check_backward(q, k, v, dout, gradients, dlse=dlse, **arguments)
 
 
+@both
 def test_sinks_of_packed_sequences():
     q, k, v = packed_inputs("bwd_bf16_d64_varlen", LENGTHS)
     sink = torch.tensor([0.5, -1.0])
@@ -142,7 +157,7 @@ def test_sinks_of_packed_sequences():
     torch.testing.assert_close(gradients[3], expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 def test_large_logits(head_dim):
     """LSE below -100 and above 100: exp(-LSE) overflows for rows and keys that do not exist."""
     for shape in (Shape(1, 65, 127, 1, 1), Shape(1, 1, 193, 1, 1)):
@@ -153,7 +168,7 @@ def test_large_logits(head_dim):
             check_backward(rows, k.abs(), v, dout, gradients)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 def test_any_strides_and_memory_around(head_dim):
     """Head-major storage, slices of one tensor, NaN behind the last rows, a strided dout."""
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
@@ -177,6 +192,7 @@ def test_any_strides_and_memory_around(head_dim):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@both
 def test_expanded_dout():
     inputs = leaves(random_inputs(EDGE_SHAPE, 64, torch.bfloat16))
     with simulator.enabled():
@@ -185,7 +201,7 @@ def test_expanded_dout():
     check_backward(*inputs, torch.ones_like(out), gradients)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_packed_neighbours_do_not_leak(head_dim, causal):
     """A sequence of NaN between others, whose last tiles reach into it."""
@@ -207,6 +223,7 @@ def test_packed_neighbours_do_not_leak(head_dim, causal):
         check_backward(*one, parts, causal=causal)
 
 
+@both
 def test_used_lengths():
     """Padded tensors of which parts are used: the rest is not read, and has no gradient."""
     q, k, v = random_inputs(Shape(3, 140, 180, 2, 1), 64, torch.bfloat16)
@@ -226,6 +243,7 @@ def test_used_lengths():
         assert all((g[b, used:] == 0).all() for g, used in zip(gradients, (n, m, m)))
 
 
+@both
 def test_packed_tensors_without_sequences():
     """Nothing is looked up or computed; gradients of rows of no sequence are 0."""
     nothing = torch.zeros(1, dtype=torch.int32)
@@ -236,6 +254,7 @@ def test_packed_tensors_without_sequences():
     assert (out == 0).all() and all((g == 0).all() for g in gradients)
 
 
+@both
 def test_rows_behind_the_last_sequence_have_no_gradient():
     lengths = ((10, 20), (15, 5))
     inputs = leaves([x[0] for x in random_inputs(Shape(1, 40, 40, 2, 1), 64, torch.bfloat16)])
@@ -249,6 +268,7 @@ def test_rows_behind_the_last_sequence_have_no_gradient():
     assert all(g[:25].isfinite().all() and (g[25:] == 0).all() for g in gradients)
 
 
+@both
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
     """log(exp(-inf) + exp(-inf)) has NaN as gradient, where results without keys are merged."""
@@ -289,6 +309,7 @@ def all_equal(runs):
     return all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
+@both
 @pytest.mark.parametrize("case", DETERMINISTIC)
 def test_deterministic(case, sums):
     """The same bits for every schedule; tests/gpu has the 1,000 runs."""
@@ -303,6 +324,7 @@ def test_deterministic(case, sums):
     assert all_equal([(dq,) for dq in sums])
 
 
+@both
 def test_deterministic_packed(sums):
     lengths = (*LENGTHS, (150, 400))
     q, k, v = packed_inputs("bwd_bf16_d128_causal_varlen", lengths)
@@ -313,6 +335,7 @@ def test_deterministic_packed(sums):
     assert all_equal(runs) and all_equal([(dq,) for dq in sums])
 
 
+@both
 def test_offsets_beyond_32_bits():
     """Batch strides of more than 2^31 elements; only the pages in use are ever touched."""
     stride = 2**31 + 4096
