@@ -27,15 +27,18 @@ both = pytest.mark.usefixtures("kernels")
 
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
-AMPERE_HEAD_DIMS = (64, 96)
-"""All its instances are one program; these differ in how shared memory is swizzled."""
 LENGTHS = ((0, 0), (70, 150), (0, 5), (150, 40), (7, 0), (1, 1), (0, 0))
 
 
-def per_head_dim(test):
-    """With Hopper's and Ampere's kernels."""
-    cases = [("hopper", d) for d in HEAD_DIMS] + [("ampere", d) for d in AMPERE_HEAD_DIMS]
-    return pytest.mark.parametrize(("kernels", "head_dim"), cases, indirect=["kernels"])(both(test))
+def with_kernels(name, hopper, ampere):
+    """Cases with Hopper's kernels, and with Ampere's, of which few tell: they are one program."""
+    cases = [("hopper", case) for case in hopper] + [("ampere", case) for case in ampere]
+    mark = pytest.mark.parametrize(("kernels", name), cases, indirect=["kernels"])
+    return lambda test: mark(both(test))
+
+
+per_head_dim = with_kernels("head_dim", HEAD_DIMS, (64, 96))
+"""Ampere's swizzle shared memory differently."""
 
 
 def leaves(tensors):
@@ -109,31 +112,28 @@ def test_packed_sequences_match_fp64_for_every_schedule(instance):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
 
-@both
 def test_more_sequences_than_lanes():
     q, k, v = packed_inputs("bwd_bf16_d64_causal_varlen", PACKED[1])
     dout, gradients = differentiate(packed(PACKED[1]), q, k, v, causal=True)
     check_packed_backward(q, k, v, dout, gradients, PACKED[1], causal=True)
 
 
-@both
-@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 160, 200, 224])
+@with_kernels("head_dim", (8, 40, 72, 80, 88, 112, 120, 160, 200, 224), (40, 88, 160))
 def test_head_dims_between_the_tiles(head_dim):
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
     dout, gradients = differentiate(flash_attn_func, q, k, v, causal=True)
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
-@both
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (72, 16), (8, 120)])
-def test_v_of_another_head_dim(head_dim, head_dim_v):
+@with_kernels("dims", ((192, 128), (72, 16), (8, 120)), ((72, 16), (8, 120)))
+def test_v_of_another_head_dim(dims):
+    head_dim, head_dim_v = dims
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, head_dim_v=head_dim_v)
     dout, gradients = differentiate(flash_attn_func, q, k, v, 1, causal=True)
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
-@both
-@pytest.mark.parametrize("head_dim", [64, 256])
+@with_kernels("head_dim", (64, 256), (64,))
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
 def test_sinks_and_lse(head_dim, arguments):
     """Each head its own sink; with masks, there are rows that have the sink alone."""
@@ -284,6 +284,7 @@ def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
 
 
 DETERMINISTIC = {
+    "few": (64, Shape(1, 130, 260, 2, 1), {"causal": True}),
     "gqa": (64, Shape(1, 260, 400, 2, 1), {"causal": True}),
     "local": (96, Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}),
     "wide": (192, Shape(1, 130, 200, 2, 1), {}),
@@ -309,8 +310,7 @@ def all_equal(runs):
     return all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
-@both
-@pytest.mark.parametrize("case", DETERMINISTIC)
+@with_kernels("case", ("gqa", "local", "wide"), ("few",))
 def test_deterministic(case, sums):
     """The same bits for every schedule; tests/gpu has the 1,000 runs."""
     head_dim, shape, arguments = DETERMINISTIC[case]
@@ -324,10 +324,10 @@ def test_deterministic(case, sums):
     assert all_equal([(dq,) for dq in sums])
 
 
-@both
-def test_deterministic_packed(sums):
-    lengths = (*LENGTHS, (150, 400))
-    q, k, v = packed_inputs("bwd_bf16_d128_causal_varlen", lengths)
+@with_kernels("case", ((128, (*LENGTHS, (150, 400))),), ((64, ((0, 5), (70, 150), (70, 270))),))
+def test_deterministic_packed(case, sums):
+    head_dim, lengths = case
+    q, k, v = packed_inputs(f"bwd_bf16_d{head_dim}_causal_varlen", lengths)
     runs = [
         differentiate(packed(lengths), q, k, v, seed, deterministic=True, causal=True)[1]
         for seed in range(4)
