@@ -36,18 +36,26 @@ class Scores:
             mask.apply(scores, m_block)
         capped = cute.make_rmem_tensor_like(self.acc)
         capped.store(self.acc.load())
-        for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                exponent = scores[i, j] * problem.scale_log2 - lse_of_columns[j]
-                scores[i, j] = cute.math.exp2(exponent, fastmath=True)
+        self.to_probabilities(lse_of_columns, problem.scale_log2)
         if const_expr(problem.softcap is not None):
             self.packed.convert(self.acc)
-            inverse = cute.arch.rcp_approx(problem.softcap[1])
-            for i in cutlass.range_constexpr(cute.size(self.acc)):
-                tanh = capped[i] * inverse
-                # Not below 0: a masked score is -inf.
-                slope = cute.arch.fmax(1.0 - tanh * tanh, Float32(0.0))
-                self.acc[i] = self.acc[i] * slope
+            self.multiply_by_slope(capped, problem.softcap[1])
+
+    def to_probabilities(self, lse_of_columns: cute.Tensor, scale_log2: Float32) -> None:
+        scores = rows_and_columns(self.acc)
+        for i in range(cute.size(scores, mode=[0])):
+            for j in range(cute.size(scores, mode=[1])):
+                exponent = scores[i, j] * scale_log2 - lse_of_columns[j]
+                scores[i, j] = cute.math.exp2(exponent, fastmath=True)
+
+    def multiply_by_slope(self, capped: cute.Tensor, outer: Float32) -> None:
+        """Of `cap`, where it gave `capped`."""
+        inverse = cute.arch.rcp_approx(outer)
+        for i in range(cute.size(self.acc)):
+            tanh = capped[i] * inverse
+            # Not below 0: a masked score is -inf.
+            slope = cute.arch.fmax(1.0 - tanh * tanh, Float32(0.0))
+            self.acc[i] = self.acc[i] * slope
 
     @cute.jit
     def start_with(self, delta: cute.Tensor):

@@ -8,7 +8,8 @@ that blocks of rows never touch two sequences: with `cu_seqlens`, entry b starts
                                     where exp2(score - lse) therefore is 0
     delta  (entries, heads, rows)   dLSE - rowsum(dO * O), 0 in padding: what is added to dP
     dq     (entries, heads, rows, tile_head_dim)   dQ / softmax_scale; the elements of a block of
-                                    rows in the order that hopper/dq_tile.py gives them
+                                    rows in the order that hopper/dq_tile.py or
+                                    ampere/dq_bands.py gives them
 """
 
 import cutlass.cute as cute

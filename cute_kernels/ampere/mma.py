@@ -14,7 +14,7 @@ from cutlass import Float32, Int32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.ampere.config import MATRIX
-from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile
+from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, split
 from hopper_attention.cute_kernels.fragments import PackedFragment
 
 PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16"}
@@ -33,21 +33,44 @@ class Coordinates:
     first_row: Any
     """Of the warp."""
     lane: Any
+    first_column: Any = 0
 
     def __getitem__(self, place: tuple[int, int]):
         i, j = place
         row = self.first_row + i // 2 * MATRIX + i % 2 * 8 + (self.lane >> 2)
-        return row, j // 2 * 8 + (self.lane & 3) * 2 + j % 2
+        return row, self.column_block(j // 2) + (self.lane & 3) * 2 + j % 2
+
+    def column_block(self, number):
+        """First column of a block of 8."""
+        return self.first_column + number * 8
+
+
+@dataclass(frozen=True)
+class PartCoordinates(Coordinates):
+    """The same where warps share columns: each has a part of every span."""
+
+    span: int = 64
+    parts: int = 1
+
+    def column_block(self, number):
+        spans, within = split(number, self.span // self.parts // 8)
+        return self.first_column + spans * self.span + within * 8
 
 
 @dataclass(frozen=True)
 class SharedA:
-    """A, rows by K, from a tile in shared memory."""
+    """A from a tile in shared memory, whose rows are M, or K if it is `transposed`."""
 
     tile: SharedTile
     lanes: Lanes
+    transposed: bool = False
+    parts: int = 1
+    """Of M, if it is `transposed`."""
 
     def block(self, m: int, k: int) -> list[Int32]:
+        if self.transposed:
+            column = self.tile.column_of(m, self.parts)
+            return self.lanes.load(self.tile, MATRIX * k, column, transposed=True)
         return self.lanes.load(self.tile, MATRIX * m, MATRIX * k)
 
 
@@ -70,6 +93,8 @@ class SharedB:
     tile: SharedTile
     lanes: Lanes
     transposed: bool
+    parts: int = 1
+    """Of N, if it is `transposed`."""
 
     @property
     def slices(self) -> int:
@@ -78,8 +103,10 @@ class SharedB:
 
     def block(self, n: int, k: int) -> tuple[tuple[Int32, Int32], tuple[Int32, Int32]]:
         """Two column blocks of 8."""
-        row, column = (k, n) if self.transposed else (n, k)
-        a, b, c, d = self.lanes.load(self.tile, MATRIX * row, MATRIX * column, self.transposed)
+        row, column = (n, MATRIX * k)
+        if self.transposed:
+            row, column = (k, self.tile.column_of(n, self.parts))
+        a, b, c, d = self.lanes.load(self.tile, MATRIX * row, column, self.transposed)
         return (a, b), (c, d)
 
 

@@ -27,11 +27,12 @@ def store_rounded(
         exists, line = target(coordinates[i, 0][0])
         for block in cutlass.range_constexpr(0, column_blocks, QUAD):
             start = 2 * (i // 2 * column_blocks + block) + i % 2
-            words = [out.words[start + 2 * j] for j in range(QUAD)]
+            count = min(QUAD, column_blocks - block)
+            words = [out.words[start + 2 * min(j, count - 1)] for j in range(QUAD)]
             for j, word in enumerate(transpose(words, lane)):
                 chunk[j] = word
-            column = 8 * (block + lane)
-            if exists and column < cute.size(line):
+            column = coordinates.column_block(block + lane)
+            if exists and lane < count and column < cute.size(line):
                 place = cute.recast_ptr((line.iterator + column).align(16), dtype=Int32)
                 cute.autovec_copy(chunk, cute.make_tensor(place, cute.make_layout(QUAD)))
 

@@ -8,6 +8,9 @@ is, and eight chunks of a row, which is what cp.async writes, are in different b
 Blocks of 16 x 16, of which a lane reads one row and chunk, begin at even chunks and at multiples of
 16 rows, so a lane's place in a block is one of two or four addresses (`Lanes`), plus a constant.
 These differ by an exclusive or: they are made anew for every GEMM, not kept in registers.
+
+Where warps share a tile's columns, each has a part of every span: its blocks, too, are a constant
+away from a few addresses.
 """
 
 from dataclasses import dataclass
@@ -70,6 +73,19 @@ class SharedTile:
         span, within = divmod(column, self.span)
         return within // MATRIX, self.start + 2 * self.span * (span * self.rows + row)
 
+    def column_of(self, number: int, parts: int) -> int:
+        """Where the `number`-th block of 16 columns begins of those that are one of `parts`'s.
+
+        Each part has as much of every span; the first part's are meant.
+        """
+        blocks = self.span // parts // MATRIX
+        assert blocks * parts * MATRIX == self.span, "whole blocks"
+        return number // blocks * self.span + number % blocks * MATRIX
+
+    def first_column(self, part, parts: int):
+        """How much farther to the right those of `part` are."""
+        return part * (self.span // parts)
+
 
 @dataclass(frozen=True)
 class Lanes:
@@ -78,15 +94,16 @@ class Lanes:
     addresses: list[Int32]
 
     @staticmethod
-    def of(shared: Int32, lane: Int32, span: int, across: bool) -> "Lanes":
-        """`shared`: where the block's shared memory begins.
+    def of(shared: Int32, lane: Int32, span: int, across: bool, column: Any = None) -> "Lanes":
+        """`shared`: where the block's shared memory begins; `column`: to the right by so many.
 
         `across`: the quarters of a block come in the order (0, 0), (0, 8), (8, 0), (8, 8), and not
         (0, 0), (8, 0), (0, 8), (8, 8): pairs that an mma.sync takes must be in adjacent registers.
         """
         layout, half, quarter = SharedTile(0, MATRIX, span), lane >> 3 & 1, lane >> 4
         down, right = (quarter, half) if across else (half, quarter)
-        first = opaque(shared + layout.place((lane & 7) + 8 * down, right))
+        first = shared + layout.place((lane & 7) + 8 * down, right)
+        first = opaque(first if column is None else first ^ 2 * column)
         return Lanes([first ^ (32 * i) for i in range(span // MATRIX)])
 
     def load(self, tile: SharedTile, row: int, column: int, transposed: bool = False) -> list:
@@ -109,6 +126,19 @@ def ldmatrix(address: Int32, constant: int, transposed: bool, *, loc=None, ip=No
         ip=ip,
     )
     return [Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def store_word(address: Int32, constant: int, word: Int32, *, loc=None, ip=None) -> None:
+    llvm.inline_asm(
+        None,
+        [x.ir_value(loc=loc, ip=ip) for x in (address, word)],
+        f"st.shared.b32 [$0 + {constant}], $1;",
+        "r,r",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, reference, runtime
+from hopper_attention import arguments, dispatch, reference, runtime, selection
 from hopper_attention.dispatch import BackwardInstances
 from hopper_attention.plan import Inputs, Plan
 from hopper_attention.ranges import annotated
@@ -68,7 +68,8 @@ def workspace_bytes(
     counter for every block of rows is added.
     """
     dtype = arguments.DTYPES[q.dtype]
-    found = dispatch.backward_instances(dtype, q.shape[-1], v.shape[-1], "full", False, False)
+    dims, target = (q.shape[-1], v.shape[-1]), selection.target_for(q)
+    found = dispatch.backward_instances(dtype, *dims, "full", False, False, target)
     packed = cu_seqlens_q is not None
     sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     rows = math.prod(statistics_shape(q, sequences, packed))
@@ -150,6 +151,7 @@ def _run_kernels(
         **dict.fromkeys(pointers, 0),
         **{name: tensor.data_ptr() for name, tensor in present.items()},
         "num_sequences": inputs.sequences,
+        "varlen": int(inputs.varlen),
         "with_dlse": int(dlse is not None),
     }
 
@@ -162,11 +164,15 @@ def _run_kernels(
     statistics = (workspace.lse, workspace.delta)
     dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
     launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
-    entries, heads, rows, _ = workspace.dq.shape
-    tiles = workspace.dq.view(entries, heads, rows // instances.tile_m, -1)
+
+    def blocks_of(rows: int) -> Tensor:
+        entries, heads, all_rows, _ = workspace.dq.shape
+        return workspace.dq.view(entries, heads, all_rows // rows, -1)
+
     gradients = (_as_entry(dk, 4), _as_entry(dv, 4))
-    launch(instances.main, (q, k, v, dout, *statistics, tiles, *gradients))
-    launch(instances.postprocess, (tiles, _as_entry(dq, 4)))
+    dq_blocks = blocks_of(instances.tile_m)
+    launch(instances.main, (q, k, v, dout, *statistics, dq_blocks, *gradients))
+    launch(instances.postprocess, (blocks_of(instances.post_rows), _as_entry(dq, 4)))
     dsink = None
     if inputs.sink is not None:
         probability = torch.exp2(inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse)

@@ -67,6 +67,8 @@ class BackwardInstances:
     """Columns of dQ's tile."""
     tile_m: int
     """Its rows."""
+    post_rows: int
+    """Rows of what the postprocessing kernel takes as a block of dQ."""
 
 
 @functools.cache
@@ -81,19 +83,21 @@ def backward_instances(
 ) -> BackwardInstances:
     """As `forward_instance`, of backward."""
     if target.backend == selection.AMPERE:
-        raise NotImplementedError(
-            "gradients: the Ampere kernels have none yet; use torch.no_grad(), or backend "
-            f'"{selection.REFERENCE}" ({selection.VARIABLE})'
-        )
-    wanted = _by_mask(dtype, mask, softcap, varlen)
-    main = _attention_instance("backward", wanted, head_dim, head_dim_v, target)
+        family, wanted = "ampere_backward", dict[str, str | bool](dtype=dtype)
+    else:
+        family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
+    main = _attention_instance(family, wanted, head_dim, head_dim_v, target)
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
+    # Ampere's postprocessing serves all tiles.
+    of_tile = {} if target.backend == selection.AMPERE else tile
+    post = _helper_instance(f"{family}_postprocess", {"dtype": dtype, **of_tile}, target)
     return BackwardInstances(
-        _helper_instance("backward_preprocess", {"dtype": dtype}),
+        _helper_instance(f"{family}_preprocess", {"dtype": dtype}, target),
         main,
-        _helper_instance("backward_postprocess", {"dtype": dtype, **tile}),
+        post,
         **tile,
+        post_rows=manifest.instances()[post].config["tile_m"],
     )
 
 
@@ -142,9 +146,13 @@ def _column_instance(family: str, wanted: dict[str, str | bool], head_dim: int) 
     return _helper_instance(family, {**wanted, "columns": tile})
 
 
-def _helper_instance(family: str, wanted: dict[str, str | int]) -> str:
+def _helper_instance(family: str, wanted: dict[str, str | int], target: Target = HOPPER) -> str:
     for name, instance in manifest.instances().items():
-        if instance.family == family and wanted.items() <= instance.config.items():
+        if (
+            instance.family == family
+            and instance.architecture == target.architecture
+            and wanted.items() <= instance.config.items()
+        ):
             return name
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
     raise NotImplementedError(
@@ -158,7 +166,7 @@ def _attention_instance(
 ) -> str:
     """The instance of `family` with the least tile that holds both head dims.
 
-    Of several with the same head dims the one with most rows that the target has room for.
+    Of several with the same head dims the one that makes most of the target's shared memory.
     """
     tiles: dict[tuple[int, int], CompiledInstance] = {}
     for instance in manifest.instances().values():
@@ -170,7 +178,8 @@ def _attention_instance(
             and wanted.items() <= config.items()
         ):
             dims = (config["head_dim"], config["head_dim_v"])
-            if dims not in tiles or tiles[dims].config["tile_m"] < config["tile_m"]:
+            known = tiles.get(dims)
+            if known is None or known.shared_memory_bytes < instance.shared_memory_bytes:
                 tiles[dims] = instance
     fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
     if fitting:

@@ -22,10 +22,23 @@ from cases import (
 from hopper_attention import backward, flash_attn_func, flash_attn_varlen_func, simulator
 
 pytestmark = pytest.mark.simulator
+both = pytest.mark.usefixtures("kernels")
+"""Hopper's and Ampere's."""
 
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
 LENGTHS = ((0, 0), (70, 150), (0, 5), (150, 40), (7, 0), (1, 1), (0, 0))
+
+
+def with_kernels(name, hopper, ampere):
+    """Cases with Hopper's kernels, and with Ampere's, of which few tell: they are one program."""
+    cases = [("hopper", case) for case in hopper] + [("ampere", case) for case in ampere]
+    mark = pytest.mark.parametrize(("kernels", name), cases, indirect=["kernels"])
+    return lambda test: mark(both(test))
+
+
+per_head_dim = with_kernels("head_dim", HEAD_DIMS, (64, 96))
+"""Ampere's swizzle shared memory differently."""
 
 
 def leaves(tensors):
@@ -105,21 +118,22 @@ def test_more_sequences_than_lanes():
     check_packed_backward(q, k, v, dout, gradients, PACKED[1], causal=True)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 88, 112, 120, 160, 200, 224])
+@with_kernels("head_dim", (8, 40, 72, 80, 88, 112, 120, 160, 200, 224), (40, 88, 160))
 def test_head_dims_between_the_tiles(head_dim):
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
     dout, gradients = differentiate(flash_attn_func, q, k, v, causal=True)
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (72, 16), (8, 120)])
-def test_v_of_another_head_dim(head_dim, head_dim_v):
+@with_kernels("dims", ((192, 128), (72, 16), (8, 120)), ((72, 16), (8, 120)))
+def test_v_of_another_head_dim(dims):
+    head_dim, head_dim_v = dims
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16, head_dim_v=head_dim_v)
     dout, gradients = differentiate(flash_attn_func, q, k, v, 1, causal=True)
     check_backward(q, k, v, dout, gradients, causal=True)
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
+@with_kernels("head_dim", (64, 256), (64,))
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window_size": (40, 0)}], ids=str)
 def test_sinks_and_lse(head_dim, arguments):
     """Each head its own sink; with masks, there are rows that have the sink alone."""
@@ -131,6 +145,7 @@ def test_sinks_and_lse(head_dim, arguments):
     check_backward(q, k, v, dout, gradients, dlse=dlse, **arguments)
 
 
+@both
 def test_sinks_of_packed_sequences():
     q, k, v = packed_inputs("bwd_bf16_d64_varlen", LENGTHS)
     sink = torch.tensor([0.5, -1.0])
@@ -142,7 +157,7 @@ def test_sinks_of_packed_sequences():
     torch.testing.assert_close(gradients[3], expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 def test_large_logits(head_dim):
     """LSE below -100 and above 100: exp(-LSE) overflows for rows and keys that do not exist."""
     for shape in (Shape(1, 65, 127, 1, 1), Shape(1, 1, 193, 1, 1)):
@@ -153,7 +168,7 @@ def test_large_logits(head_dim):
             check_backward(rows, k.abs(), v, dout, gradients)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 def test_any_strides_and_memory_around(head_dim):
     """Head-major storage, slices of one tensor, NaN behind the last rows, a strided dout."""
     q, k, v = random_inputs(EDGE_SHAPE, head_dim, torch.bfloat16)
@@ -177,6 +192,7 @@ def test_any_strides_and_memory_around(head_dim):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@both
 def test_expanded_dout():
     inputs = leaves(random_inputs(EDGE_SHAPE, 64, torch.bfloat16))
     with simulator.enabled():
@@ -185,7 +201,7 @@ def test_expanded_dout():
     check_backward(*inputs, torch.ones_like(out), gradients)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@per_head_dim
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_packed_neighbours_do_not_leak(head_dim, causal):
     """A sequence of NaN between others, whose last tiles reach into it."""
@@ -207,6 +223,7 @@ def test_packed_neighbours_do_not_leak(head_dim, causal):
         check_backward(*one, parts, causal=causal)
 
 
+@both
 def test_used_lengths():
     """Padded tensors of which parts are used: the rest is not read, and has no gradient."""
     q, k, v = random_inputs(Shape(3, 140, 180, 2, 1), 64, torch.bfloat16)
@@ -226,6 +243,7 @@ def test_used_lengths():
         assert all((g[b, used:] == 0).all() for g, used in zip(gradients, (n, m, m)))
 
 
+@both
 def test_packed_tensors_without_sequences():
     """Nothing is looked up or computed; gradients of rows of no sequence are 0."""
     nothing = torch.zeros(1, dtype=torch.int32)
@@ -236,6 +254,7 @@ def test_packed_tensors_without_sequences():
     assert (out == 0).all() and all((g == 0).all() for g in gradients)
 
 
+@both
 def test_rows_behind_the_last_sequence_have_no_gradient():
     lengths = ((10, 20), (15, 5))
     inputs = leaves([x[0] for x in random_inputs(Shape(1, 40, 40, 2, 1), 64, torch.bfloat16)])
@@ -249,6 +268,7 @@ def test_rows_behind_the_last_sequence_have_no_gradient():
     assert all(g[:25].isfinite().all() and (g[25:] == 0).all() for g in gradients)
 
 
+@both
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
     """log(exp(-inf) + exp(-inf)) has NaN as gradient, where results without keys are merged."""
@@ -264,6 +284,7 @@ def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
 
 
 DETERMINISTIC = {
+    "few": (64, Shape(1, 130, 260, 2, 1), {"causal": True}),
     "gqa": (64, Shape(1, 260, 400, 2, 1), {"causal": True}),
     "local": (96, Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}),
     "wide": (192, Shape(1, 130, 200, 2, 1), {}),
@@ -289,7 +310,7 @@ def all_equal(runs):
     return all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("case", DETERMINISTIC)
+@with_kernels("case", ("gqa", "local", "wide"), ("few",))
 def test_deterministic(case, sums):
     """The same bits for every schedule; tests/gpu has the 1,000 runs."""
     head_dim, shape, arguments = DETERMINISTIC[case]
@@ -303,9 +324,10 @@ def test_deterministic(case, sums):
     assert all_equal([(dq,) for dq in sums])
 
 
-def test_deterministic_packed(sums):
-    lengths = (*LENGTHS, (150, 400))
-    q, k, v = packed_inputs("bwd_bf16_d128_causal_varlen", lengths)
+@with_kernels("case", ((128, (*LENGTHS, (150, 400))),), ((64, ((0, 5), (70, 150), (70, 270))),))
+def test_deterministic_packed(case, sums):
+    head_dim, lengths = case
+    q, k, v = packed_inputs(f"bwd_bf16_d{head_dim}_causal_varlen", lengths)
     runs = [
         differentiate(packed(lengths), q, k, v, seed, deterministic=True, causal=True)[1]
         for seed in range(4)
@@ -313,6 +335,7 @@ def test_deterministic_packed(sums):
     assert all_equal(runs) and all_equal([(dq,) for dq in sums])
 
 
+@both
 def test_offsets_beyond_32_bits():
     """Batch strides of more than 2^31 elements; only the pages in use are ever touched."""
     stride = 2**31 + 4096

@@ -1,0 +1,125 @@
+"""Every Ampere backward instance, interpreted from its PTX behind autograd, against FP64.
+
+What does not depend on the instance is tested with both backends in test_backward.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from ampere_cases import VARIANTS, arguments_for, device_of, instances, launched
+from cases import (
+    TORCH_DTYPES,
+    Shape,
+    check_backward,
+    check_packed_backward,
+    inputs_for,
+    offsets,
+    random_inputs,
+)
+
+from hopper_attention import (
+    backend,
+    backward,
+    flash_attn_func,
+    manifest,
+    selection,
+    simulator,
+)
+from hopper_attention import flash_attn_varlen_func as varlen_func
+
+pytestmark = pytest.mark.simulator
+
+FAMILY = "ampere_backward"
+DENSE = (Shape(1, 113, 147, 1, 1), Shape(1, 67, 70, 2, 1), Shape(1, 131, 70, 1, 1))
+"""Blocks of each tile that are full, that end early, heads of a group, rows without keys."""
+LENGTHS = ((0, 0), (70, 90), (0, 5), (1, 1), (7, 0), (0, 0))
+
+
+def leaves(tensors):
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def differentiate(function, q, k, v, seed=0, **arguments):
+    """(dout, gradients) of a dout of its own."""
+    inputs = leaves((q, k, v))
+    with simulator.enabled(seed=seed):
+        out = function(*inputs, **arguments)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        return dout, torch.autograd.grad(out, inputs, dout)
+
+
+def packed(lengths):
+    cu_seqlens = [offsets(side) for side in zip(*lengths)]
+    return partial(
+        varlen_func, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=None, max_seqlen_k=None,
+    )  # fmt: skip
+
+
+def cases():
+    """All instances are one program for other tiles; fp16 shares all but conversions."""
+    for number, instance in enumerate(instances(FAMILY)):
+        shapes = DENSE[:2] if "bf16" in instance else DENSE[1 + number % 2 :][:1]
+        for i, shape in enumerate(shapes):
+            variant = VARIANTS[(number + 2 * i) % len(VARIANTS)]
+            yield pytest.param(instance, variant, shape, number, id=f"{instance}-{variant}")
+
+
+@pytest.mark.parametrize(("instance", "variant", "shape", "number"), list(cases()))
+def test_matches_fp64_for_every_schedule(monkeypatch, instance, variant, shape, number):
+    """dQ is a sum in any order: seeds may differ in its last bits, dK and dV not at all."""
+    q, k, v = inputs_for(instance, shape)
+    arguments = arguments_for(variant, number)
+    results = []
+    with device_of(monkeypatch, instance):
+        for seed in (0, 1 + number % 3):
+            dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **arguments)
+            check_backward(q, k, v, dout, gradients, **arguments)
+            results.append(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
+
+
+@pytest.mark.parametrize("instance", instances(FAMILY, dtype="bf16"))
+def test_packed_sequences_match_fp64(monkeypatch, instance):
+    total_q, total_k = (sum(side) for side in zip(*LENGTHS))
+    q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 2, 1)))
+    arguments = arguments_for(VARIANTS[len(instance) % 3], len(instance))
+    with device_of(monkeypatch, instance):
+        dout, gradients = differentiate(packed(LENGTHS), q, k, v, 1, **arguments)
+    check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+
+
+@pytest.mark.parametrize("instance", instances(FAMILY, "sm_90"))
+def test_what_hopper_runs_gives_the_same(monkeypatch, instance):
+    """Compiled for sm_90 it is a second opinion on Hopper's kernels."""
+    seqlen_k = manifest.instances()[instance].config["tile_n"] + 6
+    q, k, v = inputs_for(instance, Shape(1, 65, seqlen_k, 1, 1))
+    results = []
+    for seed, name in enumerate((instance, instance.removesuffix("_sm90"))):
+        with device_of(monkeypatch, name):
+            _, gradients = differentiate(flash_attn_func, q, k, v, seed, deterministic=True)
+        results.append(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+CAPABILITIES = {(8, 0): "", (8, 6): "_small", (8, 7): "", (8, 9): "_small", (9, 0): "_sm90"}
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_devices_get_tiles_that_fit(monkeypatch, dtype, capability):
+    suffix = CAPABILITIES[capability]
+    architecture = "_sm90" if capability == (9, 0) else ""
+    monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+    inputs = leaves(random_inputs(DENSE[1], 128, TORCH_DTYPES[dtype]))
+    with backend("ampere"), simulator.enabled():
+        found = launched(lambda: flash_attn_func(*inputs).sum().backward())
+        assert backward.workspace_bytes(inputs[0], inputs[2]) == 256 * (128 + 2) * 4
+    assert found[1:] == [
+        f"ampere_bwd_pre_{dtype}{architecture}",
+        f"ampere_bwd_{dtype}_d128{suffix}",
+        f"ampere_bwd_post_{dtype}{architecture}",
+    ]
