@@ -122,7 +122,7 @@ class ForwardFp8Config(ForwardConfig):
     """One forward kernel for e4m3 Q, K and V; V transposed, its keys interleaved."""
 
     two_level: bool = False
-    """Whether O P V of some key blocks is added up by itself, and to O in float32."""
+    """Whether P V of some key blocks is added up by itself, and to O in float32."""
 
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1

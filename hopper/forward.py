@@ -158,7 +158,7 @@ class Forward:
         qheads_per_tile: Optional[Int32],
         output_type: Int32,
         queue: tuple,
-        quantised: Any,
+        scaling: Any,
         stream: cuda.CUstream,
     ) -> None:
         """`__call__` with Q, K, O as (seqlen, d, heads, batch), V as (d, seqlen, heads, batch)."""
@@ -191,7 +191,7 @@ class Forward:
             softcap=capped,
             window=window if cfg.mask == "local" else None,
             sink=learnable_sink,
-            quantised=quantised,
+            scaling=scaling,
             output_type=output_type,
         )
         tensors = Tensors(mQ if cfg.packs_heads else None, mO, mLSE)

@@ -48,7 +48,7 @@ from hopper_attention.hopper.turns import consumer_warpgroup
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Scaling:
     """What quantised values must be multiplied by, and when sums become float32."""
 
     q: cute.Tensor
@@ -139,7 +139,7 @@ class ForwardFp8(Forward):
         self.launch(
             (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
             (window_left, window_right, attention_chunk), lengths, None, output_type,
-            (tile_counter, max_blocks), Quantised(*descales, accumulate_every), stream,
+            (tile_counter, max_blocks), Scaling(*descales, accumulate_every), stream,
         )  # fmt: skip
 
     def tiled_mmas(self) -> Mmas:
@@ -183,7 +183,7 @@ class ForwardFp8(Forward):
         """V has zeros behind the last key."""
 
     def scales(self, problem: Problem, work: Work) -> Scales:
-        descales, batch, head = problem.quantised, work.tile.batch, work.tile.head
+        descales, batch, head = problem.scaling, work.tile.batch, work.tile.head
         block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
         last = descales.q.shape[2] - 1
         head_kv = head // problem.tiles_per_kvhead
@@ -215,10 +215,10 @@ class ForwardFp8(Forward):
 
     @cute.jit
     def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work):
-        quantised = problem.quantised
-        factor = quantised.v[work.tile.batch, work.tile.head // problem.tiles_per_kvhead, 0]
-        if quantised.out != 0:
-            factor = factor / read(Float32, quantised.out, Int32(0))
+        scaling = problem.scaling
+        factor = scaling.v[work.tile.batch, work.tile.head // problem.tiles_per_kvhead, 0]
+        if scaling.out != 0:
+            factor = factor / read(Float32, scaling.out, Int32(0))
         for i in cutlass.range_constexpr(cute.size(factors)):
             factors[i] = factors[i] * factor
 
@@ -251,4 +251,4 @@ class ForwardFp8(Forward):
 
     def sums_end(self, problem: Problem, n_block: Int32) -> Boolean:
         """Whether P V of this key block is the last of those that are summed together."""
-        return n_block & (problem.quantised.accumulate_every - 1) == 0
+        return n_block & (problem.scaling.accumulate_every - 1) == 0

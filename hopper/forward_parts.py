@@ -34,7 +34,7 @@ class Problem:
     """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
     sink: Int64
     """Address of a float32 score for each head, or 0."""
-    quantised: Any
+    scaling: Any
     """What forward_fp8.py has to know besides, or None."""
     output_type: Int32
     """Number among `Output.types`; O's tensor is passed as if it was of the first."""

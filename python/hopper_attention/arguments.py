@@ -218,6 +218,11 @@ def check_index(
         raise ValueError(f"{name} must be contiguous; use {name}.contiguous()")
 
 
+def readable(index: Tensor) -> bool:
+    """Whether to look at values: a GPU would have to be waited for."""
+    return not index.is_cuda or bool(os.environ.get("HOPPER_ATTENTION_DEBUG"))
+
+
 def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
     """The values: ascending, inside the tensor.  On a GPU this waits for it: debugging only.
 
@@ -226,7 +231,7 @@ def check_lengths(side: str, lengths: Lengths, rows: int) -> None:
     suffix = f"_{side}" if side else ""
     cu_seqlens, seqused = lengths.cu_seqlens, lengths.seqused
     given = cu_seqlens if cu_seqlens is not None else seqused
-    if given is None or (given.is_cuda and not os.environ.get("HOPPER_ATTENTION_DEBUG")):
+    if given is None or not readable(given):
         return
     allotted: list[int] | None = None
     if cu_seqlens is not None:
@@ -401,7 +406,8 @@ def check_out(out: Any, q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype 
     if _overlaps_itself(out):
         raise ValueError("out overlaps itself: several of its elements are one")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if type(out) is type(tensor) is Tensor and not out.is_meta and _overlap(out, tensor):
+        plain = type(out) is type(tensor) is Tensor and not torch.compiler.is_compiling()
+        if plain and not out.is_meta and _overlap(out, tensor):
             raise ValueError(f"out overlaps {name}: it is written while others are read")
 
 
@@ -463,7 +469,7 @@ def resolve_sink(learnable_sink: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(f"learnable_sink is on {learnable_sink.device}, q is on {q.device}")
     if not learnable_sink.dtype.is_floating_point:
         raise ValueError(f"learnable_sink has dtype {learnable_sink.dtype}; expected a float type")
-    return learnable_sink.float().contiguous()
+    return learnable_sink.float().contiguous().resolve_neg()
 
 
 def check_sink_values(sink: Tensor | None) -> None:

@@ -56,6 +56,11 @@ def forward_fp8_instance(
     raise AssertionError
 
 
+def is_two_level(instance: str) -> bool:
+    """Of an FP8 instance."""
+    return bool(manifest.instances()[instance].config["two_level"])
+
+
 @dataclass(frozen=True)
 class BackwardInstances:
     """The three kernels of one backward, and how dQ accumulates between them."""

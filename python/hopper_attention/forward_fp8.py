@@ -49,7 +49,7 @@ def run(
     """
     q, k, v, _, _, keys = inputs
     backend = plan.backend_for(q)
-    if backend is runtime.Backend.REFERENCE or k.numel() == 0:
+    if backend is runtime.Backend.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
         result, lse = _run_reference(plan, inputs, scaling)
         return (result if out is None else out.copy_(result)), lse
     if out is None:
@@ -57,12 +57,12 @@ def run(
     else:
         out = arguments.addressable("out", out)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    columns = scaling.columns
+    if columns is None:
+        columns = columns_of(v, keys, scaling.max_seqlen_k)
     clear_unused(inputs, out, lse)
     if out.numel() > 0 and inputs.sequences > 0:
         rows = (arguments.made_addressable(*x) for x in (("q", q), ("k", k)))
-        columns = scaling.columns
-        if columns is None:
-            columns = columns_of(v, keys, scaling.max_seqlen_k)
         stored = out.view(torch.bfloat16)  # as the kernel takes any
         operands = (*(as_entry(x, 4) for x in rows), columns, as_entry(stored, 4))
         tables = _query_scales(inputs, scaling), *_key_scales(inputs, scaling)
@@ -101,7 +101,7 @@ def _query_scales(inputs: Inputs, scaling: Scaling) -> Tensor:
 
 
 def _key_scales(inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """`Quantised.keys` and `.v` of hopper/forward_fp8.py."""
+    """`Scaling.keys` and `.v` of hopper/forward_fp8.py."""
     sequences, heads_kv, bound = inputs.sequences, inputs.k.shape[-2], scaling.max_seqlen_k
     pairs = -(-bound // (2 * BLOCK))
     k, v = (_in_blocks(d, bound, heads_kv) for d in (scaling.k, scaling.v))

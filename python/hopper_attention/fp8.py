@@ -11,8 +11,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from hopper_attention import arguments, autograd, forward_fp8, ops, runtime, selection
 from hopper_attention.arguments import WHOLE, Lengths, Options
 from hopper_attention.forward_fp8 import Scaling
-from hopper_attention.plan import FP8_TENSORS, Fp8, Inputs, Plan, make_plan, prepare
-from hopper_attention.quantize import Quantized, Recipe, means_of, narrowed, quantize
+from hopper_attention.plan import (
+    FP8_TENSORS,
+    Fp8,
+    Inputs,
+    Plan,
+    check_shapes_of,
+    make_plan,
+    prepare,
+)
+from hopper_attention.quantize import LEAST, Quantized, Recipe, means_of, narrowed, quantize
 from hopper_attention.watched import watched
 
 
@@ -29,7 +37,6 @@ class Treatment(NamedTuple):
 
     recipe: str
     hadamard: bool
-    smooth_k: bool
     two_level: bool | None
     accumulate_every: int
     max_seqlen_q: int | None
@@ -39,7 +46,6 @@ class Treatment(NamedTuple):
     def of(
         recipe: Any,
         hadamard: Any,
-        smooth_k: Any,
         two_level: Any,
         accumulate_every: Any,
         max_seqlen_q: Any,
@@ -61,7 +67,6 @@ class Treatment(NamedTuple):
         return Treatment(
             recipe,
             arguments.flag("hadamard", hadamard),
-            arguments.flag("smooth_k", smooth_k),
             None if two_level is None else arguments.flag("two_level", two_level),
             every,
             *(None if n is None else arguments.integer(name, n, 0) for name, n in bounds),
@@ -109,10 +114,10 @@ def attention_fp8(
         smooth_k: the mean of K over its sequence is taken off first, which no softmax sees.
         two_level: P V of each key block is added to O in float32, since FP8 tensor cores keep about
             14 bits of their sums; None: where there is a kernel for it.
-        accumulate_every: with two_level, so many key blocks are summed by the tensor cores before;
-            a power of two.
+        accumulate_every: with two_level, so many key blocks (of 128 keys, of 64 in some kernels)
+            are summed by the tensor cores before; a power of two.
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths, by default the tensors' rows:
-            scales take memory for so many.
+            scales take memory for so many.  On a GPU, they are not checked.
         Everything else as for those two.
 
     Returns:
@@ -128,34 +133,88 @@ def attention_fp8(
         deterministic,
     )  # fmt: skip
     treatment = Treatment.of(
-        recipe, hadamard, smooth_k, two_level, accumulate_every, max_seqlen_q, max_seqlen_k
+        recipe, hadamard, two_level, accumulate_every, max_seqlen_q, max_seqlen_k
     )
+    smooth_k = arguments.flag("smooth_k", smooth_k)
     return_lse = arguments.flag("return_lse", return_lse)
     arguments.check_tensors(q, k, v)
     _check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = arguments.resolve_sink(learnable_sink, q)
     lengths = _lengths(cu_seqlens_q, seqused_q), _lengths(cu_seqlens_k, seqused_k)
+    if not (q.dtype is k.dtype is v.dtype and q.dtype in arguments.DTYPES):
+        q, k, v = arguments.autocast(q, k, v)
     inputs = Inputs(q, k, v, sink, *lengths)
-    if watched(inputs):
-        ops.refuse_tangents(q, k, v)
+    if smooth_k and (softcap or sink is not None):
+        raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
+    watch = watched(inputs)
+    if smooth_k:
+        mean = _mean_of_keys(inputs, treatment, watch)
+        # A constant: softmax does not see it, so gradients are those of K, and more exact.
+        inputs = inputs._replace(k=k - _of_rows(mean, lengths[1], k))
+    if watch:
+        ops.refuse_tangents(q, k, v, sink)
         out, lse = torch.ops.hopper_attention.attention_fp8(*inputs.flat, *options, *treatment)
     else:
         out, lse = quantize_and_attend(inputs, options, treatment)
+    if smooth_k and return_lse:
+        lse = torch.where(lse > -torch.inf, lse + _scores_of(mean, inputs, options), lse)
     return (out, lse) if return_lse else out
+
+
+def _mean_of_keys(inputs: Inputs, treatment: Treatment, watch: bool) -> Tensor:
+    """(sequences, heads_kv, head_dim), rounded to k's dtype."""
+    k, keys = inputs.k.detach(), inputs.keys
+    bound = _bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)[1]
+    if watch:
+        check_shapes_of(inputs)
+        mean = torch.ops.hopper_attention.means(k, keys.cu_seqlens, keys.seqused, bound)
+    else:
+        _check_operands(inputs)
+        mean = means_of(k, keys, bound)
+    return mean.to(k.dtype)
+
+
+def _of_rows(of_sequences: Tensor, lengths: Lengths, x: Tensor) -> Tensor:
+    """What each row of x has of (sequences, heads, head_dim); rows of no sequence anything."""
+    if lengths.cu_seqlens is None:
+        return of_sequences.unsqueeze(1)
+    if of_sequences.shape[0] == 0:
+        return of_sequences.new_zeros(1)
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    number = torch.searchsorted(lengths.cu_seqlens[1:], rows, right=True)
+    return of_sequences[number.clamp(max=of_sequences.shape[0] - 1)]
+
+
+def _scores_of(mean: Tensor, inputs: Inputs, options: Options) -> Tensor:
+    """In lse's layout: of the mean of the keys of each query's head."""
+    q, k = inputs.q, inputs.k
+    scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    mean = mean.repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)
+    scores = (q * _of_rows(mean, inputs.queries, q)).sum(dim=-1, dtype=torch.float32)
+    return scale * (scores.mT if inputs.queries.cu_seqlens is None else scores.T)
 
 
 def quantize_and_attend(
     inputs: Inputs, options: Options, treatment: Treatment
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable if anything requires grad."""
-    if treatment.smooth_k and (options.softcap or inputs.sink is not None):
-        raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
+    if options.out_dtype is not None:
+        raise NotImplementedError("out_dtype: attention_fp8's is q's; use flash_attn_func")
+    _check_operands(inputs)
     plan = prepare(inputs, options, Fp8(treatment.two_level, treatment.accumulate_every))
 
     def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return _quantize_and_run(plan, inputs, treatment)
 
     return autograd.Attention.apply(plan, run, *inputs)
+
+
+def _check_operands(inputs: Inputs) -> None:
+    """What is quantised here: 16 bits, as the kernels can load it."""
+    arguments.check_dtypes(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
+    check_shapes_of(inputs)
+    for name, tensor in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
+        arguments.addressable(name, tensor)
 
 
 def _quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple[Tensor, Tensor]:
@@ -166,35 +225,20 @@ def _quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple
     of_keys: dict[str, Any] = {"lengths": keys, "max_seqlen": bound_k}
     arranged = _arranges(plan, inputs)
     q8 = quantize(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
-    k8 = quantize(k, recipe, hadamard=hadamard, centered=treatment.smooth_k, **of_keys)
+    k8 = quantize(k, recipe, hadamard=hadamard, **of_keys)
     v8 = quantize(v, recipe, octaves=True, arranged=arranged, **of_keys)
     scaling = Scaling(
         q8.descale, k8.descale, v8.descale, bound_q, bound_k,
         columns=v8.values if arranged else None,
     )  # fmt: skip
     values = Inputs(q8.values, k8.values, v if arranged else v8.values, sink, queries, keys)
-    out, lse = forward_fp8.run(plan, values, scaling)
-    if treatment.smooth_k and k.numel() > 0:
-        taken_off = plan.scale * _scores_of_mean(inputs, bound_k)
-        lse = torch.where(lse > -torch.inf, lse + taken_off, lse)
-    return out, lse
+    return forward_fp8.run(plan, values, scaling)
 
 
 def _arranges(plan: Plan, inputs: Inputs) -> bool:
     """Whether a kernel takes V, arranged as it wants it."""
     reference = plan.backend_for(inputs.q) is runtime.Backend.REFERENCE
     return not reference and inputs.k.numel() > 0
-
-
-def _scores_of_mean(inputs: Inputs, max_seqlen_k: int) -> Tensor:
-    """In lse's layout: q times the mean of the keys of its head."""
-    q, k, _, _, queries, keys = inputs
-    mean = means_of(k, keys, max_seqlen_k).repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)
-    if queries.cu_seqlens is None:
-        return torch.einsum("bqhd,bhd->bhq", q.float(), mean)
-    rows = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
-    sequence = torch.searchsorted(queries.cu_seqlens[1:], rows, right=True)
-    return torch.einsum("qhd,qhd->hq", q.float(), mean[sequence.clamp(max=len(mean) - 1)])
 
 
 def attend(
@@ -214,14 +258,25 @@ def attend(
     """
     arguments.check_tensors(q, k, v)
     _check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
     sink = arguments.resolve_sink(learnable_sink, q)
     inputs = Inputs(q, k, v, sink, *lengths)
+    names = (
+        "q",
+        "k",
+        "v",
+        "learnable_sink",
+        *(f"{name}_descale" for name in ("q", "k", "v", "out")),
+    )
+    for name, tensor in zip(names, (q, k, v, sink, *descales), strict=True):
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
+    if options.pack_gqa:
+        raise NotImplementedError("pack_gqa: not for FP8, where rows of a tile share a scale")
     if out is not None:
         arguments.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
+        arguments.addressable("out", out)
     if watched(inputs):
+        ops.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
         result, lse = torch.ops.hopper_attention.forward_fp8(
             *inputs.flat, *descales, *options, *bounds
         )
@@ -301,17 +356,19 @@ def _bounds(inputs: Inputs, *given: int | None) -> tuple[int, int]:
     """Upper bounds of the sequences' lengths: of packed ones what the caller says."""
     sides = (("q", inputs.q, inputs.queries), ("k", inputs.k, inputs.keys))
     bound_q, bound_k = (
-        _bound(f"max_seqlen_{side}", x.shape[-3], lengths.cu_seqlens, bound)
+        _bound(f"max_seqlen_{side}", x.shape[-3], lengths, bound)
         for (side, x, lengths), bound in zip(sides, given, strict=True)
     )
     return bound_q, bound_k
 
 
-def _bound(name: str, rows: int, cu_seqlens: Tensor | None, given: int | None) -> int:
-    if cu_seqlens is None or given is None:
+def _bound(name: str, rows: int, lengths: Lengths, given: int | None) -> int:
+    if lengths.cu_seqlens is None or given is None:
         return rows
-    if cu_seqlens.is_cpu and (cu_seqlens.diff() > given).any():  # a GPU would have to be waited for
-        raise ValueError(f"{name} is {given}, less than a sequence of {cu_seqlens.diff().max()}")
+    if arguments.readable(lengths.cu_seqlens):
+        used = lengths.cu_seqlens.diff() if lengths.seqused is None else lengths.seqused
+        if (used > given).any():
+            raise ValueError(f"{name} is {given}, less than a sequence of {used.max()}")
     return given
 
 
@@ -338,7 +395,9 @@ def _checked_descale(
             f"{name} has shape {tuple(descale.shape)}; expected (1,), (batch, heads_kv) = "
             f"{(sequences, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or {fitting[4]}"
         )
-    return descale
+    if descale.is_cpu and ((descale > 0) & (descale < LEAST)).any():
+        raise ValueError(f"{name} must be 0 or at least {LEAST:g}")
+    return descale.resolve_neg()
 
 
 def _checked_out_descale(
@@ -351,7 +410,9 @@ def _checked_out_descale(
     _check_scales("out_descale", descale, q)
     if descale.numel() != 1:
         raise ValueError(f"out_descale has shape {tuple(descale.shape)}; expected (1,)")
-    return descale
+    if descale.is_cpu and not (descale > 0).all():
+        raise ValueError("out_descale must be positive")
+    return descale.resolve_neg()
 
 
 def _check_scales(name: str, descale: Any, x: Tensor) -> None:
@@ -361,7 +422,7 @@ def _check_scales(name: str, descale: Any, x: Tensor) -> None:
         raise ValueError(f"{name} is on {descale.device}, its tensor is on {x.device}")
     if descale.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {descale.dtype}; expected torch.float32")
-    if descale.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{name} requires grad, which scales have not; use its detach()")
+    if descale.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a plain tensor, not a sparse one")
     if descale.is_cpu and not ((descale >= 0) & (descale < torch.inf)).all():
         raise ValueError(f"{name} must be finite and not negative")

@@ -63,7 +63,7 @@ def attend(
         if needed:
             raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
     if watched(inputs):
-        refuse_tangents(q, k, v)
+        refuse_tangents(q, k, v, sink)
         sharding.register()
         result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
         return (result if out is None else out.copy_(result)), lse
@@ -78,11 +78,11 @@ def attend(
     return autograd.Attention.apply(plan, forward.run, *inputs)
 
 
-def refuse_tangents(*tensors: Tensor) -> None:
+def refuse_tangents(*tensors: Tensor | None) -> None:
     """The operator would drop them without a word where nothing requires grad."""
     if forward_ad._current_level >= 0:
         for tensor in tensors:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError("forward-mode derivatives of attention are not supported")
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hopper_attention import arguments, fp8, ops
+from hopper_attention import arguments, fp8, ops, quantize
 from hopper_attention.arguments import Options
 from hopper_attention.fp8 import Treatment
-from hopper_attention.plan import Inputs, check_shapes_of, result_shapes
+from hopper_attention.plan import Inputs, check_fp8_shapes_of, check_shapes_of, result_shapes
 
 _TREATMENT = (
-    "str recipe, bool hadamard, bool smooth_k, bool? two_level, int accumulate_every, "
+    "str recipe, bool hadamard, bool? two_level, int accumulate_every, "
     "SymInt? bound_q, SymInt? bound_k"
 )
 """`Treatment`, in its order; `Options` has a max_seqlen_q already."""
@@ -32,6 +32,9 @@ ops.library.define(
 ops.library.define(
     f"forward_fp8({ops.TENSORS}, {_DESCALES}, {ops.OPTIONS}, SymInt? bound_q, SymInt? bound_k) -> "
     "(Tensor out, Tensor lse)"
+)
+ops.library.define(
+    "means(Tensor k, Tensor? cu_seqlens, Tensor? seqused, SymInt bound) -> Tensor mean"
 )
 
 
@@ -63,8 +66,9 @@ def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("hopper_attention::attention_fp8", lib=ops.library)
 def _fake_attention(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, _, _ = _unflat(flat)
+    inputs, options, treatment = _unflat(flat)
     check_shapes_of(inputs)
+    check_fp8_shapes_of(inputs, options, treatment.two_level)
     return _results(inputs, inputs.q.dtype)
 
 
@@ -72,7 +76,20 @@ def _fake_attention(*flat: Any) -> tuple[Tensor, Tensor]:
 def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
     inputs = Inputs.of(flat[: ops.NUM_TENSORS])
     options = Options(*flat[ops.NUM_TENSORS + _NUM_DESCALES : -_NUM_BOUNDS])
+    check_fp8_shapes_of(inputs, options, None)
     return _results(inputs, options.out_dtype or torch.bfloat16)
+
+
+@torch.library.impl(ops.library, "means", ops.KERNELS)
+def _means(k: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, bound: int) -> Tensor:
+    lengths = arguments.Lengths(cu_seqlens, seqused)
+    return quantize.means_of(k, lengths, bound if lengths.given else None)
+
+
+@torch.library.register_fake("hopper_attention::means", lib=ops.library)
+def _fake_means(k: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, bound: int) -> Tensor:
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.new_empty((sequences, *k.shape[-2:]), dtype=torch.float32)
 
 
 def _results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,6 +112,15 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 torch.library.register_autograd(
     "hopper_attention::attention_fp8", _differentiate, setup_context=_save, lib=ops.library
+)
+
+
+def _refuse_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError("FP8 tensors have no gradients: use attention_fp8 to train")
+
+
+torch.library.register_autograd(
+    "hopper_attention::forward_fp8", _refuse_derivatives, lib=ops.library
 )
 
 

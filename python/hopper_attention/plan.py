@@ -97,6 +97,15 @@ def check_shapes_of(inputs: Inputs) -> None:
     arguments.check_shapes(q.shape, k.shape, v.shape, *packed)
 
 
+def check_fp8_shapes_of(inputs: Inputs, options: Options, two_level: bool | None) -> None:
+    """The same of what FP8 kernels take."""
+    q, k, v, _, queries, keys = inputs
+    packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
+    arguments.check_shapes(q.shape, k.shape, v.shape, *packed)
+    arguments.check_fp8_head_dims(q.shape[-1], v.shape[-1])
+    _result_type(options.out_dtype, torch.bfloat16, Fp8(two_level))
+
+
 def _check_index_tensors(inputs: Inputs) -> None:
     q, k, _, _, queries, keys = inputs
     batch = _batch(q, k, queries, keys)
@@ -196,6 +205,11 @@ def make_plan(
         arguments.check_fp8_head_dims(q[-1], v[-1])
         if target.backend != selection.REFERENCE:
             instance = dispatch.forward_fp8_instance(*kind, varlen, fp8.two_level)
+            if fp8.accumulate_every > 1 and not dispatch.is_two_level(instance):
+                raise NotImplementedError(
+                    f"accumulate_every={fp8.accumulate_every}: head dims {q[-1]} and {v[-1]} have "
+                    "no kernel of two levels; use 1"
+                )
     elif target.backend != selection.REFERENCE:
         dtype = arguments.DTYPES[dtypes[0]]
         seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)

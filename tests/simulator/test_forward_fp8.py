@@ -35,6 +35,7 @@ from hopper_attention import (
     flash_attn_func,
     flash_attn_varlen_func,
     reference,
+    runtime,
     simulator,
 )
 from hopper_attention.arguments import Mask
@@ -91,8 +92,6 @@ def test_packed_sequences_match_model(instance):
 
 def test_several_tiles_a_block(monkeypatch):
     """More tiles than blocks, GQA, sinks, fp16 in and out."""
-    from hopper_attention import runtime
-
     monkeypatch.setattr(runtime, "SIMULATED_SMS", 3)
     q, k, v = outliers(*random_inputs(Shape(2, 300, 200, 4, 2), 128, torch.float16))
     sink = torch.randn(4)
@@ -115,6 +114,31 @@ def test_several_key_blocks_summed_at_once(accumulate_every):
             q, k, v, two_level=True, accumulate_every=accumulate_every, return_lse=True
         )
     check("fwd_e4m3_d128_two_level", quantized(q, k, v, Recipe.BLOCK64), out, lse)
+
+
+def test_more_blocks_at_once_lose_more_bits():
+    """The sums of so many key blocks have 14 bits."""
+    q, k = torch.randn(1, 64, 1, 64).bfloat16() * 0.1, torch.randn(1, 2048, 1, 64).bfloat16()
+    v = (torch.rand(1, 2048, 1, 64) + 0.5).bfloat16()
+    exactly = attention_fp8(q, k, v)
+    errors = []
+    for every in (1, 4, 16):
+        with simulator.enabled(fp8_accumulator_bits=14):
+            out = attention_fp8(q, k, v, two_level=True, accumulate_every=every)
+        errors.append(Error.of(out, exactly.double()).rms)
+    assert errors[0] < errors[1] < errors[2], errors
+
+
+def test_scales_behind_a_sequence_do_not_count():
+    """Whatever stands there: no infinity becomes NaN, no V is scaled by it."""
+    q, k, v = (torch.randn(s, 1, 64).to(torch.float8_e4m3fn) for s in (90, 150, 150))
+    index = offsets([50, 40]), offsets([20, 130]), 50, 130
+    scales = {"k_descale": torch.rand(2, 1, 3) + 0.5, "v_descale": torch.rand(2, 1, 3) + 0.5}
+    with simulator.enabled(seed=0):
+        expected = flash_attn_varlen_func(q, k, v, *index, **scales)
+        for scale in scales.values():
+            scale[0, :, 1:] = 1e30
+        assert torch.equal(flash_attn_varlen_func(q, k, v, *index, **scales), expected)
 
 
 def test_partly_used_sequences():
@@ -186,6 +210,24 @@ def test_accumulators_of_14_bits(two_level, worst):
         assert narrow <= worst * exactly
     else:
         assert narrow > 1.5 * exactly
+
+
+def test_gradients_where_keys_have_a_mean():
+    """Rows of dS do not quite sum to 0: dQ would have what is missing times the mean."""
+    q, k, v = random_inputs(Shape(1, 100, 160, 2, 1), 64, torch.bfloat16)
+    k += 2 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    weight = torch.randn(1, 100, 2, 64, generator=torch.Generator().manual_seed(1))
+    problem = {"softmax_scale": 0.125, "compute_dtype": torch.float64}
+    *true, _ = reference.gradients(
+        *(x.detach().double() for x in inputs), weight.double(), torch.ones(1, 2, 100).double(),
+        **problem,
+    )  # fmt: skip
+    with simulator.enabled(seed=0):
+        out, lse = attention_fp8(*inputs, smooth_k=True, return_lse=True)
+        found = torch.autograd.grad((out.float() * weight).sum() + lse.sum(), inputs)
+    for gradient, expected in zip(found, true, strict=True):
+        assert Error.of(gradient, expected).rms < 0.03 * expected.square().mean().sqrt()
 
 
 def test_gradients_are_those_of_the_unquantised():
@@ -343,6 +385,15 @@ REFUSED_VALUES = [
         {"q_descale": torch.ones(1).requires_grad_()},
     ),
     (ValueError, "^out_descale: only with", {"out_descale": torch.ones(1)}),
+    (ValueError, "^k_descale must be 0 or at least 1e-12", {"k_descale": torch.tensor([1e-13])}),
+    (ValueError, "^q_descale: expected a plain", {"q_descale": torch.ones(1).to_sparse()}),
+    (NotImplementedError, "^pack_gqa", {"pack_gqa": True}),
+    (ValueError, "^out: ", {"out": torch.empty(1, 130, 2, 65).bfloat16()[..., :64]}),
+    (
+        ValueError,
+        "^out_descale must be positive",
+        {"out_dtype": torch.float8_e4m3fn, "out_descale": torch.zeros(1)},
+    ),
     (
         ValueError,
         "^out_descale has shape",
@@ -351,8 +402,16 @@ REFUSED_VALUES = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["reference", "simulator"])
+def unlaunched(request, monkeypatch):
+    """Nothing may be launched, by either way."""
+    monkeypatch.setattr(runtime, "launch", lambda *_, **__: pytest.fail("launched"))
+    with simulator.enabled() if request.param else contextlib.nullcontext():
+        yield
+
+
 @pytest.mark.parametrize(("error", "message", "arguments"), REFUSED_VALUES)
-def test_refused_values(error, message, arguments):
+def test_refused_values(unlaunched, error, message, arguments):
     with pytest.raises(error, match=message):
         flash_attn_func(**({"q": E4M3, "k": E4M3, "v": E4M3} | arguments))
 
@@ -380,14 +439,20 @@ REFUSED = [
     (ValueError, "accumulate_every must be a power of two; got 6, use 4", {"accumulate_every": 6}),
     (ValueError, "accumulate_every=2", {"accumulate_every": 2, "two_level": False}),
     (TypeError, "max_seqlen_q", {"max_seqlen_q": 1.5}),
+    (ValueError, "^k: the last dimension", {"k": torch.zeros(1, 8, 1, 128).bfloat16()[..., ::2]}),
+    (
+        NotImplementedError,
+        "^q has dtype torch.float8",
+        {"q": torch.zeros(1, 8, 2, 64).to(torch.float8_e4m3fn)},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), REFUSED)
-def test_refused(error, message, arguments):
-    q, k, v = random_inputs(Shape(1, 8, 8, 2, 1), 64, torch.bfloat16)
+def test_refused(unlaunched, error, message, arguments):
+    tensors = random_inputs(Shape(1, 8, 8, 2, 1), 64, torch.bfloat16)
     with pytest.raises(error, match=message):
-        attention_fp8(q, k, v, **arguments)
+        attention_fp8(**dict(zip("qkv", tensors, strict=True)) | arguments)
 
 
 @pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
@@ -407,8 +472,24 @@ def test_refused_head_dim():
         attention_fp8(q, k, v)
 
 
+def test_nothing_packed():
+    """Sequences without keys, and no sequences."""
+    q, k, v = (x[0] for x in random_inputs(Shape(1, 8, 8, 2, 1), 64, torch.bfloat16))
+    none = torch.zeros(1, dtype=torch.int32)
+    for index in (
+        {"cu_seqlens_q": none, "cu_seqlens_k": none},
+        {"cu_seqlens_q": offsets([8]), "cu_seqlens_k": offsets([0]), "max_seqlen_k": 0},
+    ):
+        for simulated in (False, True):
+            with simulator.enabled() if simulated else contextlib.nullcontext():
+                out, lse = attention_fp8(q, k, v, smooth_k=True, return_lse=True, **index)
+            assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_refused_two_level_of_wide_heads():
     q, k, v = random_inputs(Shape(1, 8, 8, 2, 1), 256, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"^accumulate_every=4: head dims 256"):
+        attention_fp8(q, k, v, accumulate_every=4)
     with pytest.raises(NotImplementedError, match=r"two_level=True.*have up to one of"):
         attention_fp8(q, k, v, two_level=True)
 

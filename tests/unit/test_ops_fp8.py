@@ -15,7 +15,7 @@ from hopper_attention.fp8 import Treatment
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default
 PLAIN = Options.of(None, True, (-1, -1), 0, 0.0, None, None, None, 0, False)
-TREATMENT = Treatment("block64", True, True, None, 1, None, None)
+TREATMENT = Treatment("block64", True, None, 1, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_schemas_are_the_tuples():
 
 def trained(q, k, v):
     out, lse = attention_fp8(
-        q * 1.0, k, v, recipe="per_head", hadamard=True, causal=True, return_lse=True
+        q * 1.0, k, v, recipe="per_head", hadamard=True, smooth_k=True, causal=True, return_lse=True
     )
     return out.float().sin().sum() + lse.cos().sum()
 
@@ -75,9 +75,10 @@ def test_training_compiles_without_graph_breaks(backend):
     qkv = leaves()
     expected = trained(*qkv)
     actual = torch.compile(trained, fullgraph=True, backend=backend)(*qkv)
-    torch.testing.assert_close(actual, expected)
-    gradients = torch.autograd.grad(actual, qkv)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, qkv))
+    # Inductor takes the mean off K without rounding in between.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    gradients, others = (torch.autograd.grad(loss, qkv) for loss in (actual, expected))
+    torch.testing.assert_close(gradients, others, rtol=0.02, atol=0.02)
 
 
 def test_quantised_tensors_compile():
@@ -101,6 +102,51 @@ def test_packed_sequences_compile_for_all_totals():
         with torch.compiler.set_stance(stance):
             out = compiled(*tensors, offsets(lengths), max(lengths))
         assert torch.equal(out, run(*tensors, offsets(lengths), max(lengths)))
+
+
+def test_packed_keys_without_their_mean_compile():
+    qkv, index = leaves(packed=True), (offsets((3, 0, 31)), offsets((70, 5, 65)))
+
+    def run(q, k, v, at_q, at_k):
+        return attention_fp8(
+            q, k, v, smooth_k=True, cu_seqlens_q=at_q, cu_seqlens_k=at_k, return_lse=True
+        )
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*qkv, *index), run(*qkv, *index), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_derivatives_of_quantised_tensors_are_refused():
+    q, k, v = narrow(*leaves())
+    for name in ("learnable_sink", "q_descale"):
+        value = torch.ones(4 if name == "learnable_sink" else 1)
+        with pytest.raises(NotImplementedError, match=f"^{name} requires grad"):
+            flash_attn_func(q, k, v, **{name: value.requires_grad_()})
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            torch.func.jvp(
+                lambda x, name=name: flash_attn_func(q, k, v, **{name: x}).float(),
+                (value.detach(),), (value.detach(),),
+            )  # fmt: skip
+
+
+META_REFUSED = [
+    (ValueError, "q has 3 heads", {"q": (2, 17, 3, 64)}),
+    (NotImplementedError, "head_dim 24", {"q": (2, 17, 4, 24), "k": (2, 70, 2, 24)}),
+    (NotImplementedError, "out_dtype=torch.float64", {"out_dtype": torch.float64}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "changes"), META_REFUSED)
+def test_tensors_without_data_are_checked(error, message, changes):
+    shapes = {"q": (2, 17, 4, 64), "k": (2, 70, 2, 64), "v": (2, 70, 2, 48)}
+    out_dtype = changes.get("out_dtype")
+    tensors = [
+        torch.empty(changes.get(name, shape), device="meta").to(torch.float8_e4m3fn)
+        for name, shape in shapes.items()
+    ]
+    with pytest.raises(error, match=message):
+        flash_attn_func(*tensors, out_dtype=out_dtype)
 
 
 def test_flops():

@@ -252,7 +252,9 @@ def test_refusals():
             quantize(x, Recipe.PER_HEAD, heads_kv=heads_kv)
     with pytest.raises(NotImplementedError, match=r"dtype torch.int8: supported: torch.float8_e4"):
         quantize(x, Recipe.PER_HEAD, dtype=torch.int8)
-    with pytest.raises(NotImplementedError, match="x is on meta; supported: a Hopper or Ampere GPU"):
+    with pytest.raises(
+        NotImplementedError, match="x is on meta; supported: a Hopper or Ampere GPU"
+    ):
         quantize(x.to("meta"), Recipe.PER_HEAD)
 
 

@@ -168,7 +168,11 @@ def test_gradients_are_of_the_backend_of_forward():
 def test_plans_are_apart():
     shapes, dtypes = (Q.shape,) * 3, (Q.dtype,) * 3
     options = Options.of(None, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
-    targets = [selection.choose((8, 0)), selection.choose((9, 0)), selection.choose((9, 0), "ampere")]
+    targets = [
+        selection.choose((8, 0)),
+        selection.choose((9, 0)),
+        selection.choose((9, 0), "ampere"),
+    ]
     instances = [plan.make_plan(shapes, dtypes, options, target).instance for target in targets]
     assert instances == ["ampere_fwd_bf16_d64", "fwd_bf16_d64", "ampere_fwd_bf16_d64_sm90"]
 
