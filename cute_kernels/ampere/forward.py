@@ -24,7 +24,8 @@ Loops      Blocks that every row sees entirely are done without mask, between ma
 
 Masks      What a row sees is found once a tile, by one thread a row, and kept in shared memory.
 
-Shared memory: Q, K, V (shared_tile.py), begin and end of what each row sees.
+Shared memory: Q, K, V (shared_tile.py), begin and end of what each row sees, what the tile is:
+looked up when needed, for the loops leave no registers.
 """
 
 from dataclasses import dataclass, replace
@@ -300,14 +301,14 @@ class AmpereForward:
             query = rows.position(thread)
             place.limits[thread, 0] = visibility.begin(query)
             place.limits[thread, 1] = visibility.end(query)
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # words and limits are there
         if work.blocks.end > work.blocks.first:
             self.load_queries(tensors.q, work, rows, place.shared)
             last = work.blocks.end - 1
             k = self.stream(self.copy_k, tensors.k, problem, place, last)
             self.load(self.copy_k, k, place, work.keys.length - last * self.cfg.tile_n)
             if tensors.v.shape[3] < self.cfg.head_dim_v:
-                # Zeros in the columns that are never loaded.
+                # Zeros in the columns that are never loaded.  K has them from its first load.
                 v = self.stream(self.copy_v, tensors.v, problem, place, last)
                 self.load(self.copy_v, v, place, 0)
         cute.arch.cp_async_commit_group()
@@ -326,6 +327,7 @@ class AmpereForward:
         v = self.stream(self.copy_v, tensors.v, problem, place, n_block)
         for part in cutlass.range(2, unroll=1):
             # Masked blocks at the end and unmasked ones, then masked ones at the beginning.
+            # Counted down to 0 in uniform registers: bounds to compare with would be spilled.
             blocks = Work.of(place.words).blocks
             masked_first = blocks.unmasked_end if part == 0 else blocks.first
             left = n_block + 1 - masked_first
@@ -420,6 +422,7 @@ class AmpereForward:
         """A block; if `keys` is not None, zeros for those from that on.  Then the block before."""
         thread, source = cute.arch.thread_idx()[0], stream.source
         shared, columns = place.shared + copy.place(thread), copy.columns(thread, stream.width)
+        # Before the loads: or else it is derived from the last row's address, kept until then.
         following = replace(stream, source=opaque(source - stream.row_bytes * copy.tile.rows))
         for step in range(copy.row_steps):
             present = None if keys is None else copy.row(thread, step) < keys

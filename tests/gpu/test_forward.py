@@ -16,7 +16,7 @@ from cases import (
     offsets,
 )
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, simulator
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +45,17 @@ def test_packed_sequences_match_fp64(instance, lengths):
         q, k, v, *cu_seqlens, None, None, **arguments, return_lse=True
     )
     check_packed(q, k, v, out, lse, lengths, **arguments)
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=False) if "fp16" not in n])
+def test_ampere_kernels_match_fp64(instance, shape):
+    """As the arguments that lead to Hopper's instances; the second opinion on those."""
+    q, k, v = inputs_for(instance, shape, device="cuda")
+    arguments = arguments_for(instance, (SHAPES + LARGE).index(shape))
+    with backend("ampere"):
+        out, lse = flash_attn_func(q, k, v, **arguments, return_lse=True)
+    check_forward(q, k, v, out, lse, **arguments)
 
 
 @pytest.mark.parametrize("instance", forward_instances(varlen=False))

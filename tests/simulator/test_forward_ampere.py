@@ -166,6 +166,17 @@ def test_float32_is_what_the_result_is_rounded_from(monkeypatch, instance):
 
 
 @pytest.mark.parametrize("instance", instances(dtype="bf16"))
+def test_columns_that_blocks_without_mask_lack(monkeypatch, instance):
+    """They are zeros before the first load, which does not write them."""
+    config = manifest.instances()[instance].config
+    keys = 2 * config["tile_n"]
+    q, k, v = inputs_for(instance, Shape(1, 5, keys, 1, 1))
+    q, k, v = q[..., :-8], k[..., :-8], v[..., :-8]
+    with device_of(monkeypatch, instance):
+        check_forward(q, k, v, *simulate(q, k, v))
+
+
+@pytest.mark.parametrize("instance", instances(dtype="bf16"))
 def test_blocks_do_several_tiles(monkeypatch, instance):
     """With a margin there are as many blocks as run together; some tiles are without keys."""
     monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
