@@ -31,8 +31,9 @@ def store_rounded(
             words = [out.words[start + 2 * min(j, count - 1)] for j in range(QUAD)]
             for j, word in enumerate(transpose(words, lane)):
                 chunk[j] = word
+            # A lane without a block has a column that no row has.
             column = coordinates.column_block(block + lane)
-            if exists and lane < count and column < cute.size(line):
+            if exists and column < cute.size(line):
                 place = cute.recast_ptr((line.iterator + column).align(16), dtype=Int32)
                 cute.autovec_copy(chunk, cute.make_tensor(place, cute.make_layout(QUAD)))
 
