@@ -274,7 +274,6 @@ def attend(
         raise NotImplementedError("pack_gqa: not for FP8, where rows of a tile share a scale")
     if out is not None:
         arguments.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
-        arguments.addressable("out", out)
     if watched(inputs):
         ops.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
         result, lse = torch.ops.hopper_attention.forward_fp8(
@@ -282,6 +281,7 @@ def attend(
         )
         return (result if out is None else out.copy_(result)), lse
     if out is not None:
+        arguments.addressable("out", out)
         torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
     return descale_and_attend(inputs, descales, bounds, options, out)
 

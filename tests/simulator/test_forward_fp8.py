@@ -141,6 +141,17 @@ def test_scales_behind_a_sequence_do_not_count():
         assert torch.equal(flash_attn_varlen_func(q, k, v, *index, **scales), expected)
 
 
+def test_negated_views():
+    """Whose memory has the other sign."""
+    q = torch.randn(1, 70, 2, 64)
+    values, negated = q.to(torch.float8_e4m3fn), torch._neg_view(-torch.ones(1))
+    sink = torch._neg_view(-torch.randn(2))
+    with simulator.enabled(seed=0):
+        expected = flash_attn_func(values, values, values, learnable_sink=sink.resolve_neg())
+        out = flash_attn_func(values, values, values, learnable_sink=sink, v_descale=negated)
+    assert torch.equal(out, expected)
+
+
 def test_partly_used_sequences():
     """What lies behind their last rows is not a number."""
     used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ([70, 0, 3], [129, 40, 0]))

@@ -157,3 +157,30 @@ def test_flops():
         attention_fp8(*qkv)
         flash_attn_func(*narrow(*qkv))
     assert counter.get_total_flops() == 2 * plain.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "e4m3"])
+def test_a_given_out_compiles(quantised):
+    tensors = [x.detach() for x in leaves()]
+    tensors = narrow(*tensors) if quantised else tensors
+
+    def run(q, k, v, out):
+        return flash_attn_func(q, k, v, out=out)
+
+    out = torch.empty(2, 17, 4, 48).bfloat16()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled(*tensors, out)
+    assert torch.equal(out, flash_attn_func(*tensors))
+
+
+def test_autocast():
+    q, k, v = (x.detach().float() for x in leaves())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention_fp8(q, k, v)
+    assert torch.equal(out, attention_fp8(*(x.bfloat16() for x in (q, k, v))))
+
+
+def test_the_operator_has_qs_dtype():
+    options = PLAIN._replace(out_dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match=r"^out_dtype: attention_fp8's is q's"):
+        ATTENTION(*leaves(), *[None] * 5, *options, *TREATMENT)
