@@ -8,12 +8,18 @@ from hopper_attention.benchmarks.peers.cudnn_fp8 import CudnnFp8
 from hopper_attention.benchmarks.peers.flash_attn_api import FlashAttnApi
 from hopper_attention.benchmarks.peers.flashinfer import FlashInfer
 from hopper_attention.benchmarks.peers.flex_attention import FlexAttention
+from hopper_attention.benchmarks.peers.one_level import OneLevel
 from hopper_attention.benchmarks.peers.sdpa import Sdpa
 
 from hopper_attention.bench.runner import Peer
 
 PEERS: tuple[Peer, ...] = (
     FlashAttnApi("hopper-attention", "hopper_attention", dtypes=("bf16", "fp16", "fp8")),
+    OneLevel("hopper-attention, one level", arranged=False),
+    OneLevel("hopper-attention, one level, V arranged", arranged=True),
+    FlashAttnApi(
+        "hopper-attention, Ampere's", "hopper_attention", dtypes=("bf16", "fp16"), backend="ampere"
+    ),
     FlashAttnApi("flash-attn-4", "flash_attn.cute", dtypes=("bf16", "fp16")),
     Sdpa("torch cuDNN", "CUDNN_ATTENTION"),
     Sdpa("torch flash", "FLASH_ATTENTION"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,10 +17,9 @@ from hopper_attention.benchmarks.peers.common import (
 )
 from torch import Tensor
 
+from hopper_attention import backend, selection
 from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.results import OURS
 from hopper_attention.bench.runner import Prepared
-from hopper_attention.bench.workloads import Problem
 
 REFUSALS = (ValueError, TypeError, AssertionError)
 """What these packages raise for shapes and arguments that they do not have."""
@@ -30,13 +30,17 @@ class FlashAttnApi:
     name: str
     module: str
     dtypes: tuple[str, ...]
+    backend: str | None = None
+    """Of ours, forced."""
 
     def prepare(self, inputs: Inputs) -> Prepared:
         problem = inputs.problem
         refuse_if(problem.dtype not in self.dtypes, f"no {problem.dtype} on sm_90")
         attend = forward(require(self.module), inputs)
+        if self.backend is not None:
+            attend = _forced(self.backend, attend)
         without_support(attend, *REFUSALS)
-        instance = _instance(problem) if self.name == OURS else ""
+        instance = _instance(inputs, self.backend) if self.module == "hopper_attention" else ""
         return Prepared(with_backward(inputs, attend), instance)
 
 
@@ -71,9 +75,20 @@ def forward(api: ModuleType, inputs: Inputs) -> Callable[[], Tensor]:
     return attend
 
 
-def _instance(problem: Problem) -> str:
+def _forced(name: str, attend: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Gradients run on what forward ran on."""
+
+    def attend_so() -> Tensor:
+        with backend(name):
+            return attend()
+
+    return attend_so
+
+
+def _instance(inputs: Inputs, forced: str | None) -> str:
     """The one that dispatch takes; empty where no instance of ours would be timed."""
-    try:
-        return problem.instance
-    except NotImplementedError:
-        return ""
+    with backend(forced) if forced else nullcontext():
+        try:
+            return inputs.problem.instance(selection.target_for(inputs.q))
+        except NotImplementedError:
+            return ""

@@ -1,6 +1,8 @@
 """`hopper-attention bench` without a GPU: everything but the clock.  Nothing here is timed."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -12,7 +14,7 @@ import torch
 from hopper_attention.benchmarks.peers import PEERS
 from typer.testing import CliRunner
 
-from hopper_attention import cli, manifest, runtime
+from hopper_attention import cli, manifest, runtime, selection
 from hopper_attention.bench import (
     baselines,
     environment,
@@ -100,7 +102,24 @@ def test_committed_workloads():
     assert all(p.batch * p.seqlen <= 8388608 for p in decode)
     (one,) = workloads.load_problems(["fa3/forward_bf16_d128_causal_b4_s4096"])
     assert one.heads == 16
-    assert all(sum(p.lengths) == 32768 for p in problems if p.lengths)
+    packed = workloads.load_problems(["varlen*"])
+    assert all(sum(p.lengths) == 32768 for p in packed)
+
+
+def test_every_attention_kernel_has_a_problem():
+    """That leads to it: by itself, forced to Ampere's, or without two-level sums."""
+    problems = workloads.of_instances()
+    assert len({p.name for p in problems}) == len(problems)
+    targets = (selection.choose((9, 0)), selection.choose((9, 0), "ampere"))
+    reached = set()
+    for p, target, two_level in itertools.product(problems, targets, (False, True)):
+        with contextlib.suppress(NotImplementedError):
+            reached.add(p.instance(target, two_level))
+    compiled = manifest.instances().items()
+    on_hopper = {
+        n for n, i in compiled if i.family in workloads.DIRECTION_OF and "90" in i.architecture
+    }
+    assert on_hopper <= reached
 
 
 def test_unknown_workload():
@@ -141,6 +160,11 @@ class FakeTimer:
         self.now += 1.0
         return self.now
 
+    def kernels(self, call):
+        call()
+        self.now += 1.0
+        return {"first": self.now, "second": 0.5}
+
 
 PROTOCOL = Protocol(repeats=2, warmup=1, idle_seconds=0.25, load_seconds=5.0)
 CALLS = {"a": lambda: "a", "b": lambda: "b"}
@@ -157,6 +181,14 @@ def test_sustained_loads_first_and_does_not_idle():
     timer = FakeTimer()
     measure(CALLS, "sustained", PROTOCOL, timer)
     assert timer.events == ["load 5.0", "a", "b", "a", "b", "a", "b"]
+
+
+def test_modes_that_are_not_asked_for_are_not_measured():
+    timer = FakeTimer()
+    protocol = dataclasses.replace(PROTOCOL, modes=("sustained",))
+    rows = list(run_problem(problem(), [FakePeer("good")], protocol, timer, CPU))
+    assert [row.mode for row in rows] == ["sustained"]
+    assert "idle 0.25" not in timer.events
 
 
 def test_baselines_that_fail_leave_rows(monkeypatch):
@@ -251,7 +283,7 @@ def peer(name):
 def test_peers_refuse_politely():
     """Without their packages, without a GPU, or for shapes that they do not have: one sentence."""
     cases = [problem(), problem(**ATTENTION["packed"]), problem(dtype="fp8")]
-    for member in PEERS[1:]:
+    for member in (p for p in PEERS if not p.name.startswith(OURS)):
         for case in cases:
             if member.name == "torch flash" and case is cases[0]:
                 continue  # which PyTorch has for CPUs as well
@@ -310,6 +342,8 @@ def test_one_run_with_peers_of_all_kinds():
     ours = next(row for row in rows if row.peer == OURS)
     assert ours.instance == "fwd_bf16_d64"
     assert (ours.flop, len(ours.samples_ms)) == (problem().flop, 2)
+    assert ours.kernels == {"first": 3.0, "second": 0.5}, "median of five"
+    assert not next(row for row in rows if row.peer == "good").kernels
     assert 0 < ours.error["rms"] < 2 * ours.error["pytorch_rms"] + 1e-5
 
 
@@ -441,6 +475,33 @@ def test_ledger_takes_the_newest_run():
     assert ledger.update({"gone": entry}, [], [name]) == {name: ledger.SIMULATOR_ONLY}
 
 
+def test_ledger_has_what_helped():
+    run = fabricated()
+    kernels = {"bwd_pre_bf16": 0.1, "bwd_bf16_d128": 0.8}
+    main = row("instances/backward_bf16_d128_b4_s4096", instance="bwd_bf16_d128", kernels=kernels)
+    failed = row(
+        "a/b", instance="bwd_post_bf16_d128", status="failed", samples_ms=[],
+        kernels={"bwd_post_bf16_d128": 1.0},
+    )  # fmt: skip
+    run = dataclasses.replace(run, rows=[main, failed])
+    entries = ledger.update({}, [run], [*kernels, "bwd_post_bf16_d128"])
+    assert entries["bwd_bf16_d128"]["tflops"] > 0
+    assert entries["bwd_bf16_d128"]["milliseconds"] == 0.8
+    assert entries["bwd_pre_bf16"]["milliseconds"] == 0.1
+    assert "tflops" not in entries["bwd_pre_bf16"]
+    assert entries["bwd_post_bf16_d128"] == ledger.SIMULATOR_ONLY
+    assert "| 0.1 ms |" in report.markdown([run], entries)
+
+
+def test_rows_without_flop_are_judged_by_bytes():
+    moved = row("quantize/narrow_d128", flop=0, bytes=10**9)
+    run = fabricated()
+    run = dataclasses.replace(run, rows=[*run.rows, moved])
+    assert moved.memory_bound
+    assert run.fraction(moved) == pytest.approx(0.25, rel=0.02)
+    assert "1.00 TB/s" in report.markdown([run], {}) or "0.99 TB/s" in report.markdown([run], {})
+
+
 def test_committed_ledger_and_page_are_current(root):
     """If this fails: hopper-attention bench report"""
     entries = ledger.read(root / "benchmarks" / "ledger.json")
@@ -498,6 +559,7 @@ def test_list():
         (["bench"], "there is no GPU here"),
         (["bench", "-w", "nope"], "unknown workload"),
         (["bench", "-p", "nope"], "unknown peer"),
+        (["bench", "--mode", "nope"], "unknown mode 'nope'; there are: burst, sustained"),
         (["bench", "compare", "a.json", "b.json"], "a.json: No such file"),
         (["bench", "report", "--results", "nowhere"], "nowhere is not a folder"),
     ],

@@ -13,7 +13,6 @@ from hopper_attention.bench.results import (
     CUBLAS_BF16,
     CUBLAS_FP8,
     DEVICE_COPY,
-    MODES,
     Row,
 )
 from hopper_attention.bench.runner import one_line
@@ -34,8 +33,9 @@ def baseline_rows(protocol: Protocol, timer: Timer) -> Iterator[Row]:
             calls[name] = call
         except Exception as fault:  # FP8 products depend on cuBLAS's version
             reason = one_line(fault)
-            yield from (Row(_problem(name), BASELINE, name, m, "failed", reason) for m in MODES)
-    for mode in MODES:
+            modes = protocol.modes
+            yield from (Row(_problem(name), BASELINE, name, m, "failed", reason) for m in modes)
+    for mode in protocol.modes:
         for name, samples in measure(calls, mode, protocol, timer).items():
             flop, moved = work[name]
             row = Row(_problem(name), BASELINE, name, mode, "ok", samples_ms=samples)

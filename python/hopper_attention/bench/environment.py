@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -83,7 +84,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the repository that this package is installed from, "+" for changes; else "unknown"."""
+    """Of the repository that this package is installed from, "+" for changes; else "unknown".
+
+    Where the sources were copied without their history, HOPPER_ATTENTION_COMMIT may say.
+    """
+    if given := os.environ.get("HOPPER_ATTENTION_COMMIT"):
+        return given
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,17 +1,19 @@
 """What is known of every compiled instance: `benchmarks/ledger.json`.
 
 Every instance has "seen": "simulator only", or "hardware" and then date, commit, device, problem,
-mode, error, tflops and terabytes_per_second of its fastest problem in the newest run.
+mode, error and milliseconds of its fastest problem in the newest run; and, if it does most of the
+problem's work, tflops and terabytes_per_second.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hopper_attention.bench.results import OURS, Row, Run
+from hopper_attention.bench.results import Row, Run
 
 SIMULATOR_ONLY = {"seen": "simulator only"}
 
@@ -24,21 +26,21 @@ def update(ledger: Ledger, runs: Iterable[Run], instances: Sequence[str]) -> Led
     for run in sorted(runs, key=lambda run: run.date):
         best: dict[str, Row] = {}
         for row in run.rows:
-            if row.peer == OURS and row.status == "ok" and row.instance in updated:
-                known = best.setdefault(row.instance, row)
-                best[row.instance] = max(known, row, key=_rate)
+            for name in {row.instance, *row.kernels} & updated.keys() if row.status == "ok" else ():
+                best[name] = max(best.get(name, row), row, key=partial(_rank, name))
         for name, row in best.items():
             if run.date >= updated[name].get("date", ""):
-                updated[name] = _entry(run, row)
+                updated[name] = _entry(run, row, name)
     return updated
 
 
-def _rate(row: Row) -> float:
-    return max(row.tflops, row.terabytes_per_second)
+def _rank(name: str, row: Row) -> tuple[bool, float]:
+    """Problems that are the instance's own before those that it helps with, then by rate."""
+    return name == row.instance, max(row.tflops, row.terabytes_per_second)
 
 
-def _entry(run: Run, row: Row) -> dict[str, Any]:
-    return {
+def _entry(run: Run, row: Row, name: str) -> dict[str, Any]:
+    entry = {
         "seen": "hardware",
         "date": run.date,
         "commit": run.commit,
@@ -46,9 +48,13 @@ def _entry(run: Run, row: Row) -> dict[str, Any]:
         "problem": row.problem,
         "mode": row.mode,
         "error": row.error,
-        "tflops": round(row.tflops, 1),
-        "terabytes_per_second": round(row.terabytes_per_second, 3),
     }
+    if name in row.kernels:
+        entry["milliseconds"] = round(row.kernels[name], 4)
+    if name == row.instance:
+        entry["tflops"] = round(row.tflops, 1)
+        entry["terabytes_per_second"] = round(row.terabytes_per_second, 3)
+    return entry
 
 
 def read(path: Path) -> Ledger:

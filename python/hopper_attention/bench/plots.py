@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hopper_attention.bench.quantisation import WORKLOAD as QUANTISATION
 from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, OURS, Row, Run
+from hopper_attention.bench.workloads import INSTANCES
 from hopper_attention.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def write_plots(run: Run, folder: Path) -> list[Path]:
 
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in run.rows:
-        if row.status == "ok" and row.workload != BASELINE:
+        if row.status == "ok" and row.workload not in (BASELINE, INSTANCES, QUANTISATION):
             groups.setdefault((row.workload, _direction(row), row.mode), []).append(row)
     if not groups:
         raise Refusal("the result holds no timed attention to plot")
@@ -73,7 +75,7 @@ def _size(row: Row) -> str:
 def _draw(axis: Axes, title: str, rows: Sequence[Row], run: Run) -> None:
     sizes = list(dict.fromkeys(_size(row) for row in rows))
     peers = sorted({row.peer for row in rows}, key=lambda peer: (peer != OURS, peer))
-    memory_bound = rows[0].is_decode
+    memory_bound = rows[0].memory_bound
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
         figures = {

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from typing import Protocol as Interface
+from unittest import mock
 
 import torch
 
+from hopper_attention import runtime
 from hopper_attention.bench.results import MODES
 
 Call = Callable[[], Any]
@@ -30,6 +33,8 @@ class Protocol:
     """Of matrix products before "sustained": until power, not the top clock, sets the pace."""
     idle_seconds: float = 0.5
     """Before every round of "burst"."""
+    modes: tuple[str, ...] = MODES
+    """Which of them are measured."""
 
 
 class Timer(Interface):
@@ -39,6 +44,10 @@ class Timer(Interface):
 
     def milliseconds(self, call: Call) -> float:
         """Of one call with cold caches, and its launch hidden behind the work before it."""
+        ...
+
+    def kernels(self, call: Call) -> dict[str, float]:
+        """Of each instance of ours that the call launches."""
         ...
 
 
@@ -70,6 +79,26 @@ class CudaTimer:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop)
+
+    def kernels(self, call: Call) -> dict[str, float]:
+        launches: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        launch = runtime._cuda.launch
+
+        def timed(instance: str, *arguments: Any) -> None:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            launch(instance, *arguments)
+            stop.record()
+            launches.append((instance, start, stop))
+
+        self.flush.zero_()
+        with mock.patch.object(runtime, "_cuda", SimpleNamespace(launch=timed)):
+            call()
+        torch.cuda.synchronize()
+        times: dict[str, float] = {}
+        for instance, start, stop in launches:
+            times[instance] = times.get(instance, 0.0) + start.elapsed_time(stop)
+        return times
 
 
 def measure(

@@ -77,7 +77,7 @@ def _cell(run: Run, row: Row | None) -> str:
         return ""
     if row.status == "wrong":
         return "**wrong**"
-    text = f"{row.terabytes_per_second:.2f} TB/s" if row.is_decode else f"{row.tflops:.0f}"
+    text = f"{row.terabytes_per_second:.2f} TB/s" if row.memory_bound else f"{row.tflops:.0f}"
     fraction = run.fraction(row)
     if fraction is not None:
         text += f" ({fraction:.2f})"
@@ -90,9 +90,13 @@ def _ledger(ledger: Ledger) -> str:
         if entry["seen"] != "hardware":
             rows.append([f"`{name}`", entry["seen"], "", "", ""])
             continue
-        rate = f"{entry['tflops']} TFLOP/s"
-        if is_decode(entry["problem"]):
+        if not entry.get("tflops"):  # a helper, or what only moves data
+            moved = entry.get("terabytes_per_second")
+            rate = f"{moved} TB/s" if moved else f"{entry['milliseconds']} ms"
+        elif is_decode(entry["problem"]):
             rate = f"{entry['terabytes_per_second']} TB/s"
+        else:
+            rate = f"{entry['tflops']} TFLOP/s"
         error = f"{entry['error'].get('rms', float('nan')):.1e}"
         where = f"{entry['device']}, {entry['date'][:10]}"
         rows.append([f"`{name}`", where, entry["commit"][:12], error, rate])

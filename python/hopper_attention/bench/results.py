@@ -5,9 +5,9 @@
     commit     of the repository, with "+" if it had changes; "unknown" outside of one
     device     name, sms, memory_gib, driver, cuda, power_limit_w, sm_mhz, memory_mhz, max_sm_mhz
     versions   package -> version
-    protocol   repeats, warmup, flush_mib, load_seconds, idle_seconds
-    rows       problem, workload, peer, mode, status, reason, instance, flop, bytes, samples_ms,
-               error
+    protocol   repeats, warmup, flush_mib, load_seconds, idle_seconds, modes
+    rows       problem, workload, peer, mode, status, reason, instance, kernels, flop, bytes,
+               samples_ms, error
 
 `mode` is "burst" (the GPU idle before every round) or "sustained" (after seconds of load); `status`
 is "ok", "wrong" (FP64 disagrees: not timed), "skipped" or "failed", the last three with a `reason`.
@@ -54,6 +54,8 @@ class Row:
     reason: str = ""
     instance: str = ""
     """The compiled instance that ran, for our own rows."""
+    kernels: dict[str, float] = field(default_factory=dict)
+    """Every instance that ran -> median milliseconds, launched by itself."""
     flop: int = 0
     bytes: int = 0
     samples_ms: list[float] = field(default_factory=list)
@@ -72,8 +74,12 @@ class Row:
 
     @property
     def is_decode(self) -> bool:
-        """Judged by bytes, not by FLOP."""
         return is_decode(self.problem)
+
+    @property
+    def memory_bound(self) -> bool:
+        """Judged by bytes, not by FLOP."""
+        return self.is_decode or not self.flop
 
     @property
     def milliseconds(self) -> Summary:
@@ -94,7 +100,7 @@ class Run:
     commit: str
     device: dict[str, Any]
     versions: dict[str, str]
-    protocol: dict[str, float]
+    protocol: dict[str, Any]
     rows: list[Row]
 
     def baseline(self, peer: str, mode: str) -> Row | None:
@@ -104,8 +110,8 @@ class Run:
         return None
 
     def fraction(self, row: Row) -> float | None:
-        """Of cuBLAS's rate in bf16, or for decode of the copy's; None without that baseline."""
-        if row.is_decode:
+        """Of cuBLAS's rate in bf16, or of the copy's; None without that baseline."""
+        if row.memory_bound:
             copy = self.baseline(DEVICE_COPY, row.mode)
             return row.terabytes_per_second / copy.terabytes_per_second if copy else None
         cublas = self.baseline(CUBLAS_BF16, row.mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Protocol as Interface
 
 import torch
@@ -15,6 +16,8 @@ from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
 from hopper_attention.bench.results import MODES, Row
 from hopper_attention.bench.workloads import Problem
 
+KERNEL_RUNS = 5
+
 
 class Unsupported(Exception):
     """Why a peer does not run a problem: its package is missing, or the shape is not for it."""
@@ -25,6 +28,7 @@ class Prepared:
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     """Returns (out,) or (dq, dk, dv), in the layouts of the inputs; what is timed."""
     instance: str = ""
+    """The compiled instance that does the most of it, of our own calls."""
 
 
 class Peer(Interface):
@@ -42,32 +46,33 @@ def run_problem(
     timer: Timer,
     device: torch.device,
 ) -> Iterator[Row]:
-    """The rows of every peer in both modes."""
+    """The rows of every peer in every mode of the protocol."""
     try:
         inputs = Inputs.make(problem, device)
     except Exception as fault:  # out of memory, for one
         reason = one_line(fault)
-        yield from (_row(p, problem, "failed", reason, mode) for p in peers for mode in MODES)
+        yield from (_row(p, problem, "failed", reason, m) for p in peers for m in protocol.modes)
         return
     calls: dict[str, Call] = {}
     checked: dict[str, Row] = {}
     for peer in peers:
-        row, call = _prepare(peer, inputs)
+        row, call = _prepare(peer, inputs, timer)
         if call is None:
-            yield from (replace(row, mode=mode) for mode in MODES)
+            yield from (replace(row, mode=mode) for mode in protocol.modes)
         else:
             calls[peer.name], checked[peer.name] = call, row
-    for mode in MODES:
+    for mode in protocol.modes:
         yield from _time(calls, checked, mode, protocol, timer)
 
 
-def _prepare(peer: Peer, inputs: Inputs) -> tuple[Row, Call | None]:
+def _prepare(peer: Peer, inputs: Inputs, timer: Timer) -> tuple[Row, Call | None]:
     """A row without samples, and the call if it may be timed."""
     problem = inputs.problem
     try:
         prepared = peer.prepare(inputs)
         results = prepared.call()
         verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
+        kernels = _kernels(prepared, timer)
     except Unsupported as refusal:
         return _row(peer, problem, "skipped", str(refusal)), None
     except Exception as fault:
@@ -82,10 +87,19 @@ def _prepare(peer: Peer, inputs: Inputs) -> tuple[Row, Call | None]:
         _row(peer, problem, "failed", "not timed"),
         error=error,
         instance=prepared.instance,
+        kernels=kernels,
         flop=problem.flop,
         bytes=problem.bytes,
     )
     return complete, prepared.call
+
+
+def _kernels(prepared: Prepared, timer: Timer) -> dict[str, float]:
+    """Median milliseconds of each instance of ours."""
+    if not prepared.instance:
+        return {}
+    runs = [timer.kernels(prepared.call) for _ in range(KERNEL_RUNS)]
+    return {name: median(run[name] for run in runs) for name in runs[0]}
 
 
 def _row(peer: Peer, problem: Problem, status: str, reason: str, mode: str = MODES[0]) -> Row:

@@ -10,8 +10,10 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any
 
-from hopper_attention import dispatch
+from hopper_attention import dispatch, manifest
+from hopper_attention.manifest import CompiledInstance
 from hopper_attention.refusal import Refusal
+from hopper_attention.selection import Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,12 +61,12 @@ class Problem:
         """Unique: "fa3/forward_bf16_d128_causal_b4_s4096"."""
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" * (self.head_dim_v != self.head_dim))
         window = f"w{self.window}" if self.window >= 0 else ""
-        parts = [self.direction, self.dtype, dims, "causal" * self.causal, window]
+        mask = ["causal" * self.causal, window, "softcap" * (self.softcap > 0)]
+        parts = [self.direction, self.dtype, dims, *mask]
         size = [f"b{self.batch}", "varlen" * bool(self.lengths), f"s{self.seqlen}"]
         return f"{self.workload}/" + "_".join(filter(None, [*parts, *size]))
 
-    @property
-    def instance(self) -> str:
+    def instance(self, target: Target = dispatch.HOPPER, two_level: bool | None = None) -> str:
         """The instance that runs it; of backward's three the one with the GEMMs.
 
         Raises NotImplementedError for paged problems, and where dispatch does.
@@ -72,11 +74,12 @@ class Problem:
         if self.page_size:
             raise NotImplementedError(f"no compiled kernel runs {self.name} yet")
         mask = "local" if self.window >= 0 else "causal" if self.causal else "full"
-        dims, varlen = (self.head_dim, self.head_dim_v), bool(self.lengths)
+        kind = (self.head_dim, self.head_dim_v, mask, self.softcap > 0, bool(self.lengths))
+        if self.dtype == "fp8":
+            return dispatch.forward_fp8_instance(*kind, two_level)
         if self.direction == "backward":
-            found = dispatch.backward_instances(self.dtype, *dims, mask, self.softcap > 0, varlen)
-            return found.main
-        return dispatch.forward_instance(self.dtype, *dims, mask, self.softcap > 0, varlen)
+            return dispatch.backward_instances(self.dtype, *kind, target).main
+        return dispatch.forward_instance(self.dtype, *kind, target)
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
@@ -120,13 +123,57 @@ def unmasked_pairs(queries: int, keys: int, causal: bool, window: int) -> int:
     return total
 
 
+INSTANCES = "instances"
+"""The workload that the build makes: for every attention kernel that it has one problem."""
+DIRECTION_OF = {
+    "forward": "forward",
+    "forward_fp8": "forward",
+    "backward": "backward",
+    "ampere_forward": "forward",
+    "ampere_backward": "backward",
+}
+"""Family of instances -> direction."""
+INSTANCE_LENGTHS = (8192, 4096, 2048, 1024, 512, 512)
+
+
+def of_instances() -> list[Problem]:
+    """16k tokens, 16 heads to 4; several instances may run one problem (Ampere's, two-level)."""
+    found = (i for i in manifest.instances().values() if i.family in DIRECTION_OF)
+    return list(dict.fromkeys(_problem_of(instance) for instance in found))
+
+
+def _problem_of(instance: CompiledInstance) -> Problem:
+    config = instance.config
+    mask = config.get("mask", "full")  # Ampere's instances serve all
+    lengths = INSTANCE_LENGTHS if config.get("varlen") else ()
+    dtype = config["dtype"]
+    return Problem(
+        workload=INSTANCES,
+        direction=DIRECTION_OF[instance.family],
+        dtype="fp8" if dtype == "e4m3" else dtype,
+        batch=len(lengths) or 4,
+        heads=16,
+        heads_kv=4,
+        head_dim=config["head_dim"],
+        head_dim_v=config["head_dim_v"],
+        seqlen=max(lengths, default=4096),
+        seqlen_q=max(lengths, default=4096),
+        causal=mask != "full",
+        window=1023 if mask == "local" else -1,
+        lengths=lengths,
+        softcap=30.0 if config.get("softcap") else 0.0,
+    )
+
+
 def load_problems(patterns: Sequence[str] = ()) -> list[Problem]:
-    """All problems of the committed workloads, or those whose workload or name matches a pattern.
+    """All problems of the committed workloads, and for every instance one; or those whose workload
+    or name matches a pattern.
 
     Raises Refusal for a pattern that matches nothing.
     """
     text = resources.files("hopper_attention.benchmarks").joinpath("workloads.toml").read_text()
     problems = [p for name, table in tomllib.loads(text).items() for p in expand(name, table)]
+    problems += of_instances()
     for pattern in patterns:
         if not any(_matches(problem, pattern) for problem in problems):
             known = ", ".join(dict.fromkeys(problem.workload for problem in problems))
@@ -137,7 +184,8 @@ def load_problems(patterns: Sequence[str] = ()) -> list[Problem]:
 def descriptions() -> dict[str, str]:
     """Workload -> what it is."""
     text = resources.files("hopper_attention.benchmarks").joinpath("workloads.toml").read_text()
-    return {name: table["about"] for name, table in tomllib.loads(text).items()}
+    found = {name: table["about"] for name, table in tomllib.loads(text).items()}
+    return found | {INSTANCES: "a problem for every compiled attention kernel"}
 
 
 def _matches(problem: Problem, pattern: str) -> bool:

@@ -44,8 +44,17 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option(help="Result to write, as it grows.")] = Path("bench.json"),
     plot: Annotated[Path | None, typer.Option(help="Folder for PNGs.")] = None,
+    quantisation: Annotated[
+        bool, typer.Option("--quantisation", help="Also the kernels that quantise to FP8.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds that count.")] = 20,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="burst or sustained; both by default.")
+    ] = None,
     load_seconds: Annotated[float, typer.Option(min=0, help="Of load before `sustained`.")] = 5.0,
+    idle_seconds: Annotated[
+        float, typer.Option(min=0, help="Without work before a round of `burst`.")
+    ] = 0.5,
 ) -> None:
     """Time workloads on a Hopper GPU, each peer in turn, every result checked against FP64."""
     if context.invoked_subcommand is not None:
@@ -60,10 +69,13 @@ def run(
     if listing:
         _print_list(problems, peers)
         return
+    modes = _select_modes(mode)
     device = require_gpu()
-    protocol = Protocol(repeats=repeats, load_seconds=load_seconds)
+    protocol = Protocol(
+        repeats=repeats, load_seconds=load_seconds, idle_seconds=idle_seconds, modes=modes
+    )
     console = Console()
-    result = _measure(console, problems, peers, protocol, device, out)
+    result = _measure(console, problems, peers, protocol, device, out, quantisation)
     console.print(_summary(result))
     console.print(f"{len(result.rows)} rows in {out}")
     if plot is not None:
@@ -76,6 +88,15 @@ def _select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list
             known = ", ".join(peer.name for peer in peers)
             raise Refusal(f"unknown peer {pattern!r}; there are: {known}")
     return [p for p in peers if not patterns or any(fnmatchcase(p.name, x) for x in patterns)]
+
+
+def _select_modes(names: Sequence[str] | None) -> tuple[str, ...]:
+    from hopper_attention.bench.results import MODES
+
+    for name in names or ():
+        if name not in MODES:
+            raise Refusal(f"unknown mode {name!r}; there are: {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if not names or mode in names)
 
 
 def _print_list(problems: Sequence[Problem], peers: Sequence[Peer]) -> None:
@@ -98,11 +119,13 @@ def _measure(
     protocol: Protocol,
     device: Any,
     out: Path,
+    quantisation: bool,
 ) -> Run:
     """The result, which is also written to `out` after every problem."""
     from hopper_attention.bench import environment, results
     from hopper_attention.bench.baselines import baseline_rows
     from hopper_attention.bench.protocol import CudaTimer
+    from hopper_attention.bench.quantisation import quantisation_rows
     from hopper_attention.bench.runner import run_problem
 
     result = results.Run(
@@ -123,6 +146,8 @@ def _measure(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cuBLAS and copy", total=len(problems))
         result.rows.extend(baseline_rows(protocol, timer))
+        if quantisation:
+            result.rows.extend(quantisation_rows(protocol, timer, device))
         results.save(out, result)
         for problem in problems:
             progress.update(task, description=problem.name)
@@ -136,11 +161,12 @@ def _measure(
 
 
 def _summary(result: Run) -> Table:
-    table = Table(title=f"{result.device.get('name', '')}, sustained", box=None)
+    mode = result.protocol["modes"][-1]
+    table = Table(title=f"{result.device.get('name', '')}, {mode}", box=None)
     for column in ("problem", "peer", "ms", "±", "TFLOP/s", "TB/s", "of cuBLAS, copy"):
         table.add_column(column, justify="left" if column in ("problem", "peer") else "right")
     for row in result.rows:
-        if row.mode == "sustained" and row.status in ("ok", "wrong"):
+        if row.mode == mode and row.status in ("ok", "wrong"):
             table.add_row(row.problem, row.peer, *_figures(result, row))
     return table
 

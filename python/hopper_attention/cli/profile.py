@@ -105,7 +105,7 @@ def _one_problem(pattern: str) -> Problem:
 def _instance(problem: Problem) -> str:
     """Raises Refusal for problems that no compiled instance runs."""
     try:
-        return problem.instance
+        return problem.instance()
     except NotImplementedError as reason:
         raise Refusal(str(reason)) from None
 

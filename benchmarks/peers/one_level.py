@@ -1,0 +1,43 @@
+"""Ours on FP8 tensors without two-level sums, which the public function has where there are any."""
+
+from __future__ import annotations
+
+import torch
+from hopper_attention.benchmarks.peers.common import refuse_if, without_support
+
+from hopper_attention import forward_fp8, plan
+from hopper_attention.arguments import Options
+from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.runner import Prepared
+from hopper_attention.quantize import columns_of
+
+
+class OneLevel:
+    """`arranged`: V is given as the kernel reads it, as quantisation here writes it."""
+
+    def __init__(self, name: str, *, arranged: bool):
+        self.name = name
+        self.arranged = arranged
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        problem = inputs.problem
+        refuse_if(problem.dtype != "fp8", "FP8 only")
+        refuse_if(problem.lengths, "dense batches only")
+        window = (problem.window, 0 if problem.causal else None)
+        options = Options.of(
+            None, problem.causal, window if problem.window >= 0 else (-1, -1), 0, problem.softcap,
+            None, None, None, 0, False,
+        )  # fmt: skip
+        tensors = plan.Inputs(inputs.q, inputs.k, inputs.v)
+        call = plan.prepare(tensors, options, plan.Fp8(two_level=False))
+        one = torch.ones(1, device=inputs.q.device)
+        columns = columns_of(inputs.v) if self.arranged else None
+        scaling = forward_fp8.Scaling(
+            one, one, one, problem.seqlen_q, problem.seqlen, columns=columns
+        )
+
+        def forward() -> tuple[torch.Tensor]:
+            return (forward_fp8.run(call, tensors, scaling)[0],)
+
+        without_support(forward)
+        return Prepared(forward, call.instance)
