@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hopper_attention import cli, manifest
+from hopper_attention import backend, cli, manifest
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.profiling import ncu, report
 from hopper_attention.profiling.report import KernelReport, from_action, from_csv
@@ -319,6 +319,15 @@ def test_import_a_csv(tmp_path):
     figures = json.loads(invoke("--import", path, "--json").stdout)
     assert figures["problem"] == PROBLEM.name
     assert figures["utilisation"]["tensor"] == 71.0
+
+
+def test_the_kernel_is_of_the_backend_that_is_forced(tmp_path):
+    path = tmp_path / "raw.csv"
+    path.write_text(raw_page("ampere_fwd_bf16_d128_0"))
+    with backend("ampere"):
+        done = invoke("--import", path)
+    assert done.exit_code == 0, done.output
+    assert "ampere_fwd_bf16_d128" in done.stdout
 
 
 @pytest.mark.parametrize(

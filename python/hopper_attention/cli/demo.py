@@ -17,9 +17,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from hopper_attention import dispatch, flash_attn_func, manifest, reference, runtime, simulator
+from hopper_attention import (
+    dispatch,
+    flash_attn_func,
+    manifest,
+    reference,
+    runtime,
+    selection,
+    simulator,
+)
 from hopper_attention.arguments import CAUSAL
+from hopper_attention.manifest import CompiledInstance
 from hopper_attention.numerics import Error, pytorch_attention
+from hopper_attention.refusal import Refusal
 
 HEAD_DIM = 128
 TIMED_RUNS = 20
@@ -65,6 +75,7 @@ def demo(
         q, k, v = layer_inputs(data[:count], size, device, seed)
         where = "GPU" if device.type == "cuda" else "simulator"
         progress.update(task, description=f"attention of {count} tokens on the {where}")
+        instance = _instance(q)
         out, seconds = _run(q, k, v, seed)
         progress.update(task, description="the same in FP64, and by PyTorch in bf16")
         scale = 1.0 / math.sqrt(HEAD_DIM)
@@ -74,9 +85,6 @@ def demo(
         torch_out = pytorch_attention(q, k, v, softmax_scale=scale, mask=CAUSAL)
         progress.update(task, description="done", total=1, completed=1)
     ours, pytorch = Error.of(out, exact), Error.of(torch_out, exact)
-    instance = manifest.instances()[
-        dispatch.forward_instance("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)
-    ]
     report = {
         "text": str(text) if text else "CPython's pydoc_data.topics",
         "shape": list(q.shape),
@@ -107,6 +115,18 @@ def _device() -> torch.device:
         except NotImplementedError as reason:
             Console(stderr=True).print(f"[yellow]{reason}; using the simulator[/]")
     return torch.device("cpu")
+
+
+def _instance(q: Tensor) -> CompiledInstance:
+    """What attention of q runs.  Raises Refusal where that is no compiled kernel."""
+    target = selection.target_for(q)
+    if target.backend == selection.REFERENCE:
+        raise Refusal(f"{selection.VARIABLE}={target.backend}: the demo is of a compiled kernel")
+    kind = ("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)
+    try:
+        return manifest.instances()[dispatch.forward_instance(*kind, target)]
+    except NotImplementedError as reason:
+        raise Refusal(str(reason)) from None
 
 
 def _help_topics() -> bytes:

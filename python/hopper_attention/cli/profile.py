@@ -103,9 +103,14 @@ def _one_problem(pattern: str) -> Problem:
 
 
 def _instance(problem: Problem) -> str:
-    """Raises Refusal for problems that no compiled instance runs."""
+    """On the current GPU, or the simulator.  Raises Refusal where no compiled instance runs it."""
+    import torch
+
+    from hopper_attention import selection
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return problem.instance()
+        return problem.instance(selection.target_for(torch.empty(0, device=device)))
     except NotImplementedError as reason:
         raise Refusal(str(reason)) from None
 
