@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention import backward
+from hopper_attention import backward, selection
 from hopper_attention.arguments import Lengths
 from hopper_attention.plan import Inputs, Plan
 from hopper_attention.watched import watched
@@ -50,9 +50,10 @@ class Attention(torch.autograd.Function):
         inputs = Inputs.of(flat)
         # create_graph: only the operator refuses second derivatives.
         if torch.is_grad_enabled() or watched(inputs):
-            gradients = torch.ops.hopper_attention.backward(
-                dout, dlse, out, lse, *flat, *ctx.plan.options
-            )
+            with selection.restored(ctx.plan.target.backend):
+                gradients = torch.ops.hopper_attention.backward(
+                    dout, dlse, out, lse, *flat, *ctx.plan.options
+                )
         else:
             gradients = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
         needed = ctx.needs_input_grad[2:6]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from hopper_attention import arguments, autograd, backward, forward, runtime, sharding
+from hopper_attention import arguments, autograd, backward, forward, runtime, selection, sharding
 from hopper_attention.arguments import Lengths, Options
 from hopper_attention.plan import Inputs, Plan, check_shapes_of, prepare, result_shapes
 from hopper_attention.watched import watched
@@ -142,11 +142,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     arguments.check_differentiable(output[0].dtype, tensors[0].dtype)
     ctx.save_for_backward(*output, *tensors)
     ctx.scalars = scalars
+    ctx.forced = selection.forced()
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return gradients(ctx.saved_tensors, ctx.scalars, dout, dlse)
+    with selection.restored(ctx.forced):
+        return gradients(ctx.saved_tensors, ctx.scalars, dout, dlse)
 
 
 def gradients(

@@ -93,7 +93,14 @@ def backend(name: str) -> Iterator[None]:
 
     Raises ValueError for another name.
     """
-    token = _forced.set(_known(name))
+    with restored(_known(name)):
+        yield
+
+
+@contextlib.contextmanager
+def restored(name: str | None) -> Iterator[None]:
+    """As it was where `forced` gave `name`: for gradients, which other threads may compute."""
+    token = _forced.set(name)
     try:
         yield
     finally:

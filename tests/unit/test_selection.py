@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -164,6 +165,25 @@ def test_gradients_are_of_the_backend_of_forward():
         out.sum().backward()
     assert kernels == []
     assert q.grad is not None and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("watched", ["", "forward", "backward"])
+def test_gradients_by_operators_are_of_the_backend_of_forward(watched, create_graph):
+    """Such as a profiler makes of calls; also inside another backend."""
+    q = Q.clone().requires_grad_()
+    kernels: list[str] = []
+
+    def profiled(here):
+        return torch.profiler.profile() if watched == here else contextlib.nullcontext()
+
+    with simulator.enabled(), runtime.intercepted(lambda _, name, *__: kernels.append(name)):
+        with backend("ampere"), profiled("forward"):
+            out = flash_attn_func(q, Q, Q)
+        with backend("hopper"), profiled("backward"):
+            torch.autograd.grad(out.sum(), q, create_graph=create_graph)
+    expected = ("fwd_bf16_d64", "bwd_pre_bf16", "bwd_bf16_d64", "bwd_post_bf16")
+    assert kernels == [f"ampere_{name}_0" for name in expected]
 
 
 def test_plans_are_apart():
