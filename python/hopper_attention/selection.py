@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopper_attention import manifest
 from hopper_attention.cute_kernels.ampere.config import ARCHITECTURES, SHARED_MEMORY
 
 VARIABLE = "HOPPER_ATTENTION_BACKEND"
@@ -66,7 +67,7 @@ def choose(capability: tuple[int, int], forced: str | None = None) -> Target:
 
 
 SIMULATED = {HOPPER: (9, 0), AMPERE: (8, 0)}
-"""The GPU that the simulator stands for, by what is forced; Hopper if nothing is."""
+"""The GPU that the simulator stands for, by what is forced, or else by what was built."""
 
 
 def _known(name: str) -> str:
@@ -112,7 +113,14 @@ def target_for(tensor: Tensor) -> Target:
     if tensor.is_cuda:
         return of_device(tensor.get_device(), forced())
     name = forced()
-    return choose(SIMULATED.get(name or HOPPER, (9, 0)), name)
+    return choose(SIMULATED.get(name or _built(), (9, 0)), name)
+
+
+@functools.cache
+def _built() -> str:
+    """Whose kernels stand behind CPU tensors: Hopper's, unless the build has Ampere's alone."""
+    families = {instance.family for instance in manifest.instances().values()}
+    return AMPERE if "ampere_forward" in families and "forward" not in families else HOPPER
 
 
 @functools.cache

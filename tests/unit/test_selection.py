@@ -133,6 +133,19 @@ def test_environment_variable():
     assert "backend 'A100'; choose one of" in wrong.stderr
 
 
+def test_builds_for_ampere_alone():
+    """CPU tensors need no kernels of Hopper's then."""
+    code = (
+        "import torch; from hopper_attention import flash_attn_func, manifest, selection\n"
+        "found = {n: i for n, i in manifest.instances().items() if i.architecture == 'sm_80'}\n"
+        "manifest.instances = lambda: found\n"
+        "q = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16, requires_grad=True)\n"
+        "flash_attn_func(q, q, q).sum().backward()\n"
+        "print(selection.target_for(q).backend)"
+    )
+    assert in_new_process(code, "").stdout.split() == ["ampere"]
+
+
 def test_graphs_decide_when_they_run():
     compiled = torch.compile(lambda q: flash_attn_func(q, q, q), backend="eager", fullgraph=True)
     kernels: list[str] = []
