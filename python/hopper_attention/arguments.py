@@ -313,7 +313,7 @@ class Options(NamedTuple):
 
 
 MAX_SM_MARGIN = 100
-"""Every sm_90 GPU has more multiprocessors."""
+"""An H100 or A100 has more multiprocessors; others may have fewer (`runtime.check_margin`)."""
 SCALE_RANGE = (1e-30, 1e30)
 """What float32 holds with room for the scores."""
 SOFTCAP_RANGE = (1e-6, 4096.0)

@@ -66,7 +66,8 @@ def flash_attn_func(
             torch.use_deterministic_algorithms.  Forward is always deterministic.
         pack_gqa: whether the query heads that read one key head share tiles, which saves tiles
             where there are few queries; None: where that saves a third of them.
-        sm_margin: multiprocessors that forward leaves to other work, such as communication.
+        sm_margin: multiprocessors that forward leaves to other work, such as communication; up to
+            100, and fewer than there are.
         return_attn_probs, return_lse: either one adds the log-sum-exp to the result.
         q_descale, k_descale, v_descale: of FP8 tensors, float32, what values must be multiplied
             by: one number, (batch, heads_kv), or of blocks of 64 or 128 rows (batch, heads or

@@ -82,6 +82,8 @@ def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
         _check_index_tensors(inputs)
     if sink is not None:
         arguments.check_sink_values(sink)
+    if options.sm_margin > 0:
+        runtime.check_margin(q, options.sm_margin)
     return plan
 
 

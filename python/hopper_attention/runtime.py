@@ -134,6 +134,17 @@ def block_limit(instance: str, tensor: Tensor, multiprocessors: int, sm_margin: 
     return (multiprocessors - sm_margin) * max(min(by_registers, by_memory), 1)
 
 
+def check_margin(tensor: Tensor, sm_margin: int) -> None:
+    """Raises ValueError where no multiprocessor would be left: small GPUs, slices of a GPU."""
+    device = tensor.get_device()
+    count = multiprocessors(device) if tensor.is_cuda else SIMULATED_SMS
+    if sm_margin >= count:
+        raise ValueError(
+            f"sm_margin must be below {count}, the multiprocessors of {tensor.device}; got "
+            f"{sm_margin}"
+        )
+
+
 def _all_scalar_names(instance: str) -> list[str]:
     arguments = manifest.instances()[instance].arguments
     return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]

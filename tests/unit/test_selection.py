@@ -224,6 +224,19 @@ def test_fp8_is_hoppers(call):
         calls[call]()
 
 
+@pytest.mark.parametrize("name", ["hopper", "ampere"])
+def test_margin_leaves_a_multiprocessor(monkeypatch, name):
+    """An L4 has 58, a slice of an H100 16: without one no grid could be launched."""
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 58)
+    out = torch.ones_like(Q)
+    with backend(name):
+        for sm_margin in (58, 100):
+            with pytest.raises(ValueError, match=rf"sm_margin must be below 58.*{sm_margin}$"):
+                flash_attn_func(Q, Q, Q, sm_margin=sm_margin, out=out)
+        assert len(launched(sm_margin=57)) == 1
+    assert (out == 1).all()
+
+
 def test_block_limit():
     """Blocks that run together on the multiprocessors that are left."""
     counts = {}
