@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ampere_cases
 import pytest
 import torch
 from cases import (
@@ -15,7 +16,7 @@ from cases import (
     offsets,
 )
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func
+from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +68,29 @@ def test_deterministic_over_a_thousand_runs(case):
     for _ in range(RUNS - 1):
         _, again = differentiate(flash_attn_func, q, k, v, deterministic=True, **arguments)
         assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("instance", ampere_cases.instances("ampere_backward", "sm_90"))
+def test_ampere_kernels_match_fp64(instance):
+    """The second opinion on Hopper's."""
+    for number, shape in enumerate((*SHAPES, *LARGE)):
+        q, k, v = inputs_for(instance, shape, device="cuda")
+        variant = ampere_cases.VARIANTS[number % len(ampere_cases.VARIANTS)]
+        arguments = ampere_cases.arguments_for(variant, number)
+        with backend("ampere"):
+            dout, gradients = differentiate(flash_attn_func, q, k, v, **arguments)
+        check_backward(q, k, v, dout, gradients, **arguments)
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_ampere_kernels_are_deterministic(case):
+    head_dim, shape, arguments = REPEATED[case]
+    q, k, v = inputs_for(f"bwd_bf16_d{head_dim}", shape, device="cuda")
+    with backend("ampere"):
+        _, first = differentiate(flash_attn_func, q, k, v, deterministic=True, **arguments)
+        for _ in range(RUNS - 1):
+            _, again = differentiate(flash_attn_func, q, k, v, deterministic=True, **arguments)
+            assert all(map(torch.equal, first, again))
 
 
 def test_packed_deterministic_over_a_thousand_runs():

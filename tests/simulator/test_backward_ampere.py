@@ -5,6 +5,7 @@ What does not depend on the instance is tested with both backends in test_backwa
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -107,6 +108,17 @@ def test_what_hopper_runs_gives_the_same(monkeypatch, instance):
         with device_of(monkeypatch, name), simulator.enabled(seed=seed):
             results.append(torch.ops.hopper_attention.backward(*saved, *options)[:3])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("instance", instances(FAMILY, dtype="bf16"))
+def test_a_turn_is_given_when_all_have_added(instance):
+    """Every thread's sums, its fence, all threads, then the counter: schedules hardly show it."""
+    text = manifest.ptx_path(instance).read_text()
+    kinds = r"(red\.global\.add\.f32|fence\.acq_rel\.gpu|bar\.sync|red\.release\.gpu)"
+    order = re.findall(kinds, text)
+    end = order.index("red.release.gpu")
+    assert order.count("red.release.gpu") == 1
+    assert order[end - 3 : end] == ["red.global.add.f32", "fence.acq_rel.gpu", "bar.sync"]
 
 
 CAPABILITIES = {(8, 0): "", (8, 6): "_small", (8, 7): "", (8, 9): "_small", (9, 0): "_sm90"}
