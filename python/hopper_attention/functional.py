@@ -89,8 +89,8 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
-            dims, qv, num_splits > 1, gradients of float32 results; on
-            Ampere gradients and FP8; a GPU without kernels (`selection.choose`).
+            dims, qv, num_splits > 1, gradients of float32 results; FP8 on Ampere; a GPU without
+            kernels (`selection.choose`).
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
