@@ -13,7 +13,13 @@ from torch import Tensor
 
 from hopper_attention import manifest, reference
 from hopper_attention.arguments import UNBOUNDED, Mask
-from hopper_attention.numerics import FLOOR, Error, pytorch_attention, pytorch_gradients
+from hopper_attention.numerics import (
+    FLOOR,
+    Error,
+    cancellation,
+    pytorch_attention,
+    pytorch_gradients,
+)
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -265,15 +271,3 @@ def expected_gradients(
         exact, torchs = [*exact, dsink], [*torchs, dsink + spread]
     floor = FLOOR + cancellation(q, k, v, dout, problem["softmax_scale"])
     return exact, torchs, floor
-
-
-def cancellation(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, softmax_scale: float) -> float:
-    """What is left of dP - rowsum(dO * O) in float32 where both are equal.
-
-    That is so for a row with one key: PyTorch, which sums both in the same order, may be exact.
-    """
-    if min(x.numel() for x in (q, k, v, dout)) == 0:
-        return 0.0
-    longest = [x.float().norm(dim=-1).max().item() for x in (v, dout)]
-    largest = max(x.abs().max().item() for x in (q, k))
-    return 1e-6 * math.prod(longest) * largest * softmax_scale

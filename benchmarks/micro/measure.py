@@ -86,6 +86,7 @@ def _elapsed(case: Case, clocks: np.ndarray) -> np.ndarray:
 class Gpu:
     def __init__(self, device: torch.device):
         self.device = device
+        torch.cuda.synchronize(device)  # makes the context that the driver loads kernels into
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
     def measure(self, case: Case, repeats: int) -> list[Figure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,18 @@ class Error:
     def within_twice(self, other: Error, floor: float = FLOOR) -> bool:
         """At most twice the other error plus `floor`; false for NaN."""
         return self.maximum <= 2 * other.maximum + floor and self.rms <= 2 * other.rms + floor
+
+
+def cancellation(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, softmax_scale: float) -> float:
+    """What is left of dP - rowsum(dO * O) in float32 where both are equal: a floor for gradients.
+
+    That is so for a row with one key: PyTorch, which sums both in the same order, may be exact.
+    """
+    if min(x.numel() for x in (q, k, v, dout)) == 0:
+        return 0.0
+    longest = [x.float().norm(dim=-1).max().item() for x in (v, dout)]
+    largest = max(x.abs().max().item() for x in (q, k))
+    return 1e-6 * math.prod(longest) * largest * softmax_scale
 
 
 def pytorch_attention(
