@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,6 +145,17 @@ def test_stamps_of_a_run_show_consumers_taking_turns():
     assert len(warps) == 2 * 3, "four key blocks, the first without a turn"
     assert warps == [4, 8] * 3
     assert {span.warp for span in recorded} == {0, *range(4, 12)}
+
+
+@pytest.mark.simulator
+def test_model_of_backward():
+    """Of the kernel with the GEMMs, not of those before it."""
+    (problem,) = load_problems(["instances/backward_bf16_d128_b4_s4096"])
+    small = {"batch": 1, "heads": 1, "heads_kv": 1, "seqlen": 128, "seqlen_q": 512}
+    inputs = Inputs.make(replace(problem, **small), torch.device("cpu"))
+    modelled = timeline.model(inputs, "bwd_bf16_d128")
+    assert modelled.summary()["kernel"].startswith("bwd_bf16_d128")
+    assert modelled.summary()["utilisation"]["tensor"] > 0.5
 
 
 @pytest.mark.simulator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import hopper_attention
 from hopper_attention import manifest, runtime, simulator
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.benchmarks.peers import flash_attn_api
+from hopper_attention.benchmarks.peers.common import with_backward
 from hopper_attention.profiling import driver, stamps
 from hopper_attention.profiling.spans import Span
 
@@ -38,7 +40,7 @@ class Launch:
 
 
 def record(inputs: Inputs, instance: str, blocks: int) -> tuple[list[Span], str]:
-    """The ranges of the first `blocks` blocks of a forward problem, and the unit of their time.
+    """The ranges of the first `blocks` blocks of the instance, and the unit of their time.
 
     On the CPU the simulator runs the stamped kernel, those blocks alone: for the stamps' own sake.
     """
@@ -50,12 +52,12 @@ def record(inputs: Inputs, instance: str, blocks: int) -> tuple[list[Span], str]
         run = _stamps_of_gpu if inputs.q.is_cuda else _stamps_of_simulator
         spans.extend(stamps.decode(run(stamped, ask, tensors), stamped))
 
-    _host_code(inputs, launch)
+    _host_code(inputs, instance, launch)
     return spans, GPU_UNIT if inputs.q.is_cuda else SIMULATOR_UNIT
 
 
 def model(inputs: Inputs, instance: str) -> simulator.Timeline:
-    """The first block of a forward problem as the simulator's cost model times it."""
+    """The first block of the instance as the simulator's cost model times it."""
     module = simulator.Module.load(manifest.ptx_path(instance))
     timelines: list[simulator.Timeline] = []
 
@@ -64,18 +66,25 @@ def model(inputs: Inputs, instance: str) -> simulator.Timeline:
             _simulate(module, ask, tensors, blocks=1)
         timelines.append(simulator.Timeline(recording.traces[0]))
 
-    _host_code(inputs, launch)
+    _host_code(inputs, instance, launch)
     return timelines[0]
 
 
-def _host_code(inputs: Inputs, launch: Callable[[Launch, Sequence[Tensor]], None]) -> None:
-    """The public function up to the launch: tensor maps and parameters are made without a GPU."""
+def _host_code(
+    inputs: Inputs, instance: str, launch: Callable[[Launch, Sequence[Tensor]], None]
+) -> None:
+    """The public function up to the launch: tensor maps and parameters are made without a GPU.
+
+    Backward gets what lies in the memory of forward's results: its time hardly depends on it.
+    """
 
     def handler(tensors: Sequence[Tensor], *asked: Any) -> None:
-        launch(Launch(*asked), tensors)
+        ask = Launch(*asked)
+        if re.sub(r"_\d+$", "", ask.kernel) == instance:
+            launch(ask, tensors)
 
     with simulator.enabled(), runtime.intercepted(handler):
-        flash_attn_api.forward(hopper_attention, inputs)()
+        with_backward(inputs, flash_attn_api.forward(hopper_attention, inputs))()
 
 
 def _stamps_of_gpu(stamped: stamps.Stamped, ask: Launch, tensors: Sequence[Tensor]) -> np.ndarray:
