@@ -17,9 +17,12 @@ from cases import (
 )
 
 from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention.numerics import Error
 
 pytestmark = pytest.mark.gpu
 
+AGREEMENT = {torch.bfloat16: 0.99, torch.float16: 0.95}
+"""Share of equal results; seen on an H100: at least 0.998 and 0.976."""
 LARGE = (Shape(2, 2048, 2048, 8, 2), Shape(1, 1023, 4097, 4, 4), Shape(1, 4097, 1023, 4, 1))
 
 
@@ -60,13 +63,18 @@ def test_ampere_kernels_match_fp64(instance, shape):
 
 @pytest.mark.parametrize("instance", forward_instances(varlen=False))
 def test_simulator_agrees(instance):
-    """The approximations of exp2, log2 and 1/x may differ in the last place, hence out's by one."""
+    """Almost all bits: exp2 and WGMMA's order of sums differ in the last places of float32.
+
+    Where that decides how P or out is rounded, results differ by as much as rounding costs.
+    """
     q, k, v = inputs_for(instance, Shape(1, 203, 333, 2, 1))
     arguments = arguments_for(instance, 0)
     with simulator.enabled():
         simulated = flash_attn_func(q, k, v, **arguments)
     hardware = flash_attn_func(q.cuda(), k.cuda(), v.cuda(), **arguments).cpu()
-    torch.testing.assert_close(hardware, simulated, rtol=2 * torch.finfo(q.dtype).eps, atol=1e-6)
+    assert (hardware == simulated).double().mean() > AGREEMENT[q.dtype]
+    spacing = torch.finfo(q.dtype).eps * simulated.abs().max().item()
+    assert Error.of(hardware, simulated).maximum <= spacing
 
 
 def test_expanded_heads_and_no_keys():

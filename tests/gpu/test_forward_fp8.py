@@ -24,7 +24,8 @@ from hopper_attention import attention_fp8, simulator
 
 pytestmark = pytest.mark.gpu
 
-LARGE = (Shape(2, 2048, 2048, 8, 2), Shape(1, 1023, 4097, 4, 4))
+LARGE = (Shape(2, 1024, 2048, 4, 2), Shape(1, 1023, 4097, 4, 4))
+"""Their models have several FP64 scores for every pair: more do not fit beside other workers'."""
 
 
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
@@ -59,8 +60,8 @@ def test_packed_sequences_match_model(instance):
 @pytest.mark.parametrize("two_level", [False, True])
 def test_accumulators_beside_the_simulator(two_level):
     """How many bits of sums a GPU keeps: its error is nearer to that of 14 than of all."""
-    q, k = torch.randn(1, 64, 1, 64).bfloat16() * 0.1, torch.randn(1, 8192, 1, 64).bfloat16()
-    v = (torch.rand(1, 8192, 1, 64) + 0.5).bfloat16()
+    q, k = torch.randn(1, 64, 1, 64).bfloat16() * 0.1, torch.randn(1, 4096, 1, 64).bfloat16()
+    v = (torch.rand(1, 4096, 1, 64) + 0.5).bfloat16()
     hardware = attention_fp8(q.cuda(), k.cuda(), v.cuda(), two_level=two_level).cpu().double()
     distances = []
     for bits in (14, None):

@@ -223,6 +223,36 @@ def test_accumulators_of_14_bits(two_level, worst):
         assert narrow > 1.5 * exactly
 
 
+SHORT = ("fwd_e4m3_d64_local_softcap", "fwd_e4m3_d128_causal_two_level")
+
+
+@pytest.mark.parametrize("instance", SHORT)
+def test_short_sums(instance):
+    """What results on a GPU are held against holds for the simulator with as few bits."""
+    config = INSTANCES[instance].config
+    for number, shape in enumerate(SHAPES):
+        tensors, arguments = inputs_for(config, shape), arguments_for(config, number)
+        how = {"recipe": RECIPES[number], "two_level": config["two_level"], **arguments}
+        with simulator.enabled(fp8_accumulator_bits=14):
+            results = attention_fp8(*tensors, return_lse=True, **how)
+        operands = quantized(*tensors, RECIPES[number])
+        check(instance, operands, *results, short_sums=True, **arguments)
+
+
+@pytest.mark.parametrize("instance", ["fwd_e4m3_d64_varlen", "fwd_e4m3_d128_local_varlen"])
+def test_short_sums_of_packed_sequences(instance):
+    config = INSTANCES[instance].config
+    arguments = arguments_for(config, 5)  # windows of one key, the hardest case
+    tensors, queries, keys = packed_inputs(config)
+    with simulator.enabled(fp8_accumulator_bits=14):
+        out, lse = attention_fp8(
+            *tensors, two_level=False, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
+            cu_seqlens_k=keys.cu_seqlens, **arguments,
+        )  # fmt: skip
+    operands = quantized(*tensors, Recipe.BLOCK64, queries=queries, keys=keys)
+    check_packed(instance, operands, LENGTHS, out, lse, short_sums=True, **arguments)
+
+
 def test_gradients_where_keys_have_a_mean():
     """Rows of dS do not quite sum to 0: dQ would have what is missing times the mean."""
     q, k, v = random_inputs(Shape(1, 100, 160, 2, 1), 64, torch.bfloat16)
