@@ -452,27 +452,57 @@ def test_compare():
 
 
 def test_report_shows_rates_fractions_and_reasons():
-    entries = ledger.update({}, [fabricated()], ["fwd_bf16_d128_causal", "fwd_bf16_d64"])
+    entries = ledger.update({}, [fabricated()], [], ["fwd_bf16_d128_causal", "fwd_bf16_d64"])
     page = report.markdown([fabricated()], entries)
-    assert "## fabricated by the tests, 2026-11-20" in page
+    assert "## fabricated by the tests\n\n- 2026-11-20T00:00, commit 000000000000" in page
     assert "| `forward_bf16_d128_causal_b4_s4096` | 1981 (2.80)" in page
     assert "2.00 TB/s" not in page.split("### decode")[0]
     assert "1.98 TB/s (0.50)" in page
     assert "**wrong**" in page
     assert "- flashinfer fa3: skipped, not installed" in page
-    assert "| `fwd_bf16_d64` | simulator only |" in page
+    assert "| `fwd_bf16_d64` | simulator only |  | simulator only |" in page
     assert "| `fwd_bf16_d128_causal` | fabricated by the tests, 2026-11-20 | 000000000000 |" in page
+
+
+def test_report_shows_the_newest_figure_of_each_problem():
+    """Later runs need not repeat what earlier ones measured."""
+    old, new = fabricated(), fabricated(factor=2.0, date="2026-12-01T00:00:00+00:00")
+    kept = [r for r in new.rows if r.problem.endswith("b4_s4096") or r.workload == "baseline"]
+    new = dataclasses.replace(new, commit="1" * 40, rows=kept)
+    page = report.markdown([old, new], {})
+    lines = [line for line in page.splitlines() if line.startswith("| `forward_")]
+    assert any("b4_s4096` | 990 (" in line and line.endswith(" 111111111111 |") for line in lines)
+    assert any("b32_s512` | 248 (" in line and line.endswith(" 000000000000 |") for line in lines)
 
 
 def test_ledger_takes_the_newest_run():
     old, new = fabricated(), fabricated(factor=2.0, date="2026-12-01T00:00:00+00:00")
     name = "fwd_bf16_d128_causal"
-    entry = ledger.update({}, [new, old], [name])[name]
-    assert (entry["seen"], entry["date"]) == ("hardware", new.date)
-    assert entry["problem"] == FORWARD.format(4, 4096), "the fastest of its problems"
-    assert entry["tflops"] == pytest.approx(990, abs=5)
-    assert ledger.update({name: entry}, [], [name]) == {name: entry}
-    assert ledger.update({"gone": entry}, [], [name]) == {name: ledger.SIMULATOR_ONLY}
+    entry = ledger.update({}, [new, old], [], [name])[name]
+    assert entry["speed"]["date"] == entry["numerics"]["date"] == new.date
+    assert entry["speed"]["problem"] == FORWARD.format(4, 4096), "the fastest of its problems"
+    assert entry["speed"]["tflops"] == pytest.approx(990, abs=5)
+    assert ledger.update({name: entry}, [], [], [name]) == {name: entry}
+    assert ledger.update({"gone": entry}, [], [], [name]) == {name: {}}
+
+
+def test_ledger_has_what_tests_saw(tmp_path):
+    """Numerics without speed; a test that is older than a measurement changes nothing."""
+    run, name = fabricated(), "fwd_bf16_d128_causal"
+    fields = {"commit": "1" * 40, "device": "another", "by": "tests/gpu"}
+    for number, date in enumerate(("2026-01-01", "2026-11-30")):
+        text = json.dumps({"date": date, **fields, "instances": [name, "bwd_pre_bf16", "gone"]})
+        (tmp_path / f"{number}.json").write_text(text)
+    old, new = ledger.load_checks(tmp_path)
+    entries = ledger.update({}, [run], [old], [name, "bwd_pre_bf16"])
+    assert entries["bwd_pre_bf16"] == {"numerics": {"date": "2026-01-01", **fields}}
+    assert entries[name]["numerics"]["date"] == run.date
+    entries = ledger.update(entries, [run], [old, new], [name])
+    assert entries[name]["numerics"]["commit"] == "1" * 40
+    assert entries[name]["speed"]["commit"] == run.commit
+    (tmp_path / "2.json").write_text("{}")
+    with pytest.raises(Refusal, match="is damaged"):
+        ledger.load_checks(tmp_path)
 
 
 def test_ledger_has_what_helped():
@@ -484,12 +514,13 @@ def test_ledger_has_what_helped():
         kernels={"bwd_post_bf16_d128": 1.0},
     )  # fmt: skip
     run = dataclasses.replace(run, rows=[main, failed])
-    entries = ledger.update({}, [run], [*kernels, "bwd_post_bf16_d128"])
-    assert entries["bwd_bf16_d128"]["tflops"] > 0
-    assert entries["bwd_bf16_d128"]["milliseconds"] == 0.8
-    assert entries["bwd_pre_bf16"]["milliseconds"] == 0.1
-    assert "tflops" not in entries["bwd_pre_bf16"]
-    assert entries["bwd_post_bf16_d128"] == ledger.SIMULATOR_ONLY
+    entries = ledger.update({}, [run], [], [*kernels, "bwd_post_bf16_d128"])
+    assert entries["bwd_bf16_d128"]["speed"]["tflops"] > 0
+    assert entries["bwd_bf16_d128"]["speed"]["milliseconds"] == 0.8
+    assert entries["bwd_pre_bf16"]["speed"]["milliseconds"] == 0.1
+    assert "tflops" not in entries["bwd_pre_bf16"]["speed"]
+    assert "numerics" not in entries["bwd_pre_bf16"], "nothing was checked in this run"
+    assert entries["bwd_post_bf16_d128"] == {}
     assert "| 0.1 ms |" in report.markdown([run], entries)
 
 
@@ -506,8 +537,9 @@ def test_committed_ledger_and_page_are_current(root):
     """If this fails: hopper-attention bench report"""
     entries = ledger.read(root / "benchmarks" / "ledger.json")
     runs = results.load_folder(root / "benchmarks" / "results")
+    checks = ledger.load_checks(root / "benchmarks" / "results" / "checks")
     assert set(entries) >= set(manifest.instances())
-    assert entries == ledger.update(entries, runs, list(entries))
+    assert entries == ledger.update(entries, runs, checks, list(entries))
     assert (root / "docs" / "results.md").read_text() == report.markdown(runs, entries)
 
 

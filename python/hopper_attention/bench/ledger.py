@@ -1,37 +1,77 @@
-"""What is known of every compiled instance: `benchmarks/ledger.json`.
+"""What was seen on hardware of every compiled instance: `benchmarks/ledger.json`.
 
-Every instance has "seen": "simulator only", or "hardware" and then date, commit, device, problem,
-mode, error and milliseconds of its fastest problem in the newest run; and, if it does most of the
-problem's work, tflops and terabytes_per_second.
+    numerics  date, commit, device, by: it was right; "by" a committed result, or tests on a GPU
+    speed     date, commit, device, problem, mode, error, milliseconds of the fastest problem that
+              it ran; and, where it does most of the problem's work, tflops and
+              terabytes_per_second
+
+What is missing was seen on the simulator only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hopper_attention.bench.results import Row, Run
+from hopper_attention.refusal import Refusal
 
-SIMULATOR_ONLY = {"seen": "simulator only"}
+Entry = dict[str, dict[str, Any]]
+Ledger = dict[str, Entry]
 
-Ledger = dict[str, dict[str, Any]]
+
+@dataclass(frozen=True)
+class Check:
+    """Instances that tests on a GPU found right: a file of `benchmarks/results/checks/`."""
+
+    date: str
+    commit: str
+    device: str
+    by: str
+    instances: list[str]
 
 
-def update(ledger: Ledger, runs: Iterable[Run], instances: Sequence[str]) -> Ledger:
-    """One entry for each of `instances`, from the newest run that timed it, else as it was."""
-    updated = {name: ledger.get(name, SIMULATOR_ONLY) for name in instances}
+def load_checks(folder: Path) -> list[Check]:
+    """Raises Refusal for what is not such a file."""
+    checks = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            checks.append(Check(**json.loads(path.read_text())))
+        except (ValueError, TypeError) as fault:
+            raise Refusal(f"{path} is damaged: {fault}") from None
+    return checks
+
+
+def update(
+    ledger: Ledger, runs: Iterable[Run], checks: Iterable[Check], instances: Sequence[str]
+) -> Ledger:
+    """One entry for each of `instances`, from the newest that saw it, else as it was."""
+    updated: Ledger = {name: dict(ledger.get(name, {})) for name in instances}
+    for check in checks:
+        for name in set(check.instances) & updated.keys():
+            seen = {"date": check.date, "commit": check.commit, "device": check.device}
+            _keep_newer(updated[name], "numerics", {**seen, "by": check.by})
     for run in sorted(runs, key=lambda run: run.date):
         best: dict[str, Row] = {}
         for row in run.rows:
             for name in {row.instance, *row.kernels} & updated.keys() if row.status == "ok" else ():
                 best[name] = max(best.get(name, row), row, key=partial(_rank, name))
         for name, row in best.items():
-            if run.date >= updated[name].get("date", ""):
-                updated[name] = _entry(run, row, name)
+            speed = _speed(run, row, name)
+            _keep_newer(updated[name], "speed", speed)
+            if row.error:  # it was checked before it was timed
+                seen = {key: speed[key] for key in ("date", "commit", "device")}
+                _keep_newer(updated[name], "numerics", {**seen, "by": row.problem})
     return updated
+
+
+def _keep_newer(entry: Entry, what: str, seen: dict[str, Any]) -> None:
+    if seen["date"] >= entry.get(what, {}).get("date", ""):
+        entry[what] = seen
 
 
 def _rank(name: str, row: Row) -> tuple[bool, float]:
@@ -39,9 +79,8 @@ def _rank(name: str, row: Row) -> tuple[bool, float]:
     return name == row.instance, max(row.tflops, row.terabytes_per_second)
 
 
-def _entry(run: Run, row: Row, name: str) -> dict[str, Any]:
-    entry = {
-        "seen": "hardware",
+def _speed(run: Run, row: Row, name: str) -> dict[str, Any]:
+    speed = {
         "date": run.date,
         "commit": run.commit,
         "device": run.device.get("name", "unknown"),
@@ -50,11 +89,11 @@ def _entry(run: Run, row: Row, name: str) -> dict[str, Any]:
         "error": row.error,
     }
     if name in row.kernels:
-        entry["milliseconds"] = round(row.kernels[name], 4)
+        speed["milliseconds"] = round(row.kernels[name], 4)
     if name == row.instance:
-        entry["tflops"] = round(row.tflops, 1)
-        entry["terabytes_per_second"] = round(row.terabytes_per_second, 3)
-    return entry
+        speed["tflops"] = round(row.tflops, 1)
+        speed["terabytes_per_second"] = round(row.terabytes_per_second, 3)
+    return speed
 
 
 def read(path: Path) -> Ledger:

@@ -65,7 +65,7 @@ def run(
     from hopper_attention.benchmarks.peers import PEERS
 
     problems = load_problems(workload or ())
-    peers = _select_peers(PEERS, peer)
+    peers = select_peers(PEERS, peer)
     if listing:
         _print_list(problems, peers)
         return
@@ -82,7 +82,7 @@ def run(
         _plot(console, result, plot)
 
 
-def _select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list[Peer]:
+def select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list[Peer]:
     for pattern in patterns or ():
         if not any(fnmatchcase(peer.name, pattern) for peer in peers):
             known = ", ".join(peer.name for peer in peers)
@@ -242,8 +242,8 @@ def report(
     for path in (results, out.parent, ledger.parent):
         if not path.is_dir():
             raise Refusal(f"{path} is not a folder; run this in the repository, or say where")
-    runs = load_folder(results)
-    entries = ledgers.update(ledgers.read(ledger), runs, list(manifest.instances()))
+    runs, checks = load_folder(results), ledgers.load_checks(results / "checks")
+    entries = ledgers.update(ledgers.read(ledger), runs, checks, list(manifest.instances()))
     ledgers.write(ledger, entries)
     out.write_text(markdown(runs, entries))
     typer.echo(f"{out}: {len(runs)} results, {len(entries)} instances")

@@ -1,0 +1,1 @@
+"""Kernels of several revisions beside each other in one process; README.md says how."""

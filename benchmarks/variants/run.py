@@ -1,0 +1,128 @@
+"""Time variants in turns: the shipped instance's call, the variant's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from hopper_attention import manifest, runtime
+from hopper_attention.bench.correctness import judge
+from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.protocol import Call, Timer
+from hopper_attention.bench.results import OURS
+from hopper_attention.bench.runner import Peer, Unsupported, one_line
+from hopper_attention.bench.statistics import Summary
+from hopper_attention.bench.workloads import Problem
+from hopper_attention.refusal import Refusal
+
+from .build import FAMILY, SEPARATOR
+
+SHIPPED = ""
+"""The variant that is none."""
+
+
+@dataclass
+class Candidate:
+    peer: str
+    variant: str
+    call: Call
+    passed: bool
+    error: dict[str, float]
+    samples_ms: list[float] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> Summary:
+        return Summary.of(self.samples_ms)
+
+
+def variants_of(instance: str) -> list[str]:
+    """Of the build at hand, by name.  Raises Refusal for one that takes other arguments."""
+    known, found = manifest.instances(), []
+    for name, record in known.items():
+        base, _, variant = name.partition(SEPARATOR)
+        if record.family == FAMILY and base == instance:
+            if record.config.get("tile_m") != known[base].config.get("tile_m") and "bwd" in base:
+                raise Refusal(f"{name}: dQ's workspace is laid out by the shipped tile_m")
+            found.append(variant)
+    return found
+
+
+@contextmanager
+def using(variant: str) -> Iterator[None]:
+    """Inside, launches of instances that the variant has run it."""
+    launch, known = runtime._cuda.launch, manifest.instances()
+
+    def launch_variant(instance: str, *arguments: Any) -> None:
+        other = f"{instance}{SEPARATOR}{variant}"
+        launch(other if other in known else instance, *arguments)
+
+    if variant == SHIPPED:
+        yield
+        return
+    with mock.patch.object(runtime, "_cuda", SimpleNamespace(launch=launch_variant)):
+        yield
+
+
+def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) -> list[Candidate]:
+    """Every peer, ours in every variant of its instance; each run once and judged."""
+    inputs, found = Inputs.make(problem, device), []
+    for peer in peers:
+        try:
+            prepared = peer.prepare(inputs)
+        except Unsupported:
+            continue
+        ours = peer.name == OURS and bool(prepared.instance)
+        for variant in [SHIPPED, *(variants_of(prepared.instance) if ours else ())]:
+            with using(variant):
+                results = prepared.call()
+            verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
+            found.append(
+                Candidate(peer.name, variant, prepared.call, verdict.passed, verdict.as_dict())
+            )
+    return found
+
+
+def time(found: Sequence[Candidate], rounds: int, timer: Timer) -> None:
+    """In turns, after a round that does not count."""
+    for round_ in range(-1, rounds):
+        for candidate in found:
+            with using(candidate.variant):
+                duration = timer.milliseconds(candidate.call)
+            if round_ >= 0:
+                candidate.samples_ms.append(duration)
+
+
+def rows(problem: Problem, found: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """For the JSON, fastest first."""
+    return [
+        {
+            "problem": problem.name,
+            "peer": c.peer,
+            "variant": c.variant,
+            "tflops": round(problem.flop / c.milliseconds.median / 1e9, 1),
+            "passed": c.passed,
+            "error": c.error,
+            "samples_ms": c.samples_ms,
+        }
+        for c in sorted(found, key=lambda c: c.milliseconds.median)
+    ]
+
+
+def measure(
+    problem: Problem, peers: Sequence[Peer], rounds: int, timer: Timer, device: torch.device
+) -> list[dict[str, Any]]:
+    """A problem that fails is a row that says why."""
+    try:
+        found = candidates(problem, peers, device)
+        time(found, rounds, timer)
+        return rows(problem, found)
+    except Refusal:
+        raise
+    except Exception as fault:
+        return [{"problem": problem.name, "failed": one_line(fault)}]
