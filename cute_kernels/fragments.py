@@ -146,53 +146,6 @@ def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def finish_before(values: cute.Tensor, *, loc=None, ip=None) -> None:
-    """Keep the arithmetic that leads to `values`, none of them negative, above this point.
-
-    ptxas lets a wait for WGMMA float up above arithmetic that should run under the WGMMA, because
-    nothing ties the two together.  A store that depends on the values, and is never taken, does:
-    the wait is not moved above it.  Costs two instructions and an addition a value.
-    """
-    total = values[0]
-    for i in range(1, cute.size(values)):
-        total = total + values[i]
-    llvm.inline_asm(
-        None,
-        [total.ir_value(loc=loc, ip=ip)],
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, $0; setp.lt.f32 p, $0, 0fBF800000;"
-        " @p st.shared.f32 [a], $0; }",
-        "f",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
-def compute_before(fragment: cute.Tensor, positive: cutlass.Float32, *, loc=None, ip=None) -> None:
-    """`finish_before` for a fragment of which every element matters; four cost one instruction.
-
-    They are stored, never: if `positive` is negative.  ptxas must not be able to tell: it knows
-    that exp2 is not, so the predicate must come from elsewhere.
-    """
-    n = cute.size(fragment)
-    values = [fragment[i].ir_value(loc=loc, ip=ip) for i in range(n)]
-    stores = " ".join(
-        f"@p st.shared.v4.f32 [a], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};" for i in range(0, n, 4)
-    )
-    test = f"mov.b32 a, ${n}; setp.lt.f32 p, ${n}, 0f00000000;"
-    llvm.inline_asm(
-        None,
-        [*values, positive.ir_value(loc=loc, ip=ip)],
-        "{ .reg .pred p; .reg .b32 a; " + test + " " + stores + " }",
-        ",".join(["f"] * (n + 1)),
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
 def opaque(value, *, loc=None, ip=None):
     """The same Int32 or Int64, kept in a register: ptxas cannot compute it again in a loop."""
     kind, letter = {32: (T.i32(), "r"), 64: (T.i64(), "l")}[value.width]

@@ -15,36 +15,46 @@ Layouts    Q, dO (batch, seqlen_q, heads, d); K, V, dK, dV (batch, seqlen_k, hea
            operands of dV and dK.  Only dS goes through shared memory, for dQ, which needs the keys
            of both warpgroups.
 
-Roles      warp 0          issues every load              warp 1   adds dQ to global memory
+Roles      warp 0          issues every load       warp 1   gives and takes turns, if there are any
            warpgroup 1, 2  consumers, 64 keys each, and half of dQ; registers: config.py
 
 Pipelines  name    stages    full                         empty
            K, V    1         1 arrival + bytes            never
-           Q       2         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
+           Q       4         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
            dO      2         the same, with delta         8 arrivals: dV of the block is done
            dS      2         8 arrivals, one a warp       by itself: see below
-           dQ w    1         barrier DQ_FULL + w          barrier DQ_EMPTY + w; 128 + 32 threads
+           turn    1         barrier TURN                 barrier OVER, 256 + 32 threads
 
            A warp writes dS(i) over dS(i - 2) when it has waited for dQ(i - 1), which was issued
            when all had written dS(i - 1), hence waited for dQ(i - 2).
 
+           Q(i) is given back in the middle of block i + 1: with two stages the load of Q(i + 2)
+           would have half a block's time, less than L2 takes under this load.
+
 Timeline   of a consumer and row block i ("|" where it waits):
 
              issue S(i) | dS(i-1) of all warps, issue dQ(i-1), dK(i-1)
-             | S(i), P(i) = exp | dQ(i-1), store | dK(i-1), release Q(i-1), round P(i)
-             issue dP(i), dV(i) | both, release dO(i) | dS(i), round, store
-             (of 128 rows first 64, with dV; then issue dP(i) of the others | dS(i), ...)
+             | S(i), P(i) = exp | dQ(i-1), add it to global memory, round P(i)
+             | dK(i-1), release Q(i-1), issue dV(i), dP(i) | both, release dO(i)
+             dS(i), round, store (of 128 rows first 64 | then issue dP of the others | dS)
 
-           The exponentials run under dQ and dK of the block before; where one consumer computes
-           dS, the other has WGMMAs under way.  More at a time would be better and does not
-           fit: ptxas keeps a fragment that WGMMA has touched alive as a whole, and if they
-           exceed the registers it waits after every WGMMA (docs/tuning.md).
+           ptxas moves most exponentials behind the wait for dQ: they run under dK.  Held above it
+           they are no faster, with masks slower (H100).  Under a window or softcap masked blocks
+           have theirs after dK: there are no registers before.
+
+           Where one consumer computes dS, the other has WGMMAs under way.  More at a time would be
+           better and does not fit: ptxas keeps a fragment that WGMMA has touched alive as a whole,
+           and if they exceed the registers it waits after every WGMMA (docs/tuning.md).
+
+dQ         is added by vector reductions from registers.  Staged in shared memory and added by bulk
+           reductions it takes as long and a sixth of shared memory's time besides.  Adding is a
+           fifth of the kernel's time at d = 128 (without: 768 TFLOP/s, with it 606; H100, 16k).
 
 Turns      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
            the result has the same bits every time.  Blocks start in ascending order, so
            that whoever waits, waits for a block that has started.
 
-Shared memory: barriers, LSE and delta, Q, dO, K (dK), V (dV), dS, dQ; `shared_memory_bytes`.
+Shared memory: barriers, LSE and delta, Q, dO, K (dK), V (dV), dS; `shared_memory_bytes`.
 """
 
 from dataclasses import dataclass
@@ -63,7 +73,6 @@ from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.arithmetic import maximum
 from hopper_attention.cute_kernels.fragments import (
     PackedFragment,
-    compute_before,
     opaque,
     pin,
     rows_and_columns,
@@ -71,7 +80,6 @@ from hopper_attention.cute_kernels.fragments import (
 from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.scores import Scores
 from hopper_attention.cute_kernels.sequence import Rows, Sequence
-from hopper_attention.cute_kernels.visibility import BlockRange
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.backward_parts import (
     CONSUMER_THREADS,
@@ -85,24 +93,18 @@ from hopper_attention.hopper.backward_parts import (
     stage_of,
 )
 from hopper_attention.hopper.config import BACKWARD_STAGES, BackwardConfig
-from hopper_attention.hopper.tma import add_bulk, permute
+from hopper_attention.hopper.tma import permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
-DQ_THREADS = 128 + 32
-"""A consumer warpgroup and the warp that adds its part of dQ."""
 PART = 64
 """Rows of dP that are in registers at a time."""
 
 
 class Barrier(IntEnum):
-    """Named barriers of a block; 0 is __syncthreads."""
+    """Named barriers of a block, beside `TurnBarrier`; 0 is __syncthreads."""
 
     CONSUMERS = 1
     """All consumer threads."""
-    DQ_EMPTY = 2
-    """DQ_EMPTY + w: warpgroup w may write its part of dQ."""
-    DQ_FULL = 4
-    """DQ_FULL + w: it has written it."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,6 @@ class Tiles:
     k: cute.Tensor
     v: cute.Tensor
     ds: cute.Tensor
-    dq: cute.Pointer
     lse: cute.Tensor
     delta: cute.Tensor
     keys: cute.Tensor
@@ -169,7 +170,6 @@ class Thread:
 
     index: Int32
     """Among the consumers."""
-    warpgroup: Int32
     coordinates: cute.Tensor
     """(rows, columns) -> (key, query) in the tile."""
     copy_ds: cute.TiledCopy
@@ -253,14 +253,13 @@ class Backward:
             v_barriers: parts.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
-            lse: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
+            lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
             q: parts.tile("q")
             do: parts.tile("do")
             k: parts.tile("k")
             v: parts.tile("v")
             ds: parts.tile("ds")
-            dq: buffer(Float32, 2 * self.dq_tile.elements)
 
         return Storage
 
@@ -293,15 +292,16 @@ class Backward:
                 if work.order.count > 0:
                     self.parts.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
-                self.add_dq(tiles, problem, saved, work)
+                if problem.turns.address != 0:
+                    self.parts.take_turns(problem, work)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
-            self.consume(mmas, tiles, pipelines, problem, work, gradients)
+            self.consume(mmas, tiles, pipelines, problem, saved, work, gradients)
 
     def make_tiles(self, storage) -> Tiles:
         layout = self.parts.shared_layouts()["ds"]
         ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
-        return Tiles(**self.parts.input_tiles(storage), ds=ds, dq=storage.dq.data_ptr())
+        return Tiles(**self.parts.input_tiles(storage), ds=ds)
 
     def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
         ds = storage.ds_barriers.data_ptr()
@@ -316,49 +316,13 @@ class Backward:
                     cute.arch.mbarrier_init(ds_barriers + stage, 4 * self.cfg.warpgroups)
 
     @cute.jit
-    def add_dq(self, tiles: Tiles, problem: Problem, saved: Workspace, work: Work):
-        """Second warp: adds what the consumers leave of dQ to the workspace, in turns or not."""
-        cfg, tile = self.cfg, self.dq_tile
-        first_block = work.workspace_row // cfg.tile_m
-        lane = cute.arch.lane_idx()
-        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
-            head = work.head_kv * problem.qhead_per_kvhead + h
-            for i in cutlass.range(work.order.count, unroll=1):
-                m_block = work.order.block(i)
-                place = (work.queries.batch, head, first_block + m_block)
-                start = saved.dq[(*place, None)].iterator
-                for w in cutlass.range_constexpr(cfg.warpgroups):
-                    if lane == 0:
-                        # All but the last copy have read: that of w, one round ago, has.
-                        cute.arch.cp_async_bulk_wait_group(1, read=True)
-                    cute.arch.sync_warp()
-                    cute.arch.barrier_arrive(
-                        barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=DQ_THREADS
-                    )
-                    cute.arch.barrier(barrier_id=Barrier.DQ_FULL + w, number_of_threads=DQ_THREADS)
-                    if lane == 0:
-                        if const_expr(w == 0):
-                            if problem.turns.address != 0:
-                                earlier = BlockRange.of(
-                                    work.visibility, m_block, cfg.tile_m, cfg.tile_n
-                                )
-                                problem.turns.wait(place, work.n_block - earlier.first)
-                        part = w * tile.elements
-                        add_bulk(tiles.dq + part, start + part, 4 * tile.elements)
-                        cute.arch.cp_async_bulk_commit_group()
-                if lane == 0 and problem.turns.address != 0:
-                    cute.arch.cp_async_bulk_wait_group(0)
-                    problem.turns.give(place)
-        if lane == 0:
-            cute.arch.cp_async_bulk_wait_group(0)
-
-    @cute.jit
     def consume(
         self,
         mmas: Mmas,
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
+        saved: Workspace,
         work: Work,
         gradients: Gradients,
     ):
@@ -370,7 +334,7 @@ class Backward:
             acc.fill(0.0)
             pin(acc)  # else the zeros are moved behind the fence of the first WGMMA
         if work.order.count > 0:
-            self.differentiate(mmas, tiles, pipelines, problem, work, fragments, thread)
+            self.differentiate(mmas, tiles, pipelines, problem, saved, work, fragments, thread)
         for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
             fragments.acc_dk[i] = fragments.acc_dk[i] * problem.scale
         # Not the index from above: nothing derived from it shall occupy registers in the main loop.
@@ -394,7 +358,7 @@ class Backward:
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, mmas.dp)
         target = copy.get_slice(index).partition_D(permute(tiles.ds, (1, 0, 2)))
-        return Thread(index, consumer_warpgroup(), coordinates, copy, target)
+        return Thread(index, coordinates, copy, target)
 
     def make_fragments(self, mmas: Mmas, tiles: Tiles) -> Fragments:
         cfg = self.cfg
@@ -432,6 +396,7 @@ class Backward:
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
+        saved: Workspace,
         work: Work,
         fragments: Fragments,
         thread: Thread,
@@ -445,25 +410,27 @@ class Backward:
         pipelines.k.consumer_wait(once)
         if const_expr(cfg.varlen):
             clear(tiles.k, "k", 0, work.keys.length - first_key)
-        step = partial(self.step, mmas, tiles, pipelines, problem, work, fragments, thread, once)
-        step(Int32(0), mask, order.block(Int32(0)), first=True)
+        step = partial(
+            self.step, mmas, tiles, pipelines, problem, saved, work, fragments, thread, once
+        )
+        head = work.head_kv * problem.qhead_per_kvhead
+        place = step(Int32(0), None, head, Int32(0), mask, first=True)
         number = Int32(1)
         start = Int32(1)
-        for _ in cutlass.range(problem.qhead_per_kvhead, unroll=1):
+        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
             if const_expr(cfg.mask == "local"):
                 for i in cutlass.range(start, order.unmasked_begin, unroll=1):
-                    step(number, mask, order.block(i), first=False)
+                    place = step(number, place, head + h, i, mask, first=False)
                     number += 1
             begin = maximum(start, order.unmasked_begin)
             for i in cutlass.range(begin, order.unmasked_end, unroll=1):
-                m_block = order.block(i) if const_expr(cfg.varlen) else None
-                step(number, None, m_block, first=False)
+                place = step(number, place, head + h, i, None, first=False)
                 number += 1
             for i in cutlass.range(maximum(start, order.unmasked_end), order.count, unroll=1):
-                step(number, mask, order.block(i), first=False)
+                place = step(number, place, head + h, i, mask, first=False)
                 number += 1
             start = Int32(0)
-        self.finish(mmas, tiles, pipelines, fragments, thread, number - 1)
+        self.finish(pipelines, problem, saved, work, fragments, number - 1, place)
 
     @cute.jit
     def step(
@@ -472,52 +439,59 @@ class Backward:
         tiles: Tiles,
         pipelines: Pipelines,
         problem: Problem,
+        saved: Workspace,
         work: Work,
         fragments: Fragments,
         thread: Thread,
         once: pipeline.PipelineState,
         number: Int32,
+        place_before: Optional[tuple],
+        head: Int32,
+        i: Int32,
         mask: Optional[Mask],
-        m_block: Optional[Int32],
         first: cutlass.Constexpr,
     ):
-        """Row block i, and dQ, dK of row block i - 1 unless `first`.
+        """Row block i of a head, and dQ, dK of the row block before unless `first`.
 
-        number: i, counted over all heads.
+        number: i, counted over all heads; place_before: head and row block of the one before.
+        Returns those of this one.
         """
-        cfg, fr, state, before = self.cfg, fragments, stage_of(number), stage_of(number - 1)
+        cfg, fr, state = self.cfg, fragments, stage_of(number)
+        q_state, q_before = (stage_of(n, cfg.q_stages) for n in (number, number - 1))
         acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
         clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
-        rows = None
+        rows, m_block = None, work.order.block(i)
         if const_expr(cfg.varlen):
             rows = work.queries.length - m_block * cfg.tile_m
-        pipelines.q.consumer_wait(state)
+        pipelines.q.consumer_wait(q_state)
         if const_expr(cfg.varlen):
-            clear(tiles.q, "q", state.index, rows)
-        wgmma.issue(acc, fr.k, fr.q.stage(state.index), accumulate=False)
+            clear(tiles.q, "q", q_state.index, rows)
+        wgmma.issue(acc, fr.k, fr.q.stage(q_state.index), accumulate=False)
         if const_expr(not first):
-            acc_dq = self.issue_dq_dk(pipelines, fragments, before)
+            acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number - 1), q_before)
             warpgroup.wait_group(2)
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        lse = tiles.lse[None, state.index]
+        lse = tiles.lse[None, q_state.index]
         scores = Scores(acc, fr.p, thread.coordinates, cfg.tile_m)
-        exponentiate = partial(scores.exponentiate, lse, problem, mask, m_block)
-        if const_expr(not cfg.softcap):
-            exponentiate()
+        # Slopes of softcap, or a window's limits, take the registers of dQ: P after it is gone.
+        late = cfg.softcap or (cfg.mask == "local" and mask is not None)
+        if const_expr(not late):
+            scores.exponentiate(lse, problem, mask, m_block)
         if const_expr(not first):
-            if const_expr(not cfg.softcap):
-                compute_before(acc, problem.scale_log2)
             warpgroup.wait_group(1)
             pin(acc_dq)
-            self.hand_over_dq(acc_dq, tiles, thread)
-            warpgroup.wait_group(0)
-            pipelines.q.consumer_release(before)
-        if const_expr(cfg.softcap):
-            exponentiate()  # only now: there are registers for it since dQ is gone
-        else:
+            self.add_dq(acc_dq, problem, saved, work, place_before)
+        if const_expr(not late):
             fr.p.convert(acc)
+        if const_expr(not first):
+            warpgroup.wait_group(0)
+            pipelines.q.consumer_release(q_before)
+        if const_expr(late):
+            scores.exponentiate(lse, problem, mask, m_block)
+            if const_expr(not cfg.softcap):
+                fr.p.convert(acc)
         if const_expr(first):
             pipelines.v.consumer_wait(once)
             if const_expr(cfg.varlen):
@@ -525,6 +499,8 @@ class Backward:
         pipelines.do.consumer_wait(state)
         if const_expr(cfg.varlen):
             clear(tiles.do, "do", state.index, rows)
+        if const_expr(not cfg.softcap):
+            self.issue_dv(fragments, state)
         for part in cutlass.range_constexpr(cfg.parts):
             self.differentiate_part(mmas, tiles, fragments, thread, state, acc, part)
             if const_expr(part == cfg.parts - 1):
@@ -533,6 +509,7 @@ class Backward:
             target = thread.ds[None, None, part, state.index]
             cute.copy(thread.copy_ds, thread.copy_ds.retile(ds.view)[None, None, 0], target)
         self.hand_over_ds(pipelines, state)
+        return head, m_block
 
     @cute.jit
     def differentiate_part(
@@ -545,9 +522,11 @@ class Backward:
         p: cute.Tensor,
         part: cutlass.Constexpr,
     ):
-        """dP and dS of PART rows, dS rounded; with the first ones dV of all rows.
+        """dP and dS of PART rows, dS rounded; dV is done as well.
 
-        In parts, because S, dP and what is rounded of them would not fit for 128 rows.
+        In parts, because S, dP and what is rounded of them would not fit for 128 rows.  With
+        softcap, dV is issued behind dP: ptxas works out slopes beside whatever comes first, and dV
+        leaves them no registers.
         """
         cfg, fr = self.cfg, fragments
         acc = cute.make_rmem_tensor(mmas.dp.partition_shape_C((cfg.tile_n, PART)), Float32)
@@ -556,9 +535,8 @@ class Backward:
         Scores(acc, ds, thread.coordinates, PART).start_with(delta)
         do_block = fr.do[part].stage(state.index)
         wgmma.issue(acc, fr.v, do_block, accumulate=True)
-        if const_expr(part == 0):
-            do_columns = fr.do_columns.stage(state.index)
-            wgmma.issue(fr.acc_dv, fr.p, do_columns, accumulate=True)
+        if const_expr(cfg.softcap and part == 0):
+            self.issue_dv(fragments, state)
         warpgroup.wait_group(0)
         pin(acc)
         n = cute.size(acc)
@@ -566,19 +544,24 @@ class Backward:
             acc[i] = p[part * n + i] * acc[i]
         ds.convert(acc)
 
+    def issue_dv(self, fragments: Fragments, state: pipeline.PipelineState) -> None:
+        do_columns = fragments.do_columns.stage(state.index)
+        wgmma.issue(fragments.acc_dv, fragments.p, do_columns, accumulate=True)
+
     @cute.jit
     def issue_dq_dk(
         self,
         pipelines: Pipelines,
         fragments: Fragments,
         state: pipeline.PipelineState,
+        q_state: pipeline.PipelineState,
     ) -> cute.Tensor:
         """dQ and dK of a row block whose dS is on its way; returns dQ's accumulator."""
         fr, acc_dq = fragments, self.dq_tile.accumulator()
         cute.arch.mbarrier_wait(pipelines.ds + state.index, state.phase)
         ds_block = fr.ds.stage(state.index)
         wgmma.issue(acc_dq, ds_block, fr.k_columns, accumulate=False)
-        q_columns = fr.q_columns.stage(state.index)
+        q_columns = fr.q_columns.stage(q_state.index)
         wgmma.issue(fr.acc_dk, fr.packed_ds, q_columns, accumulate=True)
         return acc_dq
 
@@ -590,30 +573,32 @@ class Backward:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(pipelines.ds + state.index)
 
-    @cute.jit
-    def hand_over_dq(self, acc_dq: cute.Tensor, tiles: Tiles, thread: Thread):
-        tile, w = self.dq_tile, thread.warpgroup
-        cute.arch.barrier(barrier_id=Barrier.DQ_EMPTY + w, number_of_threads=DQ_THREADS)
-        target = tile.of_thread(tiles.dq, w, thread.index - w * 128)
-        cute.autovec_copy(tile.as_vectors(acc_dq), target)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier_arrive(barrier_id=Barrier.DQ_FULL + w, number_of_threads=DQ_THREADS)
+    def add_dq(
+        self, acc: cute.Tensor, problem: Problem, saved: Workspace, work: Work, place: tuple
+    ) -> None:
+        """This warpgroup's part of a row block's dQ."""
+        # Worked out only now, from the thread's index anew: it would occupy registers in the loop.
+        index = opaque(cute.arch.thread_idx()[0]) & 127
+        address = self.parts.address_of_dq(saved, work, *place, index)
+        self.parts.add_dq(acc, address, problem)
 
     @cute.jit
     def finish(
         self,
-        mmas: Mmas,
-        tiles: Tiles,
         pipelines: Pipelines,
+        problem: Problem,
+        saved: Workspace,
+        work: Work,
         fragments: Fragments,
-        thread: Thread,
         number: Int32,
+        place: tuple,
     ):
         """dQ and dK of the last row block; everything is waited for."""
-        acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number))
+        q_state = stage_of(number, self.cfg.q_stages)
+        acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number), q_state)
         warpgroup.wait_group(1)
         pin(acc_dq)
-        self.hand_over_dq(acc_dq, tiles, thread)
+        self.add_dq(acc_dq, problem, saved, work, place)
         warpgroup.wait_group(0)
         pin(fragments.acc_dv)
         pin(fragments.acc_dk)

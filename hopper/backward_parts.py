@@ -4,6 +4,7 @@ hopper/backward.py serves head dims up to 128, hopper/backward_wide.py those abo
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import cutlass
@@ -26,8 +27,19 @@ from hopper_attention.hopper.dq_tile import DqTile
 from hopper_attention.hopper.row_store import RowStore, swizzle_atom, widest_span
 from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_row, load_stage, partition, permute
+from hopper_attention.hopper.turns import consumer_warpgroup
 
 CONSUMER_THREADS = 256
+TURN_THREADS = CONSUMER_THREADS + 32
+"""The consumers and the warp that waits for their turns."""
+
+
+class TurnBarrier(IntEnum):
+    """Named barriers of both kernels, behind their own."""
+
+    TURN = 4
+    """It is this block's turn to add to a block of dQ."""
+    OVER = 5
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,10 @@ class Work:
     """Where the sequence's rows start in the workspace."""
 
 
-def stage_of(number: Int32) -> pipeline.PipelineState:
-    """Where row block `number` is, in every pipeline of two stages, for its consumers."""
-    return pipeline.PipelineState(BACKWARD_STAGES, Int32(0), number & 1, number >> 1 & 1)
+def stage_of(number: Int32, stages: int = BACKWARD_STAGES) -> pipeline.PipelineState:
+    """Where row block `number` is, in a pipeline of 2 or 4 stages, for its consumers."""
+    phase = number >> stages.bit_length() - 1 & 1
+    return pipeline.PipelineState(stages, Int32(0), number & stages - 1, phase)
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ class Parts:
         """(rows, columns, stages) of the 16-bit tiles in shared memory."""
         cfg = self.cfg
         return {
-            "q": (cfg.tile_m, cfg.head_dim, BACKWARD_STAGES),
+            "q": (cfg.tile_m, cfg.head_dim, cfg.q_stages),
             "do": (cfg.tile_m, cfg.head_dim_v, BACKWARD_STAGES),
             "k": (cfg.tile_n, cfg.head_dim, 1),
             "v": (cfg.tile_n, cfg.head_dim_v, 1),
@@ -242,8 +255,9 @@ class Parts:
             )
             for name in ("q", "do", "k", "v")
         }
-        statistics = cute.make_layout((self.cfg.tile_m, BACKWARD_STAGES))
-        tiles |= {name: getattr(storage, name).get_tensor(statistics) for name in ("lse", "delta")}
+        for name, stages in (("lse", self.cfg.q_stages), ("delta", BACKWARD_STAGES)):
+            statistics = cute.make_layout((self.cfg.tile_m, stages))
+            tiles[name] = getattr(storage, name).get_tensor(statistics)
         return {**tiles, "keys": storage.keys.get_tensor(cute.make_layout(5))}
 
     def input_pipelines(self, storage) -> dict[str, pipeline.PipelineTmaAsync]:
@@ -298,6 +312,45 @@ class Parts:
         row = workspace.first_row(packed, queries, batch)
         return Work(n_block, tile.head, queries, keys, visibility, order, row)
 
+    @cute.jit
+    def take_turns(self, problem: Problem, work: Work):
+        """Second warp, where key blocks add to dQ in ascending order."""
+        cfg, lane = self.cfg, cute.arch.lane_idx()
+        first_block = work.workspace_row // cfg.tile_m
+        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
+            head = work.head_kv * problem.qhead_per_kvhead + h
+            for i in cutlass.range(work.order.count, unroll=1):
+                m_block = work.order.block(i)
+                place = (work.queries.batch, head, first_block + m_block)
+                if lane == 0:
+                    earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
+                    problem.turns.wait(place, work.n_block - earlier.first)
+                cute.arch.sync_warp()
+                cute.arch.barrier_arrive(
+                    barrier_id=TurnBarrier.TURN, number_of_threads=TURN_THREADS
+                )
+                cute.arch.barrier(barrier_id=TurnBarrier.OVER, number_of_threads=TURN_THREADS)
+                if lane == 0:
+                    problem.turns.give(place)
+
+    def address_of_dq(
+        self, saved: Workspace, work: Work, head: Int32, m_block: Int32, index: Int32
+    ) -> Int64:
+        """Of the first element of a block of dQ that thread `index` of a consumer has."""
+        block = work.workspace_row // self.cfg.tile_m + m_block
+        start = saved.dq[work.queries.batch, head, block, None].iterator
+        return self.dq_tile.of_thread(start, consumer_warpgroup(), index).iterator.toint()
+
+    @cute.jit
+    def add_dq(self, acc: cute.Tensor, address: Int64, problem: Problem):
+        """By both consumers, from registers; in turns or not."""
+        if problem.turns.address != 0:
+            cute.arch.barrier(barrier_id=TurnBarrier.TURN, number_of_threads=TURN_THREADS)
+        self.dq_tile.add(acc, address)
+        if problem.turns.address != 0:
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.barrier_arrive(barrier_id=TurnBarrier.OVER, number_of_threads=TURN_THREADS)
+
     def note_keys(self, note: cute.Tensor, work: Work) -> None:
         keys = work.keys
         values = (work.n_block, work.head_kv, keys.batch, keys.offset, keys.length)
@@ -329,7 +382,7 @@ class Parts:
         sV, gV = partition(tma.v, tiles.v, v_source)
         q_state, do_state, once = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
-            for stages in (BACKWARD_STAGES, BACKWARD_STAGES, 1)
+            for stages in (cfg.q_stages, BACKWARD_STAGES, 1)
         )
         load_stage(pipelines.k, once, tma.k.atom, gK, sK)
         for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):

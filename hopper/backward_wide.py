@@ -20,7 +20,7 @@ Pipelines  name  stages  full                         empty
            P     1       barrier P_FULL, 256 threads  barrier P_EMPTY, 256 threads
            dS    2       4 arrivals, "keys"           by itself: "values" gives P(i + 1) when it
                                                       has waited for dQ(i - 1)
-           turn  1       barrier TURN                 barrier TURN_OVER, 256 + 32 threads
+           turn  1       barrier TURN                 barrier OVER, 256 + 32 threads
 
 Timeline   of row block i ("|" where it waits):
 
@@ -59,7 +59,6 @@ from hopper_attention.cute_kernels.fragments import (
 from hopper_attention.cute_kernels.mask import Mask
 from hopper_attention.cute_kernels.scores import Scores
 from hopper_attention.cute_kernels.sequence import Rows, Sequence
-from hopper_attention.cute_kernels.visibility import BlockRange
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.backward_parts import (
     CONSUMER_THREADS,
@@ -76,19 +75,13 @@ from hopper_attention.hopper.config import BACKWARD_STAGES, WideBackwardConfig
 from hopper_attention.hopper.tma import permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
-TURN_THREADS = CONSUMER_THREADS + 32
-"""The consumers and the warp that waits for their turns."""
-
 
 class Barrier(IntEnum):
-    """Named barriers of a block; 0 is __syncthreads."""
+    """Named barriers of a block, beside `TurnBarrier`; 0 is __syncthreads."""
 
     CONSUMERS = 1
     P_FULL = 2
     P_EMPTY = 3
-    TURN = 4
-    """It is this block's turn to add to a block of dQ."""
-    TURN_OVER = 5
 
 
 @dataclass(frozen=True)
@@ -224,7 +217,7 @@ class BackwardWide:
             v_barriers: parts.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
-            lse: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
+            lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
             q: parts.tile("q")
             do: parts.tile("do")
@@ -269,7 +262,7 @@ class BackwardWide:
                     self.parts.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
                 if problem.turns.address != 0:
-                    self.take_turns(problem, work)
+                    self.parts.take_turns(problem, work)
         elif warp_index < 8:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             self.consume_values(mmas, tiles, pipelines, problem, saved, work, gradients)
@@ -283,25 +276,6 @@ class BackwardWide:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(BACKWARD_STAGES):
                     cute.arch.mbarrier_init(ds_barriers + stage, 4)
-
-    @cute.jit
-    def take_turns(self, problem: Problem, work: Work):
-        """Second warp, where key blocks add to dQ in ascending order."""
-        cfg, lane = self.cfg, cute.arch.lane_idx()
-        first_block = work.workspace_row // cfg.tile_m
-        for h in cutlass.range(problem.qhead_per_kvhead, unroll=1):
-            head = work.head_kv * problem.qhead_per_kvhead + h
-            for i in cutlass.range(work.order.count, unroll=1):
-                m_block = work.order.block(i)
-                place = (work.queries.batch, head, first_block + m_block)
-                if lane == 0:
-                    earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
-                    problem.turns.wait(place, work.n_block - earlier.first)
-                cute.arch.sync_warp()
-                cute.arch.barrier_arrive(barrier_id=Barrier.TURN, number_of_threads=TURN_THREADS)
-                cute.arch.barrier(barrier_id=Barrier.TURN_OVER, number_of_threads=TURN_THREADS)
-                if lane == 0:
-                    problem.turns.give(place)
 
     @cute.jit
     def consume_values(
@@ -436,15 +410,6 @@ class BackwardWide:
             start = Int32(0)
         return number - 1, address
 
-    def address_of_dq(
-        self, saved: Workspace, work: Work, head: Int32, m_block: Int32, index: Int32
-    ) -> Int64:
-        """Of this thread's first element of a block of dQ."""
-        block = work.workspace_row // self.cfg.tile_m + m_block
-        start = saved.dq[work.queries.batch, head, block, None].iterator
-        vectors = self.dq_tile.of_thread(start, consumer_warpgroup(), index)
-        return vectors.iterator.toint()
-
     @cute.jit
     def clear_rows(
         self, tiles: Tiles, pipelines: Pipelines, work: Work, state, m_block: Int32, index: Int32
@@ -501,7 +466,7 @@ class BackwardWide:
             self.add_dq(pipelines, problem, consumer, before, address_before)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
-        return self.address_of_dq(saved, work, head, m_block, consumer.index)
+        return self.parts.address_of_dq(saved, work, head, m_block, consumer.index)
 
     @cute.jit
     def step_keys(
@@ -544,7 +509,7 @@ class BackwardWide:
             acc[j] = acc[j] * p[j]
         consumer.packed.convert(acc)
         self.store_ds(mmas, tiles, pipelines, consumer, state)
-        address = self.address_of_dq(saved, work, head, m_block, consumer.index)
+        address = self.parts.address_of_dq(saved, work, head, m_block, consumer.index)
         pipelines.q.consumer_wait(state)
         self.add_dq(pipelines, problem, consumer, state, address, with_gradient=True)
         if const_expr(not self.cfg.gradient_stays_under_way):
@@ -597,14 +562,4 @@ class BackwardWide:
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        if problem.turns.address != 0:
-            cute.arch.barrier(barrier_id=Barrier.TURN, number_of_threads=TURN_THREADS)
-        vectors = self.dq_tile.as_vectors(acc)
-        for v in cutlass.range_constexpr(self.dq_tile.vectors):
-            cute.arch.inline_ptx(
-                "red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-                read_only_args=[address + v * 2048, *(vectors[j, v] for j in range(4))],
-            )
-        if problem.turns.address != 0:
-            cute.arch.fence_acq_rel_gpu()
-            cute.arch.barrier_arrive(barrier_id=Barrier.TURN_OVER, number_of_threads=TURN_THREADS)
+        self.parts.add_dq(acc, address, problem)

@@ -1,4 +1,4 @@
-"""How a block of dQ lies in the registers of two warpgroups, in shared and in global memory.
+"""How a block of dQ lies in the registers of two warpgroups and in global memory.
 
 dQ (tile_m, head_dim) = dS K is split between the warpgroups by rows where there are 128, else by
 columns.  In memory it keeps the order of the registers: warpgroup w's elements as `vectors` times
@@ -11,7 +11,7 @@ from typing import Any
 
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32
+from cutlass import Float32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode
 
 
@@ -58,6 +58,15 @@ class DqTile:
         """(4, vectors) view of the block at `start`, of a thread (0 to 127) of a warpgroup."""
         place = (start + (warpgroup * self.elements + thread * 4)).align(16)
         return cute.make_tensor(place, cute.make_layout((4, self.vectors), stride=(1, 512)))
+
+    def add(self, acc: cute.Tensor, address: Int64) -> None:
+        """To global memory, where this thread's first element is at `address`."""
+        vectors = self.as_vectors(acc)
+        for v in range(self.vectors):
+            cute.arch.inline_ptx(
+                "red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address + v * 2048, *(vectors[j, v] for j in range(4))],
+            )
 
     def as_vectors(self, acc: cute.Tensor) -> cute.Tensor:
         return cute.make_tensor(acc.iterator, cute.make_layout((4, self.vectors)))

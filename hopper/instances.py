@@ -61,7 +61,7 @@ def _backward(
         family="backward",
         kernel="hopper_attention.hopper.backward:Backward",
         config=BackwardConfig(dtype, *dims, mask, softcap, varlen, BACKWARD_TILES[dims]),
-        claims=("HGMMA", "UTMALDG", "UBLKRED"),
+        claims=("HGMMA", "UTMALDG", "REDG"),
     )
 
 

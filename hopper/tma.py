@@ -1,7 +1,6 @@
 """TMA: views, partitions and pipeline loads."""
 
 import cutlass.cute as cute
-from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 
@@ -30,11 +29,3 @@ def load_row(source: cute.Tensor, target: cute.Tensor, full: cute.Pointer):
     atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), target.element_type, num_bits_per_copy=bits)
     with cute.arch.elect_one():
         cute.copy(atom, source, target, mbar_ptr=full)
-
-
-def add_bulk(source: cute.Pointer, target: cute.Pointer, nbytes: int) -> None:
-    """By one thread: float32 in shared memory are added to those in global memory."""
-    cute.arch.inline_ptx(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[target.toint(), Int32(source.toint()), Int32(nbytes)],
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -19,7 +20,13 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import backward, flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention import (
+    backward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    manifest,
+    simulator,
+)
 
 pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")
@@ -352,3 +359,18 @@ def test_offsets_beyond_32_bits():
         out = flash_attn_func(*inputs)
         gradients = torch.autograd.grad(out, inputs, far[3])
     check_backward(q, k, v, dout, gradients)
+
+
+@pytest.mark.parametrize("instance", ["bwd_bf16_d64", "bwd_bf16_d128_causal", "bwd_bf16_d256"])
+def test_a_turn_is_given_when_all_have_added(instance):
+    """Turn, sums, fence, then the warp that gives it on: schedules hardly show it."""
+    text = manifest.ptx_path(instance).read_text()
+    kinds = (
+        r"red\.global\.add\.v4|fence\.acq_rel\.gpu|bar\.(?:sync|arrive)\s+[45]|red\.release\.gpu"
+    )
+    order = [re.sub(r"\s+", " ", found) for found in re.findall(kinds, text)]
+    sums = order.count("red.global.add.v4") // order.count("fence.acq_rel.gpu")
+    consumer = ["bar.sync 4", *["red.global.add.v4"] * sums, "fence.acq_rel.gpu", "bar.arrive 5"]
+    giver = ["bar.arrive 4", "bar.sync 5", "red.release.gpu"]
+    assert sums > 0 and order[:3] == giver
+    assert order[3:] == consumer * (len(order[3:]) // len(consumer))

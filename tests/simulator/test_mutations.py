@@ -243,7 +243,7 @@ def test_snippet(runner, body, old, new, expected):
 
 
 @needs_dsl
-@pytest.mark.parametrize("name", ["fwd_bf16_d128", "fwd_bf16_d128_causal"])
+@pytest.mark.parametrize("name", ["fwd_bf16_d192", "fwd_bf16_d128_causal"])
 def test_forward_kernel(monkeypatch, name):
     """Every wait for products, commit, arrival and fence of a kernel that has one stage of Q.
 
@@ -269,7 +269,8 @@ def test_forward_kernel(monkeypatch, name):
         ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     shapes = ((500, 3), (200, 1), (200, 1)) if causal else ((200, 1), (600, 1), (600, 1))
-    q, k, v = (torch.randn(1, n, h, 128, generator=generator).bfloat16() for n, h in shapes)
+    head_dim = manifest.instances()[name].config["head_dim"]
+    q, k, v = (torch.randn(1, n, h, head_dim, generator=generator).bfloat16() for n, h in shapes)
     missed, count = [], 0
     for kind in kinds:
         for match in re.finditer(rf"(?<![.\w]){kind}", text):

@@ -256,7 +256,6 @@ def test_forward_loops_are_within_the_model(rows):
             dims = config["head_dim"] + config["head_dim_v"]
             assert loop.clocks["tensor"] == 2 * tile * dims // 4096
             assert loop.clocks["mufu"] >= tile // 16
-            assert loop.ex2[1] == sum(loop.ex2), "softmax runs under O += P V"
 
 
 @needs_disassembler
@@ -286,8 +285,6 @@ def test_fp8_loops_are_within_the_model(rows):
             # Twice bf16's speed, but for N of 64, where reading A takes as long.
             ideal = 2 * tile * dims // 8192
             assert ideal <= loop.clocks["tensor"] <= 4 * ideal // 3
-            # But for the two weights of V's scales, known before S is.
-            assert loop.ex2[1] >= sum(loop.ex2) - 2, "softmax runs under O += P V"
 
 
 @needs_disassembler
@@ -315,8 +312,6 @@ def test_backward_loops_are_within_the_model(rows):
             if not wide:
                 assert loop.clocks["tensor"] == 2 * tile * (dims + dims_v) // 4096
                 assert loop.clocks["mufu"] >= tile // 16
-            if not config["softcap"]:
-                assert loop.ex2[1] == sum(loop.ex2), "exponentials run under dQ and dK"
 
 
 @needs_disassembler
