@@ -4,7 +4,8 @@ from hopper_attention.cute_kernels.ampere.config import (
     BACKWARD_TILES,
     DTYPES,
     FORWARD_TILES,
-    HOPPER_TILES,
+    HOPPER_BACKWARD_TILES,
+    HOPPER_FORWARD_TILES,
     AmpereBackwardConfig,
     AmpereForwardConfig,
     AmperePostprocessConfig,
@@ -18,6 +19,8 @@ GROUPS = {"sm_80": "ampere", "sm_90": "ampere_sm90"}
 """Architecture -> group.  On Hopper GPUs, where cubins for sm_80 do not run, they are a second
 opinion on results."""
 SUFFIXES = {"sm_80": "", "sm_90": "_sm90"}
+FORWARD = {"sm_80": FORWARD_TILES, "sm_90": HOPPER_FORWARD_TILES}
+BACKWARD = {"sm_80": BACKWARD_TILES, "sm_90": HOPPER_BACKWARD_TILES}
 
 
 def _name(kind: str, dtype: str, dims: tuple[int, int], small: bool, architecture: str) -> str:
@@ -28,12 +31,11 @@ def _name(kind: str, dtype: str, dims: tuple[int, int], small: bool, architectur
 
 
 def _forward(dtype: str, dims: tuple[int, int], tile: int, architecture: str) -> Instance:
-    tiles = FORWARD_TILES if architecture == "sm_80" else HOPPER_TILES
     return Instance(
         name=_name("fwd", dtype, dims, tile > 0, architecture),
         family="ampere_forward",
         kernel="hopper_attention.cute_kernels.ampere.forward:AmpereForward",
-        config=AmpereForwardConfig(dtype, *dims, *tiles[dims][tile]),
+        config=AmpereForwardConfig(dtype, *dims, *FORWARD[architecture][dims][tile]),
         architecture=architecture,
         group=GROUPS[architecture],
         claims=("HMMA", "LDSM", "LDGSTS"),
@@ -45,7 +47,7 @@ def _backward(dtype: str, dims: tuple[int, int], tile: int, architecture: str) -
         name=_name("bwd", dtype, dims, tile > 0, architecture),
         family="ampere_backward",
         kernel="hopper_attention.cute_kernels.ampere.backward:AmpereBackward",
-        config=AmpereBackwardConfig(dtype, *dims, *BACKWARD_TILES[dims][tile]),
+        config=AmpereBackwardConfig(dtype, *dims, *BACKWARD[architecture][dims][tile]),
         architecture=architecture,
         group=GROUPS[architecture],
         claims=("HMMA", "LDSM", "LDGSTS", "RED" if architecture == "sm_80" else "REDG"),
@@ -77,19 +79,19 @@ def _postprocess(dtype: str, architecture: str) -> Instance:
 
 
 def _places(tiles: dict) -> list[tuple]:
-    """(dtype, head dims, number of the tile, architecture): the smaller ones only for sm_80."""
+    """(dtype, head dims, number of the tile, architecture)."""
     return [
         (dtype, dims, tile, architecture)
-        for architecture in GROUPS
+        for architecture, of_architecture in tiles.items()
         for dtype in DTYPES
-        for dims, of_dims in tiles.items()
-        for tile in range(len(of_dims) if architecture == "sm_80" else 1)
+        for dims, of_dims in of_architecture.items()
+        for tile in range(len(of_dims))
     ]
 
 
 INSTANCES = (
-    *(_forward(*place) for place in _places(FORWARD_TILES)),
-    *(_backward(*place) for place in _places(BACKWARD_TILES)),
+    *(_forward(*place) for place in _places(FORWARD)),
+    *(_backward(*place) for place in _places(BACKWARD)),
     *(
         helper(dtype, architecture)
         for architecture in GROUPS

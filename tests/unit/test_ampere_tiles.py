@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hopper_attention.cute_kernels.ampere.config import (
+    BACKWARD_TILES,
     FORWARD_TILES,
-    HOPPER_TILES,
+    HOPPER_BACKWARD_TILES,
+    HOPPER_FORWARD_TILES,
     SHARED_MEMORY,
+    AmpereBackwardConfig,
     AmpereForwardConfig,
 )
 from hopper_attention.cute_kernels.ampere.mma import Coordinates
@@ -81,10 +84,13 @@ def test_coordinates():
 
 
 def test_every_device_has_room_for_every_head_dim():
-    for dims, tiles in FORWARD_TILES.items():
-        least = min(AmpereForwardConfig("bf16", *dims, *t).shared_memory_bytes for t in tiles)
-        assert least <= min(SHARED_MEMORY.values())
-    assert set(HOPPER_TILES) == set(FORWARD_TILES)
+    kinds = ((AmpereForwardConfig, FORWARD_TILES), (AmpereBackwardConfig, BACKWARD_TILES))
+    for config, of_dims in kinds:
+        for dims, tiles in of_dims.items():
+            least = min(config("bf16", *dims, *tile).shared_memory_bytes for tile in tiles)
+            assert least <= min(SHARED_MEMORY.values())
+    assert set(HOPPER_FORWARD_TILES) == set(FORWARD_TILES)
+    assert set(HOPPER_BACKWARD_TILES) == set(BACKWARD_TILES)
 
 
 @pytest.mark.parametrize(
