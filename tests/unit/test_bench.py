@@ -471,7 +471,7 @@ def test_report_shows_the_newest_figure_of_each_problem():
     new = dataclasses.replace(new, commit="1" * 40, rows=kept)
     page = report.markdown([old, new], {})
     lines = [line for line in page.splitlines() if line.startswith("| `forward_")]
-    assert any("b4_s4096` | 990 (" in line and line.endswith(" 111111111111 |") for line in lines)
+    assert any("b4_s4096` | 991 (" in line and line.endswith(" 111111111111 |") for line in lines)
     assert any("b32_s512` | 248 (" in line and line.endswith(" 000000000000 |") for line in lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def _workload(own: Sequence[Shown], workload: str) -> list[str]:
     lines: list[str] = []
     for mode in MODES:
         cells = {(s.row.problem, s.row.peer): s for s in own if s.row.mode == mode}
-        problems = dict.fromkeys(problem for problem, _ in cells)
+        problems = sorted({problem for problem, _ in cells}, key=_natural)
         if not problems or not peers:
             continue
         body = [
@@ -87,6 +88,14 @@ def _workload(own: Sequence[Shown], workload: str) -> list[str]:
     idle = [row for row in rows if row.status in ("skipped", "failed")]
     skipped = dict.fromkeys((row.peer, row.status, row.reason) for row in idle)
     return lines + [f"- {peer}: {status}, {reason}" for peer, status, reason in skipped]
+
+
+def _natural(problem: str) -> list[tuple[int, str]]:
+    """d64 before d128: numbers in names by value."""
+    return [
+        (int(part or -1), "") if i % 2 else (0, part)
+        for i, part in enumerate(re.split(r"(\d+)", problem))
+    ]
 
 
 def _has_figures(rows: Iterable[Row], peer: str) -> bool:

@@ -144,8 +144,8 @@ def save(path: Path, run: Run) -> None:
 
 
 def load_folder(folder: Path) -> list[Run]:
-    """Every result in the folder, oldest first."""
-    return sorted((load(path) for path in folder.glob("*.json")), key=lambda run: run.date)
+    """Every result in the folder, oldest first, those of one date by name."""
+    return sorted((load(path) for path in sorted(folder.glob("*.json"))), key=lambda run: run.date)
 
 
 def timed(rows: Iterable[Row]) -> dict[tuple[str, str, str], Row]:
