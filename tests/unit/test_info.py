@@ -11,9 +11,10 @@ from hopper_attention.cli import app
 
 
 def test_info_shows_every_instance():
-    shown = CliRunner().invoke(app, ["info"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, ["info"], env={"COLUMNS": "80"})
     assert shown.exit_code == 0, shown.output
     assert all(name in shown.output for name in manifest.instances())
+    assert "…" not in shown.output  # nothing is cut off
 
 
 CAPABILITIES = {"H200": (9, 0), "A100": (8, 0), "T4": (7, 5)}
