@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hopper_attention import selection
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,14 +28,21 @@ def _import_aot() -> None:
 _import_aot()
 
 
+def _runs_on(capability: tuple[int, int] | None, kernels: str) -> bool:
+    try:
+        return capability is not None and selection.choose(capability, kernels).backend == kernels
+    except NotImplementedError:
+        return False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is none that the kernels run on."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        return
-    skip = pytest.mark.skip(reason="needs a Hopper GPU")
+    """Skip tests marked gpu, or gpu("ampere"), where there is none that the kernels run on."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if marker := item.get_closest_marker("gpu"):
+            kernels = marker.args[0] if marker.args else "hopper"
+            if not _runs_on(capability, kernels):
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU for {kernels}'s kernels"))
 
 
 @pytest.fixture

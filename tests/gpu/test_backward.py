@@ -70,6 +70,7 @@ def test_deterministic_over_a_thousand_runs(case):
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.gpu("ampere")
 @pytest.mark.parametrize("instance", ampere_cases.instances("ampere_backward", "sm_90"))
 def test_ampere_kernels_match_fp64(instance):
     """The second opinion on Hopper's."""
@@ -82,6 +83,7 @@ def test_ampere_kernels_match_fp64(instance):
         check_backward(q, k, v, dout, gradients, **arguments)
 
 
+@pytest.mark.gpu("ampere")
 @pytest.mark.parametrize("case", REPEATED)
 def test_ampere_kernels_are_deterministic(case):
     head_dim, shape, arguments = REPEATED[case]

@@ -50,6 +50,7 @@ def test_packed_sequences_match_fp64(instance, lengths):
     check_packed(q, k, v, out, lse, lengths, **arguments)
 
 
+@pytest.mark.gpu("ampere")
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
 @pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=False) if "bf16" in n])
 def test_ampere_kernels_match_fp64(instance, shape):
