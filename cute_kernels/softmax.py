@@ -36,6 +36,11 @@ def add(a, b):
     return a + b
 
 
+def quad_max(value: Float32) -> Float32:
+    """Over the four threads that hold a row."""
+    return cute.arch.warp_reduction(value, cute.arch.fmax, threads_in_group=4)
+
+
 @dataclass(frozen=True)
 class Part:
     """Columns of a block whose scores share a scale."""
@@ -83,44 +88,55 @@ class OnlineSoftmax:
         self.row_max.fill(-Float32.inf)
         self.row_sum.fill(0.0)
 
+    def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...]) -> cute.Tensor:
+        """Of this thread's columns of a block's scores (rows, columns), in row_max's unit.
+
+        `parts` are all of the columns.
+        """
+        found = cute.make_rmem_tensor_like(self.row_max)
+        for row in range(cute.size(found)):
+            tops = [reduce_row(scores, row, cute.arch.fmax, part.columns) for part in parts]
+            if self.scale_log2 is None:
+                tops = [top * part.scale_log2 for top, part in zip(tops, parts)]
+            found[row] = functools.reduce(cute.arch.fmax, tops)
+        return found
+
+    def begin(self, maxima: cute.Tensor) -> None:
+        """row_max <- that of the first block.  By whole warps, as all that follows."""
+        for i in range(cute.size(maxima)):
+            self.row_max[i] = quad_max(maxima[i])
+
+    def exceeded_by(self, maxima: cute.Tensor) -> Boolean:
+        """Whether a row of the warp has a new maximum."""
+        new = Boolean(False)
+        for i in range(cute.size(maxima)):
+            new = new | (maxima[i] > self.row_max[i])
+        return cute.arch.vote_any_sync(new)
+
     @cute.jit
-    def step(
+    def raise_to(self, maxima: cute.Tensor, factors: cute.Tensor, masked: cutlass.Constexpr):
+        """factors (rows,) <- by what everything that was accumulated before must be multiplied."""
+        for i in cutlass.range_constexpr(cute.size(maxima)):
+            row_max = quad_max(cute.arch.fmax(maxima[i], self.row_max[i]))
+            top = self.finite(row_max, masked)
+            factors[i] = cute.math.exp2(self.log2(self.row_max[i] - top), fastmath=True)
+            self.row_sum[i] = self.row_sum[i] * factors[i]
+            self.row_max[i] = row_max
+
+    @cute.jit
+    def exponentiate(
         self,
         scores: cute.Tensor,
         parts: cutlass.Constexpr,
         first: cutlass.Constexpr,
         masked: cutlass.Constexpr,
     ):
-        """scores (rows, columns) <- exp2((scores - row_max) * scale + headroom), row statistics.
+        """scores <- exp2((scores - row_max) * scale + headroom), and the sums of rows.
 
-        `parts` (`Part`) are all of the columns.  Returns the factors (rows,) by which what was
-        accumulated before must be multiplied, and whether it must be at all, the same for a warp;
-        neither means anything if `first`.  With `masked`, a row may be all -inf so far: its maximum
-        is taken as 0, else -inf - -inf would give NaN.
+        `parts` are all of the columns; the `first` block's sums replace row_sum.  With `masked`, a
+        row may be all -inf so far: its maximum is taken as 0, else -inf - -inf would give NaN.
         """
-        rows = cute.size(self.row_max)
-        largest = cute.make_rmem_tensor_like(self.row_max)
-        grown = Boolean(False)
-        for i in cutlass.range_constexpr(rows):
-            row_max = self.largest(scores, parts, i)
-            if const_expr(not first):
-                row_max = cute.arch.fmax(row_max, self.row_max[i])
-            largest[i] = cute.arch.warp_reduction(row_max, cute.arch.fmax, threads_in_group=4)
-            if const_expr(not first):
-                grown = grown | (largest[i] > self.row_max[i])
-        rescale = cute.make_rmem_tensor_like(self.row_max)
-        if const_expr(first):
-            must_rescale = True
-            self.row_max.store(largest.load())
-        else:
-            must_rescale = cute.arch.vote_any_sync(grown)
-            if must_rescale:
-                for i in cutlass.range_constexpr(rows):
-                    top = self.finite(largest[i], masked)
-                    rescale[i] = cute.math.exp2(self.log2(self.row_max[i] - top), fastmath=True)
-                    self.row_sum[i] = self.row_sum[i] * rescale[i]
-                    self.row_max[i] = largest[i]
-        for i in cutlass.range_constexpr(rows):
+        for i in cutlass.range_constexpr(cute.size(self.row_max)):
             top = self.log2(self.finite(self.row_max[i], masked))
             for part in parts:
                 shift = top if part.headroom is None else top - part.headroom
@@ -133,14 +149,6 @@ class OnlineSoftmax:
                 if const_expr(not first or part is not parts[0]):
                     row_sum = self.row_sum[i] + row_sum
                 self.row_sum[i] = row_sum
-        return rescale, must_rescale
-
-    def largest(self, scores: cute.Tensor, parts: list, row: int) -> Float32:
-        """In row_max's unit."""
-        tops = [reduce_row(scores, row, cute.arch.fmax, part.columns) for part in parts]
-        if self.scale_log2 is None:
-            tops = [top * part.scale_log2 for top, part in zip(tops, parts)]
-        return functools.reduce(cute.arch.fmax, tops)
 
     def log2(self, score: Float32) -> Float32:
         """Of exp(score in row_max's unit)."""

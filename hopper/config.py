@@ -4,11 +4,12 @@ Free of imports from the CuTe DSL; see `cute_kernels/instance.py`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 SHARED_MEMORY_CAPACITY = 232448
 """Bytes of shared memory one block may have on sm_90."""
 
+TurnsWith = Literal["GEMMs", "exponentials", "nothing"]
 DTYPES = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 
@@ -48,6 +49,8 @@ class ForwardConfig:
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     element_bytes: ClassVar[int] = 2
     """Of Q, K, V; O has two."""
+    scale_bytes: ClassVar[int] = 0
+    """Beside each block of K."""
 
     def __post_init__(self) -> None:
         assert self.dtype in self.dtypes, self.dtype
@@ -59,6 +62,7 @@ class ForwardConfig:
             "P is the A operand of WGMMAs of 32 bytes"
         )
         assert self.tile_n <= 256, "N of one WGMMA"
+        assert self.stages % 2 == 0 or self.turns != "exponentials", "the parity of a turn"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
 
     @property
@@ -74,6 +78,16 @@ class ForwardConfig:
     @property
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
+
+    @property
+    def turns(self) -> TurnsWith:
+        """What consumers take turns with."""
+        return "GEMMs"
+
+    @property
+    def turn_barriers(self) -> int:
+        """One for each consumer warp, where they take turns with exponentials."""
+        return 4 * self.warpgroups if self.turns == "exponentials" else 0
 
     @property
     def packs_heads(self) -> bool:
@@ -110,7 +124,7 @@ class ForwardConfig:
         return self._shared_memory_bytes(self.q_stages)
 
     def _shared_memory_bytes(self, q_stages: int) -> int:
-        """Barriers (padded to the 1024 bytes that a 128-byte swizzle wants), Q, K, V stages, O."""
+        """Barriers, tiles, scales (padded to the 1024 bytes of a swizzle), Q, K, V stages, O."""
         row, row_v = self.element_bytes * self.head_dim, self.element_bytes * self.head_dim_v
         output = 0 if self.output_over_q else self.tile_m * 2 * self.head_dim_v
         keys = self.stages * self.tile_n * (row + row_v)
@@ -126,11 +140,21 @@ class ForwardFp8Config(ForwardConfig):
 
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
+    scale_bytes: ClassVar[int] = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.tile_n in (64, 128), "keys that share a scale, or two of them"
 
     @property
     def packs_heads(self) -> bool:
         """Q's scales are of the rows of one head."""
         return False
+
+    @property
+    def turns(self) -> TurnsWith:
+        """Softmax is what takes longest.  Three consumers only waited for each other (H200)."""
+        return "exponentials" if self.warpgroups == 2 else "nothing"
 
 
 FORWARD_TILES = {

@@ -19,21 +19,21 @@ Pipelines  name  stages  full                   empty: 4 W arrivals, one a consu
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
            tile  2       1 arrival              at the end of the tile that it describes
 
-Timeline   of consumer w and tile, key blocks j from last to first ("token": named barrier TURN + w)
+Timeline   of consumer w and tile, key blocks j from last to first ("token": turns.py)
 
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
              for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
-                     wait S, release K(j) | mask, softmax | wait O, release V(j+1) | P
-                     rescale O, if a maximum has grown
+                     wait S, release K(j) | mask, maxima | if one has grown: the quads', factors
+                     exponentials | wait O, release V(j+1) | P | rescale O, if one has grown
              issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
 
            Q is released at the end, or, if it has two stages, during the next tile's first GEMM.
 
            The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
-           Within a consumer, maxima and scaling of block j run under O += P V(j+1), the
-           exponentials behind it: ptxas moves the wait up.  Held above the wait they made forward
-           2 to 5 % slower at 16k keys, up to 20 % at 1k (H100).  Between tiles nothing stops: the
-           producer is ahead with the next tile's Q and K.
+           Within a consumer, maxima of block j run under O += P V(j+1), the exponentials behind
+           it: ptxas moves the wait up.  Held above the wait they made forward 2 to 5 % slower at
+           16k keys, up to 20 % at 1k (H100); the wait before the factors, 3 to 7 % (H200).
+           Between tiles nothing stops: the producer is ahead with the next tile's Q and K.
 
 Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
            them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
@@ -41,7 +41,8 @@ Store      each warp writes its 16 rows of O where its 16 rows of Q were (only i
            packed sequence (TMA would overwrite the next one), rows of several heads, and float32.
            Rows of several heads are also loaded without TMA, by the consumers.
 
-Shared memory: barriers, `q_stages` Q (O), `stages` K and V; `ForwardConfig.shared_memory_bytes`.
+Shared memory: barriers, what tiles are, `q_stages` Q (O), `stages` K and V;
+`ForwardConfig.shared_memory_bytes`.
 """
 
 from dataclasses import replace
@@ -92,7 +93,13 @@ from hopper_attention.hopper.forward_parts import (
 from hopper_attention.hopper.output import Output
 from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_stage, partition, permute
-from hopper_attention.hopper.turns import Barrier, Turns, consumer_warpgroup
+from hopper_attention.hopper.turns import (
+    Barrier,
+    ExponentialTurns,
+    GemmTurns,
+    Turns,
+    consumer_warpgroup,
+)
 
 GATHERS = 4
 """Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
@@ -256,16 +263,22 @@ class Forward:
         storage = SmemAllocator().allocate(storage_type)
         layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
         output = storage.q if cfg.output_over_q else storage.o
+        scales = None
+        if const_expr(cfg.scale_bytes > 0):
+            scales = storage.scales.get_tensor(cute.make_layout((cfg.scale_bytes // 4, cfg.stages)))
         tiles = Tiles(
             storage.q.get_tensor(layout_q.outer, swizzle=layout_q.inner),
             storage.k.get_tensor(layout_k.outer, swizzle=layout_k.inner),
             storage.v.get_tensor(layout_v.outer, swizzle=layout_v.inner),
             output.get_tensor(layout_o.outer, swizzle=layout_o.inner),
+            scales,
         )
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.v, tma.o):
                 cpasync.prefetch_descriptor(info.atom)
+        if const_expr(cfg.turns == "exponentials"):
+            ExponentialTurns.prepare(storage.turn_barriers.data_ptr(), cfg.turn_barriers)
         pipelines = self.make_pipelines(storage, tile_counter)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
@@ -274,7 +287,17 @@ class Forward:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             v_start = storage.v.data_ptr()
-            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start)
+            turns = self.start_turns(storage)
+            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, turns)
+
+    def start_turns(self, storage) -> Turns:
+        """Of a consumer, by `ForwardConfig.turns`."""
+        cfg = self.cfg
+        if cfg.turns == "exponentials":
+            return ExponentialTurns.start(storage.turn_barriers.data_ptr(), cfg.warpgroups)
+        if cfg.turns == "GEMMs":
+            return GemmTurns.start(cfg.warpgroups)
+        return Turns()
 
     # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv, rescale,
     # clear_tail.
@@ -288,11 +311,19 @@ class Forward:
     def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
         return acc_o
 
-    def scales(self, problem: Problem, work: Work) -> Any:
+    def load_scales(
+        self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
+    ) -> None:
+        """What comes to shared memory beside a block of K, in the same stage."""
+
+    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Any:
         """What `parts` has to know of a tile."""
 
-    def parts(self, problem: Problem, scales: Any, n_block: Int32) -> tuple[Part, ...]:
-        """Of a key block, by what its scores are scaled."""
+    def read_scales(self, scales: Any, stage: Int32, n_block: Int32) -> Any:
+        """Of a key block in a stage of K."""
+
+    def parts(self, problem: Problem, scales: Any, of_block: Any) -> tuple[Part, ...]:
+        """Of a key block, by what its scores are scaled; `of_block`: from `read_scales`."""
         inner = problem.softcap[0] if self.cfg.softcap else None
         return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
 
@@ -352,8 +383,12 @@ class Forward:
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
+            turn_barriers: cute.struct.MemRange[cutlass.Int64, cfg.turn_barriers]
             tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
             tile_words: cute.struct.MemRange[Int32, WORDS * TILE_STAGES]
+            scales: cute.struct.Align[
+                cute.struct.MemRange[Float32, cfg.scale_bytes // 4 * cfg.stages], 16
+            ]
             q: buffer(layout_q)
             k: buffer(layout_k)
             v: buffer(layout_v)
@@ -365,23 +400,24 @@ class Forward:
         cfg, element_bytes = self.cfg, self.dtype.width // 8
         group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
 
-        def make(barriers, stages, elements, last=False):
+        def make(barriers, stages, elements, last=False, more_bytes=0):
             return pipeline.PipelineTmaAsync.create(
                 num_stages=stages,
                 producer_group=group(thread),
                 consumer_group=group(thread, 4 * cfg.warpgroups),
-                tx_count=elements * element_bytes,
+                tx_count=elements * element_bytes + more_bytes,
                 barrier_storage=barriers.data_ptr(),
                 defer_sync=not last,  # the last one fences and synchronises for all
             )
 
+        k_elements = cfg.tile_n * cfg.head_dim
         words = storage.tile_words.get_tensor(cute.make_layout((WORDS, TILE_STAGES)))
         queue = TileQueue.create(
             tile_counter, words, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
         )
         return Pipelines(
             make(storage.q_barriers, cfg.q_stages, cfg.tile_m * cfg.head_dim),
-            make(storage.k_barriers, cfg.stages, cfg.tile_n * cfg.head_dim),
+            make(storage.k_barriers, cfg.stages, k_elements, more_bytes=cfg.scale_bytes),
             make(storage.v_barriers, cfg.stages, cfg.tile_n * cfg.head_dim_v, last=True),
             queue,
         )
@@ -445,12 +481,14 @@ class Forward:
         v_state = k_state.clone()
         if last >= work.blocks.first:
             load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
+            self.load_scales(problem, work, tiles, k, k_state, last)
             k_state.advance()
         if self.group(problem) == 1:
             load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
             q_state.advance()
         for i in cutlass.range(last - work.blocks.first, unroll=1):
             load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
+            self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
             k_state.advance()
             load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
             v_state.advance()
@@ -468,6 +506,7 @@ class Forward:
         pipelines: Pipelines,
         problem: Problem,
         v_start: cute.Pointer,
+        turns: Turns,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
@@ -488,7 +527,6 @@ class Forward:
             acc_pv=self.accumulator_pv(acc_o),
         )
         softmax = self.statistics(problem)
-        turns = Turns.start(consumer_warpgroup(), cfg.warpgroups)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
         queue, count = pipelines.tiles, Int32(0)
         late = Boolean(False)  # whether the Q of the tile before is still to be released
@@ -507,8 +545,8 @@ class Forward:
                 pipelines.q.consumer_wait(q_state)
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
-                    mmas, fragments, pipelines, softmax, turns, problem, work, v_start, count,
-                    k_state, late,
+                    mmas, fragments, tiles, pipelines, softmax, turns, problem, work, v_start,
+                    count, k_state, late,
                 )  # fmt: skip
             else:
                 if late:
@@ -541,6 +579,7 @@ class Forward:
         self,
         mmas: Mmas,
         fragments: Fragments,
+        tiles: Tiles,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
         turns: Turns,
@@ -564,19 +603,24 @@ class Forward:
         mask = Mask(visibility, coordinates, work.rows, cfg.tile_n)
 
         last = blocks.end - 1
+        scales = self.scales(tiles, problem, work)
         pipelines.k.consumer_wait(k_state)
         k_block = fragments.k.stage(k_state.index)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         if late:
             self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
+        of_block = self.read_scales(scales, k_state.index, last)
         warpgroup.wait_group(0)
         pin(acc_s)
+        parts = self.parts(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
+        scores = self.masked_scores(acc_s, problem, parts, mask, last)
+        softmax.begin(softmax.maxima(scores, parts))
+        turns.before_exponentials(k_state)
         k_state.advance()
-        scales = self.scales(problem, work)
-        parts = self.parts(problem, scales, last)
-        self.update_softmax(acc_s, softmax, problem, parts, mask, last, first=True)
+        softmax.exponentiate(scores, parts, first=True, masked=True)
         fragments.p.convert(acc_s)
+        turns.after_exponentials(softmax.row_sum)
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
@@ -619,27 +663,35 @@ class Forward:
         n_block: Int32,
     ):
         """S and softmax of one key block beside O += P V of the block before; states advanced."""
-        acc_s = fragments.acc_s
+        acc_s, masked = fragments.acc_s, mask is not None
         k_block = fragments.k.stage(k_state.index)
         v_block = fragments.v.stage(v_state.index)
-        parts = self.parts(problem, scales, n_block)
-        pipelines.k.consumer_wait(k_state)
-        turns.wait()
+        k_ready = pipelines.k.consumer_try_wait(k_state)  # beside V's: either takes a while
+        v_ready = pipelines.v.consumer_try_wait(v_state)
+        pipelines.k.consumer_wait(k_state, k_ready)
+        turns.before_gemms()
+        of_block = self.read_scales(scales, k_state.index, n_block)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
-        pipelines.v.consumer_wait(v_state)
+        pipelines.v.consumer_wait(v_state, v_ready)
         self.issue_pv(fragments, v_block, problem, n_block + 1)
-        turns.give()
+        turns.after_gemms()
         warpgroup.wait_group(1)
         pin(acc_s)
+        parts = self.parts(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
-        rescale, must_rescale = self.update_softmax(
-            acc_s, softmax, problem, parts, mask, n_block, first=False
-        )
+        scores = self.masked_scores(acc_s, problem, parts, mask, n_block)
+        maxima = softmax.maxima(scores, parts)
+        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima)
+        if grown:
+            softmax.raise_to(maxima, factors, masked)
+        turns.before_exponentials(k_state)
+        softmax.exponentiate(scores, parts, first=False, masked=masked)
         self.finish_pv(fragments, problem, n_block + 1)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
-        if must_rescale:
-            self.rescale(fragments, rescale)
+        turns.after_exponentials(softmax.row_sum)
+        if grown:
+            self.rescale(fragments, factors)
         following = k_state.clone()
         following.advance()
         return following, k_state
@@ -662,24 +714,22 @@ class Forward:
         scale_rows(rows_and_columns(fragments.acc_o), factors)
 
     @cute.jit
-    def update_softmax(
+    def masked_scores(
         self,
         acc_s: cute.Tensor,
-        softmax: OnlineSoftmax,
         problem: Problem,
         parts: tuple[Part, ...],
         mask: Optional[Mask],
         n_block: Int32,
-        first: cutlass.Constexpr,
-    ):
-        """S of one key block, capped and masked, becomes P in place; the factors for O."""
+    ) -> cute.Tensor:
+        """S of one key block, capped and masked in place, as (rows, columns)."""
         scores = rows_and_columns(acc_s)
         if const_expr(self.cfg.softcap):
             for part in parts:
                 cap(part.of(scores), part.inner, problem.softcap[1])
         if const_expr(mask is not None):
             mask.apply(scores, n_block)
-        return softmax.step(scores, parts, first=first, masked=mask is not None)
+        return scores
 
     @cute.jit
     def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):

@@ -13,10 +13,13 @@ Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  
            64 rows of Q, so its factor is one number.  Those of a key block's halves go into the
            factor in exp2's argument.  V's is split: the largest of a head normalises O, and how far
            a half's is below it is taken from the half's P (exp2's argument again); row sums take
-           it back.  So no scale costs an instruction an element.
+           it back.  So no scale costs an instruction an element.  The producer loads them with the
+           block of K: read from global memory by consumers, they held up their GEMMs.
 
 P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
            offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
+
+Turns      are taken with the exponentials, if at all: the GEMMs take half as long.
 
 Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
            section 3.3.2).  Then P V of each key block, or of 2, 4, ... successive ones, goes to
@@ -41,9 +44,9 @@ from hopper_attention.cute_kernels.types import key_scales, row_statistics, stri
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardFp8Config
 from hopper_attention.hopper.forward import Forward
-from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Work
+from hopper_attention.hopper.forward_parts import Fragments, Mmas, Problem, Tiles, Work
 from hopper_attention.hopper.output import Output
-from hopper_attention.hopper.tma import permute
+from hopper_attention.hopper.tma import load_row, permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
 
@@ -69,8 +72,9 @@ class Scales:
     """Of one tile and consumer."""
 
     q: Float32
+    """With what all scores are multiplied by."""
     keys: cute.Tensor
-    """(pairs of blocks, 4)"""
+    """(4, stages of K), in shared memory."""
 
 
 BLOCK = 64
@@ -182,32 +186,37 @@ class ForwardFp8(Forward):
     def clear_tail(self, pipe, state, v_start: cute.Pointer, valid: Int32) -> None:
         """V has zeros behind the last key."""
 
-    def scales(self, problem: Problem, work: Work) -> Scales:
+    @cute.jit
+    def load_scales(
+        self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
+    ):
+        """Of the 128 keys that the tile is, or is half of."""
+        head_kv = work.tile.head // problem.tiles_per_kvhead
+        pair = n_block * self.cfg.tile_n // (2 * BLOCK)
+        source = problem.scaling.keys[work.tile.batch, head_kv, pair, None]
+        load_row(source, tiles.scales[None, state.index], pipe.producer_get_barrier(state))
+
+    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Scales:
         descales, batch, head = problem.scaling, work.tile.batch, work.tile.head
         block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
         last = descales.q.shape[2] - 1
-        head_kv = head // problem.tiles_per_kvhead
-        return Scales(
-            descales.q[batch, head, minimum(block, last)],
-            descales.keys[batch, head_kv, None, None],
-        )
+        scale = problem.softcap[0] if self.cfg.softcap else problem.scale_log2
+        return Scales(scale * descales.q[batch, head, minimum(block, last)], tiles.scales)
 
-    def parts(self, problem: Problem, scales: Scales, n_block: Int32) -> tuple[Part, ...]:
-        """Loads what belongs to a key block, early: it is needed when S is done."""
-        blocks, columns = self.cfg.tile_n // BLOCK, BLOCK // 4
-        values = cute.make_rmem_tensor((2 * blocks,), Float32)
-        stride = Int32(scales.keys.stride[0])  # 0 or 4
-        place = n_block * stride if blocks == 2 else n_block // 2 * stride + n_block % 2 * 2
-        start = (scales.keys.iterator + place).align(8 * blocks)
-        cute.autovec_copy(cute.make_tensor(start, cute.make_layout(2 * blocks)), values)
-        found = []
-        for i in range(blocks):
-            factor, shift = scales.q * values[2 * i], values[2 * i + 1]
-            scale_log2, inner = problem.scale_log2, None
-            if self.cfg.softcap:
-                inner = problem.softcap[0] * factor
-            else:
-                scale_log2 = scale_log2 * factor
+    def read_scales(self, scales: Scales, stage: Int32, n_block: Int32) -> cute.Tensor:
+        """(2, blocks of 64 keys in the tile) in registers."""
+        values = cute.make_rmem_tensor((2, self.cfg.tile_n // BLOCK), Float32)
+        first = 0 if self.cfg.tile_n == 2 * BLOCK else n_block % 2 * 2
+        source = (scales.keys[None, stage].iterator + first).align(self.cfg.tile_n // 8)
+        cute.autovec_copy(cute.make_tensor(source, values.layout), values)
+        return values
+
+    def parts(self, problem: Problem, scales: Scales, of_block: cute.Tensor) -> tuple[Part, ...]:
+        pin(of_block)  # else ptxas multiplies them, and waits for them, between the WGMMAs of P V
+        columns, found = BLOCK // 4, []
+        for i in range(cute.size(of_block, mode=[1])):
+            factor, shift = scales.q * of_block[0, i], of_block[1, i]
+            scale_log2, inner = (problem.scale_log2, factor) if self.cfg.softcap else (factor, None)
             weight = cute.math.exp2(-shift, fastmath=True)
             own = range(i * columns, (i + 1) * columns)
             found.append(Part(own, scale_log2, HEADROOM + shift, weight, inner))

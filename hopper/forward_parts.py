@@ -108,6 +108,8 @@ class Tiles:
     k: cute.Tensor
     v: cute.Tensor
     o: cute.Tensor
+    scales: Any
+    """Of FP8: (4, stages of K) float32; or None."""
 
 
 @dataclass(frozen=True)

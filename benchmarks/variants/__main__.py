@@ -78,14 +78,13 @@ def run(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("problem", "", "TFLOP/s", box=None)
+    table = Table("problem", "", "variant", "TFLOP/s", "", box=None)
     for row in rows:
         if "failed" in row:
-            table.add_row(row["problem"], f"[red]{row['failed']}[/]", "")
+            table.add_row(row["problem"], f"[red]{row['failed']}[/]")
             continue
-        name = row["variant"] or ("shipped" if row["peer"] == OURS else row["peer"])
-        wrong = "" if row["passed"] else " [red]wrong[/]"
-        table.add_row(row["problem"], name + wrong, f"{row['tflops']:.0f}")
+        wrong = "" if row["passed"] else "[red]wrong[/]"
+        table.add_row(row["problem"], row["peer"], row["variant"], f"{row['tflops']:.0f}", wrong)
     return table
 
 

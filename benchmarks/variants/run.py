@@ -15,7 +15,6 @@ from hopper_attention import manifest, runtime
 from hopper_attention.bench.correctness import judge
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.protocol import Call, Timer
-from hopper_attention.bench.results import OURS
 from hopper_attention.bench.runner import Peer, Unsupported, one_line
 from hopper_attention.bench.statistics import Summary
 from hopper_attention.bench.workloads import Problem
@@ -77,8 +76,8 @@ def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) ->
             prepared = peer.prepare(inputs)
         except Unsupported:
             continue
-        ours = peer.name == OURS and bool(prepared.instance)
-        for variant in [SHIPPED, *(variants_of(prepared.instance) if ours else ())]:
+        ours = prepared.instance
+        for variant in [SHIPPED, *(variants_of(ours) if ours else ())]:
             with using(variant):
                 results = prepared.call()
             verdict = judge(inputs, results if isinstance(results, tuple) else (results,))

@@ -393,9 +393,13 @@ class AmpereForward:
             mask = Mask(Limits(place.limits), self.coordinates(), Rows(1, 0, 0), cfg.tile_n)
             mask.apply(scores, n_block)
         parts = (Part(range(cfg.tile_n // 4), problem.scale_log2),)
-        rescale, must_rescale = softmax.step(scores, parts, first=False, masked=masked)
-        if must_rescale:
-            scale_rows(rows_and_columns(acc_o), rescale)
+        maxima = softmax.maxima(scores, parts)
+        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima)
+        if grown:
+            softmax.raise_to(maxima, factors, masked)
+        softmax.exponentiate(scores, parts, first=False, masked=masked)
+        if grown:
+            scale_rows(rows_and_columns(acc_o), factors)
         p = PackedFragment.like(acc_s, self.dtype)
         p.convert(acc_s)
         sV = SharedB(self.v, self.lanes(place.shared, False), True)

@@ -203,7 +203,8 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
     else:
         assert recipe.rows is not None
         top = block_tops(x, recipe.rows)
-    return (top / largest).clamp(min=LEAST).contiguous()
+    # On a GPU a division by a number is a multiplication by its reciprocal: another rounding.
+    return (top / torch.full_like(top, largest)).clamp(min=LEAST).contiguous()
 
 
 def block_tops(x: Tensor, rows: int) -> Tensor:

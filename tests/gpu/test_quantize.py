@@ -47,6 +47,14 @@ def test_is_what_is_stated(head_dim, dtype, arranged):
         check_equal(got, stated(x, recipe, 2, **arguments), x)
 
 
+@pytest.mark.parametrize("recipe", Recipe)
+def test_statement_is_the_same_on_a_gpu(recipe):
+    """What other tests there compare with: PyTorch divides by a number otherwise than a CPU."""
+    x = some((2, 1000, 4, 64))
+    for here, there in zip(stated(x, recipe), stated(x.cuda(), recipe), strict=True):
+        assert torch.equal(here, there.cpu())
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("centered", [False, True])
 def test_rotated_and_centered(head_dim, centered):

@@ -124,7 +124,7 @@ def test_other_tiles_of_dq_are_refused(monkeypatch):
 
 
 def test_turns_and_verdicts(launches, monkeypatch):
-    """Ours is timed shipped and as variant, in turns with a peer; who is wrong is timed, too."""
+    """All of ours are timed shipped and as variant, in turns with a peer; who is wrong, too."""
     (problem,) = load_problems(["fa3/forward_bf16_d64_b32_s512"])
     problem = replace(problem, batch=1, heads=1, heads_kv=1, seqlen=64, seqlen_q=64)
 
@@ -140,19 +140,25 @@ def test_turns_and_verdicts(launches, monkeypatch):
 
             return Prepared(call, INSTANCE)
 
+    class OursOtherwise(Ours):
+        name = "hopper-attention, one level"
+
     class Peer(Ours):
         name = "peer"
 
         def prepare(self, inputs):
             return Prepared(super().prepare(inputs).call)
 
-    found = run.measure(problem, [Ours(), Peer()], 2, Clock(), torch.device("cpu"))
+    peers = [Ours(), OursOtherwise(), Peer()]
+    found = run.measure(problem, peers, 2, Clock(), torch.device("cpu"))
     assert {(row["peer"], row["variant"]): row["passed"] for row in found} == {
         ("hopper-attention", ""): True,
         ("hopper-attention", "other"): False,
+        ("hopper-attention, one level", ""): True,
+        ("hopper-attention, one level", "other"): False,
         ("peer", ""): True,
     }
-    assert [row["samples_ms"] for row in found] == [[4.0, 7.0], [5.0, 8.0], [6.0, 9.0]]
+    assert [row["samples_ms"] for row in found] == [[5.0 + i, 10.0 + i] for i in range(1, 6)]
 
 
 def test_a_problem_that_fails_is_a_row(monkeypatch):
