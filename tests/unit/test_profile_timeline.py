@@ -119,6 +119,17 @@ def test_exports(tmp_path):
         spans.write_picture([], picture, "clocks", "title")
 
 
+def test_a_picture_shows_the_middle(monkeypatch):
+    monkeypatch.setattr(spans, "PICTURE_UNITS", 10)
+    recorded = [Span(0, 0, "arithmetic", 0, 44), Span(0, 4, "issue GEMM", 44, 46)]
+    recorded += [Span(0, 4, "wait for WGMMA", 46, 100)]
+    assert spans.middle(recorded) == [
+        Span(0, 4, "issue GEMM", 45, 46),
+        Span(0, 4, "wait for WGMMA", 46, 55),
+    ]
+    assert spans.middle(recorded[1:2]) == recorded[1:2]
+
+
 def test_without_a_driver(monkeypatch):
     def missing(_):
         raise OSError

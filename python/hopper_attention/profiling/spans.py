@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hopper_attention.refusal import Refusal
@@ -17,6 +17,8 @@ COLOURS = {
     "wait for mbarrier": "tab:purple",
 }
 ROW_INCHES = 0.35
+PICTURE_UNITS = 20_000
+"""Of time that a picture shows, from the middle: some key blocks.  The trace has everything."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def write_perfetto(spans: Iterable[Span], path: Path, unit: str) -> None:
 
 
 def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> None:
-    """A PNG of the first block: the first warp of each warpgroup, time to the right.
+    """A PNG of the first block's middle: the first warp of each warpgroup, time to the right.
 
     Raises Refusal without spans.
     """
@@ -61,13 +63,14 @@ def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> N
     if not spans:
         raise Refusal("nothing was recorded: the problem has no key block to attend to")
     block = min(span.block for span in spans)
-    warps = sorted({s.warp for s in spans if s.block == block and s.warp % 4 == 0})
+    spans = middle([s for s in spans if s.block == block and s.warp % 4 == 0])
+    warps = sorted({span.warp for span in spans})
     figure = Figure(figsize=(12, 1.2 + ROW_INCHES * len(warps)), layout="constrained")
     axis = figure.subplots()
     for row, warp in enumerate(warps):
         for name, colour in COLOURS.items():
-            own = [s for s in spans if (s.block, s.warp, s.name) == (block, warp, name)]
-            axis.broken_barh([(s.start, s.end - s.start) for s in own], (row, 0.8), color=colour)
+            own = [(s.start, s.end - s.start) for s in spans if (s.warp, s.name) == (warp, name)]
+            axis.broken_barh(own, (row, 0.8), facecolors=colour)  # no edges: they hide short ones
     labels = ["producer" if warp == 0 else f"consumer {warp // 4 - 1}" for warp in warps]
     axis.set_yticks([row + 0.4 for row in range(len(warps))], labels)
     axis.invert_yaxis()
@@ -77,3 +80,12 @@ def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> N
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def middle(spans: list[Span]) -> list[Span]:
+    """What lies, at least in part, in the middle `PICTURE_UNITS`; cut to it."""
+    start, end = min(s.start for s in spans), max(s.end for s in spans)
+    first = max(start, (start + end - PICTURE_UNITS) // 2)
+    last = min(end, first + PICTURE_UNITS)
+    cut = (replace(s, start=max(s.start, first), end=min(s.end, last)) for s in spans)
+    return [span for span in cut if span.end > span.start]
