@@ -241,6 +241,14 @@ def test_heads_that_share_tiles(instance):
         torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
 
 
+def test_gathered_rows_beside_gemms_of_others(monkeypatch):
+    """One consumer gathers its rows while the other's GEMM reads its own, which lie between."""
+    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
+    q, k, v = packed_inputs("fwd_bf16_d128_varlen", ((127, 1),), heads=4, heads_kv=2)
+    out, lse = simulate_packed(q, k, v, ((127, 1),), 0, pack_gqa=True)
+    check_packed(q, k, v, out, lse, ((127, 1),))
+
+
 @both
 @pytest.mark.parametrize("shape", [Shape(2, 5, 300, 8, 1), Shape(1, 70, 70, 6, 2)], ids=str)
 def test_dense_heads_that_share_tiles(monkeypatch, shape):

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .errors import BarrierError
 from .races import Clocks, Sync
 
@@ -306,13 +308,19 @@ class SharedAccesses:
     def remove(self, access: SharedAccess) -> None:
         (self.writes if access.writes else self.reads).remove(access)
 
-    def collision(self, low: int, high: int, writes: bool) -> SharedAccess | None:
-        """An access that one to [low, high) must not overlap."""
-        for access in self.writes:
+    def collision(
+        self, low: int, high: int, writes: bool, pieces: tuple[np.ndarray, int] | None = None
+    ) -> SharedAccess | None:
+        """An access that one to [low, high) must not overlap; of that only `pieces` are accessed.
+
+        pieces: where they start, and the bytes of each.  Rows that a warpgroup writes may lie on
+        both sides of those that another one's WGMMA reads.
+        """
+        for access in (*self.writes, *(self.reads if writes else ())):
             if access.low < high and low < access.high:
-                return access
-        if writes:
-            for access in self.reads:
-                if access.low < high and low < access.high:
+                if pieces is None:
+                    return access
+                starts, nbytes = pieces
+                if ((starts < access.high) & (starts + nbytes > access.low)).any():
                     return access
         return None

@@ -392,8 +392,7 @@ class Block:
     def _check_rows(self, lanes: Lanes, instruction: Instruction, rows, writes: bool) -> None:
         if self.accesses.writes or (writes and self.accesses.reads):
             for k in range(rows.shape[1]):
-                low, high = int(rows[:, k].min()), int(rows[:, k].max()) + 16
-                self.check_shared(instruction, low, high, writes, lanes)
+                self.check_pieces(instruction, rows[:, k], 16, writes, lanes)
         if self.shadow is None:
             return
         warps = self.first_agent + lanes.threads[::32] // 32
@@ -498,8 +497,7 @@ class Block:
     def check_read(self, block, lanes, instruction, chosen, offsets, nbytes, strong) -> None:
         """Lanes of this block are about to read shared memory of ``block``."""
         if block.accesses.writes:
-            low, high = int(offsets.min()), int(offsets.max()) + nbytes
-            block.check_shared(instruction, low, high, False, lanes)
+            block.check_pieces(instruction, offsets, nbytes, False, lanes)
         if block.shadow is not None:
             agents = agents_of(lanes, self.first_agent)[chosen]
             conflict = block.shadow.read(agents, block.shadow.units(offsets, nbytes), strong)
@@ -508,8 +506,7 @@ class Block:
 
     def check_write(self, block, lanes, instruction, chosen, offsets, nbytes, strong) -> None:
         if block.accesses.writes or block.accesses.reads:
-            low, high = int(offsets.min()), int(offsets.max()) + nbytes
-            block.check_shared(instruction, low, high, True, lanes)
+            block.check_pieces(instruction, offsets, nbytes, True, lanes)
         if block.shadow is not None:
             agents = agents_of(lanes, self.first_agent)[chosen]
             units = block.shadow.units(offsets, nbytes)
@@ -564,11 +561,24 @@ class Block:
         if self.shadow is not None:
             self.cluster.clocks.fence(self.first_agent + lanes.warps)
 
+    def check_pieces(
+        self, instruction: Instruction, starts: np.ndarray, nbytes: int, writes: bool, lanes: Lanes
+    ) -> None:
+        """`check_shared` of what lies together in no order."""
+        low, high = int(starts.min()), int(starts.max()) + nbytes
+        self.check_shared(instruction, low, high, writes, lanes, (starts, nbytes))
+
     def check_shared(
-        self, instruction: Instruction, low: int, high: int, writes: bool, lanes: Lanes
+        self,
+        instruction: Instruction,
+        low: int,
+        high: int,
+        writes: bool,
+        lanes: Lanes,
+        pieces: tuple[np.ndarray, int] | None = None,
     ) -> None:
         """Does an access to [low, high) collide with an asynchronous one that is not waited for?"""
-        access = self.accesses.collision(low, high, writes)
+        access = self.accesses.collision(low, high, writes, pieces)
         if access is not None:
             kind = "writes" if writes else "reads"
             use = "being written" if access.writes else "still being read"
