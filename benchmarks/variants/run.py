@@ -76,8 +76,8 @@ def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) ->
             prepared = peer.prepare(inputs)
         except Unsupported:
             continue
-        ours = prepared.instance
-        for variant in [SHIPPED, *(variants_of(ours) if ours else ())]:
+        others = variants_of(prepared.instance) if prepared.instance else ()
+        for variant in [SHIPPED, *others]:
             with using(variant):
                 results = prepared.call()
             verdict = judge(inputs, results if isinstance(results, tuple) else (results,))

@@ -28,8 +28,8 @@ class Protocol:
     """Rounds that do not."""
     flush_mib: int = 4096
     """Written before every call: empties L2, and takes longer than any peer's Python, so that the
-    GPU never waits for the call: 1 ms on an H200, where 0.25 ms were too few for FP8 tensors that
-    have to be arranged (306 and 555 TFLOP/s at 1k keys in two runs)."""
+    GPU never waits for the call.  1 ms on an H200; 0.25 ms may have been too few for FP8 tensors
+    that have to be arranged: 305 and 555 TFLOP/s at 1k keys in two runs of the same kernels."""
     load_seconds: float = 5.0
     """Of matrix products before "sustained": until power, not the top clock, sets the pace."""
     idle_seconds: float = 0.5
