@@ -1,4 +1,4 @@
-# Object files of the selected instances: one custom command each, or those of another build.
+# Object files of the selected instances: a custom command for each batch, or those of another build.
 # Sets kernel_names, kernel_folder, kernel_objects.
 
 if(HOPPER_ATTENTION_PREBUILT)
@@ -10,15 +10,18 @@ if(HOPPER_ATTENTION_PREBUILT)
   endif()
   set(cuda_major "as compiled")
   list(TRANSFORM records REPLACE ".*/(.+)\\.json$" "\\1" OUTPUT_VARIABLE kernel_names)
+  set(batches)
 else()
   set(kernel_folder "${CMAKE_BINARY_DIR}/kernels")
   set(list_sources "${CMAKE_BINARY_DIR}/list_sources.txt")
+  cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -m aot list --selection "${HOPPER_ATTENTION_INSTANCES}"
-            --sources "${list_sources}" --prune "${kernel_folder}"
-    WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python" OUTPUT_VARIABLE kernel_names
+            --cores ${cores} --sources "${list_sources}" --prune "${kernel_folder}"
+    WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python" OUTPUT_VARIABLE batches
     OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-  string(REPLACE "\n" ";" kernel_names "${kernel_names}")
+  string(REGEX REPLACE "[ \n]" ";" kernel_names "${batches}")
+  string(REPLACE "\n" ";" batches "${batches}")
   file(STRINGS "${list_sources}" sources)
   set_property(DIRECTORY "${CMAKE_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
 
@@ -36,20 +39,25 @@ else()
   set_property(GLOBAL APPEND PROPERTY JOB_POOLS kernels=${jobs})
 endif()
 
-set(kernel_objects)
-foreach(name IN LISTS kernel_names)
-  set(output "${kernel_folder}/${name}")
-  list(APPEND kernel_objects "${output}.o")
-  if(NOT HOPPER_ATTENTION_PREBUILT)
-    add_custom_command(
-      OUTPUT "${output}.o" "${output}.h" "${output}.ptx" "${output}.cubin" "${output}.json"
-      COMMAND Python::Interpreter -m aot compile ${name} --out "${kernel_folder}"
-              --depfile "${output}.d" --cuda ${cuda_major}
-      WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python"
-      DEPFILE "${output}.d" JOB_POOL kernels
-      COMMENT "Kernel ${name}" VERBATIM)
-  endif()
+foreach(batch IN LISTS batches)
+  string(REPLACE " " ";" names "${batch}")
+  list(GET names 0 first)
+  set(outputs)
+  foreach(suffix IN ITEMS o h ptx cubin json)
+    list(TRANSFORM names REPLACE "(.+)" "${kernel_folder}/\\1.${suffix}" OUTPUT_VARIABLE files)
+    list(APPEND outputs ${files})
+  endforeach()
+  set(depfile "${kernel_folder}/${first}.d")
+  add_custom_command(
+    OUTPUT ${outputs}
+    COMMAND Python::Interpreter -m aot compile ${names} --out "${kernel_folder}"
+            --depfile "${depfile}" --cuda ${cuda_major}
+    WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}/python"
+    DEPFILE "${depfile}" JOB_POOL kernels
+    COMMENT "Kernels ${batch}" VERBATIM)
 endforeach()
+
+list(TRANSFORM kernel_names REPLACE "(.+)" "${kernel_folder}/\\1.o" OUTPUT_VARIABLE kernel_objects)
 set_source_files_properties(${kernel_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 
 list(LENGTH kernel_names count)

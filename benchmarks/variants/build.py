@@ -29,12 +29,11 @@ from dataclasses import replace
 from pathlib import Path
 from aot import sources
 sources.make_importable()
-from aot import compile, flavour
+from aot import batch, flavour
 name, as_name, family, out = sys.argv[1:]
 instance = next(i for i in sources.all_instances() if i.name == name)
-compile.compile_instance(
-    replace(instance, name=as_name, family=family), Path(out), flavour.resolve("auto")
-)
+variant = replace(instance, name=as_name, family=family)
+batch.compile_batch([variant], Path(out), flavour.resolve("auto"))
 """
 
 

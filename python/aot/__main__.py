@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from aot import flavour, outputs, sources
-from aot.selection import select
+from aot.selection import batches, select
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -27,8 +27,11 @@ def list_instances(
         Path | None,
         typer.Option(help="Remove outputs of instances that are no longer listed here."),
     ] = None,
+    cores: Annotated[
+        int | None, typer.Option(help="Join the names that one process compiles on so many cores.")
+    ] = None,
 ) -> None:
-    """Print the names of the selected instances."""
+    """Print the names of the selected instances, a line each, or a line for each batch."""
     known = sources.all_instances()
     try:
         instances = select(known, selection)
@@ -38,7 +41,8 @@ def list_instances(
         listed.write_text("\n".join(map(str, sources.imported_sources())) + "\n")
     if prune is not None:
         outputs.prune(prune, {i.name for i in known})
-    print("\n".join(i.name for i in instances))
+    lines = [[i] for i in instances] if cores is None else batches(instances, cores)
+    print("\n".join(" ".join(i.name for i in line) for line in lines))
 
 
 @app.command("flavour")
@@ -51,22 +55,23 @@ def resolve_flavour(cuda: str = "auto") -> None:
 
 
 @app.command("compile")
-def compile_one(
-    name: str,
+def compile_instances(
+    names: Annotated[list[str], typer.Argument(help="Instances of one architecture.")],
     out: Annotated[Path, typer.Option(help="Folder for the outputs.")],
     depfile: Annotated[Path | None, typer.Option(help="Where to write the dependencies.")] = None,
     cuda: Annotated[str, typer.Option(help="CUDA to compile for: auto, 12 or 13.")] = "auto",
 ) -> None:
-    """Compile instance NAME to OUT/NAME.{o,h,ptx,cubin,json}."""
-    from aot import compile as compiler  # what `list` does not need should not be its dependency
+    """Compile each instance of NAMES to OUT/<instance>.{o,h,ptx,cubin,json}."""
+    from aot import batch  # what `list` does not need should not be its dependency
 
-    (instance,) = select(sources.all_instances(), name)
+    instances = select(sources.all_instances(), " ".join(names))
     try:
-        compiler.compile_instance(instance, out, flavour.resolve(cuda))
-    except compiler.ptxas.GateError as fault:
-        raise SystemExit(f"error: {fault} (outputs are kept in {out / name}.scratch)") from None
+        batch.compile_batch(instances, out, flavour.resolve(cuda))
+    except batch.BatchError as fault:
+        raise SystemExit(f"error: {fault}") from None
     if depfile is not None:
-        outputs.write_depfile(depfile, out / f"{name}.o", out / f"{name}.json")
+        records = [out / f"{instance.name}.json" for instance in instances]
+        outputs.write_depfile(depfile, records[0].with_suffix(".o"), records)
 
 
 @app.command("registry")

@@ -22,41 +22,43 @@ HOST_TARGETS = {
 object dies of SIGILL elsewhere."""
 
 
-def compile_instance(instance: Any, out: Path, cuda_major: int) -> bool:
-    """Compile `instance` into `out` unless what lies there is current; return whether it did."""
+def load_dsl(architecture: str, cuda_major: int) -> None:
+    """Import the DSL; a process can do so once, for one architecture and one CUDA."""
+    os.environ["CUTE_DSL_ARCH"] = architecture  # read when cutlass is imported, not later
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # what is current is decided here alone
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of numpy's survive no fork
+    flavour.choose(cuda_major)
+    importlib.import_module("cutlass.cute")
+    _skip_source_lines()
+
+
+def compile_instance(instance: Any, out: Path) -> None:
+    """Compile `instance` into `out`, in a process that has loaded the DSL."""
     record = out / f"{instance.name}.json"
-    scratch = out / f"{instance.name}.scratch"  # stays behind after a failure, for diagnosis
-    shutil.rmtree(scratch, ignore_errors=True)
-    if outputs.is_current(instance, record, cuda_major):
-        return False
+    scratch = outputs.scratch_folder(out, instance.name)
     scratch.mkdir(parents=True)
-    facts = _compile(instance, scratch, cuda_major)
+    facts = _compile(instance, scratch)
     (scratch / record.name).write_text(json.dumps(facts, indent=1) + "\n")
     record.unlink(missing_ok=True)  # it vouches for the others: gone first, back last
     for suffix in outputs.SUFFIXES:
         (scratch / f"{instance.name}{suffix}").replace(out / f"{instance.name}{suffix}")
     shutil.rmtree(scratch)
-    return True
 
 
-def _compile(instance: Any, out: Path, cuda_major: int) -> dict[str, Any]:
+def _compile(instance: Any, out: Path) -> dict[str, Any]:
     """Compile into the empty folder `out`; return what the instance's JSON says."""
-    name = instance.name
-    started = time.perf_counter()
-    os.environ["CUTE_DSL_ARCH"] = instance.architecture  # read when cutlass is imported, not later
-    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # what is current is decided here alone
-    flavour.choose(cuda_major)
     import cuda.bindings.driver as cuda
     from cutlass import cute
 
-    _skip_source_lines()
+    name = instance.name
+    started = time.perf_counter()
     module, _, class_name = instance.kernel.partition(":")
     kernel_class = getattr(importlib.import_module(module), class_name)
     for function in (kernel_class.__call__, kernel_class.kernel):
         function.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     kernel = kernel_class(instance.config)
     arguments = kernel.example_arguments()
-    outputs.source_hash(instance, sources.imported_sources())  # before somebody edits them
+    sources.remember_hashes()
     remarks = out / "remarks.yaml"
     options = (
         f"remarks{{ptx}} --remark-output '{remarks}'",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -52,8 +53,13 @@ def source_hash(instance: Any, files: list[Path]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_depfile(path: Path, target: Path, record: Path) -> None:
-    """Tell the build system, in make's syntax, which sources `target` was compiled from."""
-    files = (sources.ROOT / file for file in json.loads(record.read_text())["sources"])
-    escaped = (str(file).replace(" ", r"\ ") for file in files)
+def scratch_folder(out: Path, name: str) -> Path:
+    """Where an instance is compiled; stays behind after a failure, for diagnosis."""
+    return out / f"{name}.scratch"
+
+
+def write_depfile(path: Path, target: Path, records: Iterable[Path]) -> None:
+    """Tell the build system, in make's syntax, what `target` and its batch were compiled from."""
+    files = {file for record in records for file in json.loads(record.read_text())["sources"]}
+    escaped = (str(sources.ROOT / file).replace(" ", r"\ ") for file in sorted(files))
     path.write_text(f"{target}: " + " \\\n  ".join(escaped) + "\n")

@@ -68,5 +68,16 @@ def is_instance_list(path: Path) -> bool:
 
 @functools.cache
 def hash_file(path: Path) -> str:
-    """Of the content when first asked: what is edited after it was imported must not count."""
+    """Of the content when first asked, or first since `forget_hashes`."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def remember_hashes() -> None:
+    """Of what is imported by now: what somebody edits afterwards must not count."""
+    for file in imported_sources():
+        hash_file(file)
+
+
+def forget_hashes() -> None:
+    """Of files that were asked for before they are imported: they may be edited in between."""
+    hash_file.cache_clear()

@@ -1,13 +1,15 @@
 """The compile driver without the DSL: selection, header, ptxas report, gate, outputs, registry."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from hopper_attention.cute_kernels.instance import Instance
 
-from aot import cubin, flavour, header, outputs, ptxas, registry, selection, sources
+from aot import batch, cubin, flavour, header, outputs, ptxas, registry, selection, sources
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ INSTANCES = [
     replace(INSTANCE, name="bwd_a", group="full"),
     replace(INSTANCE, name="fp8_a", group="fp8"),
 ]
+
+
+AMPERE = replace(INSTANCE, name="ampere_a", architecture="sm_80")
 
 
 class TestSelection:
@@ -45,6 +50,19 @@ class TestSelection:
     def test_refuses_what_matches_nothing(self, words, message):
         with pytest.raises(ValueError, match=message):
             selection.select(INSTANCES, words)
+
+    @pytest.mark.parametrize(
+        ("count", "cores", "sizes"),
+        [(100, 1, [8] * 12 + [4]), (1, 2, [1]), (16, 2, [2] * 8), (4, 64, [1] * 4)],
+    )
+    def test_batches_are_small_enough_for_all_cores(self, count, cores, sizes):
+        assert list(map(len, selection.batches([INSTANCE] * count, cores))) == sizes
+
+    def test_a_batch_is_of_one_architecture(self):
+        instances = [INSTANCE] * 9 + [AMPERE] * 2 + [INSTANCE]
+        batches = selection.batches(instances, cores=1)
+        assert [i for batch in batches for i in batch] == instances
+        assert all(len({i.architecture for i in batch}) == 1 for batch in batches)
 
 
 HEADER = """
@@ -226,16 +244,85 @@ class TestOutputs:
         assert self.fresh_hash([kernel]) != before
 
     def test_depfile(self, tree):
-        outputs.write_depfile(tree / "fwd_a.d", tree / "fwd_a.o", tree / "fwd_a.json")
+        facts = {"sources": ["hopper/kernel.py", "cute_kernels/mask.py"]}
+        (tree / "fwd_b.json").write_text(json.dumps(facts))
+        records = [tree / "fwd_a.json", tree / "fwd_b.json"]
+        outputs.write_depfile(tree / "fwd_a.d", tree / "fwd_a.o", records)
         target, files = (tree / "fwd_a.d").read_text().replace("\\\n", "").split(": ")
         assert target == str(tree / "fwd_a.o")
-        assert files.split() == [str(tree / "hopper" / f) for f in ("kernel.py", "instances.py")]
+        sources_of_both = ("cute_kernels/mask.py", "hopper/instances.py", "hopper/kernel.py")
+        assert files.split() == [str(tree / file) for file in sources_of_both]
 
     def test_prune_removes_unlisted_instances_only(self, tree):
         outputs.prune(tree, {"fwd_a"})
         assert self.is_current(tree)
         outputs.prune(tree, {"fwd_b"})
         assert list(tree.glob("fwd_a.*")) == []
+
+
+class TestBatch:
+    @pytest.fixture
+    def compiled(self, tmp_path, monkeypatch) -> Path:
+        """A folder for outputs; the compiler leaves a file there, or fails as the name says."""
+
+        def compile_instance(instance, out):
+            if instance.name == "fwd_spills":
+                raise ptxas.GateError("8 bytes of register spill stores")
+            if instance.name == "fwd_killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            (out / instance.name).write_text(str(os.getpid()))
+
+        monkeypatch.setattr(batch.compiler, "load_dsl", lambda architecture, cuda_major: None)
+        monkeypatch.setattr(batch.compiler, "compile_instance", compile_instance)
+        return tmp_path
+
+    def test_each_in_a_process_of_its_own(self, compiled):
+        batch.compile_batch(INSTANCES, compiled, 13)
+        processes = {(compiled / instance.name).read_text() for instance in INSTANCES}
+        assert len(processes) == len(INSTANCES)
+        assert str(os.getpid()) not in processes
+
+    def test_what_is_current_is_not_compiled(self, compiled, monkeypatch):
+        monkeypatch.setattr(outputs, "is_current", lambda instance, *_: instance.name != "fwd_b")
+        batch.compile_batch(INSTANCES, compiled, 13)
+        assert [file.name for file in compiled.iterdir()] == ["fwd_b"]
+
+    @pytest.mark.parametrize(
+        ("name", "status", "said"),
+        [("fwd_spills", 1, "error: 8 bytes of register spill"), ("fwd_killed", -9, "")],
+    )
+    def test_a_failure_names_the_instance_and_ends_the_batch(
+        self, compiled, capfd, name, status, said
+    ):
+        failing = replace(INSTANCE, name=name)
+        message = rf"instance {name} was not compiled \(exit status {status}\)"
+        with pytest.raises(batch.BatchError, match=message):
+            batch.compile_batch([INSTANCES[0], failing, INSTANCES[1]], compiled, 13)
+        assert said in capfd.readouterr().err
+        assert [file.name for file in compiled.iterdir()] == [INSTANCES[0].name]
+
+    def test_scratch_of_an_earlier_failure_is_removed(self, compiled):
+        outputs.scratch_folder(compiled, INSTANCE.name).mkdir()
+        batch.compile_batch([INSTANCE], compiled, 13)
+        assert [file.name for file in compiled.iterdir()] == [INSTANCE.name]
+
+    def test_refuses_two_architectures(self, compiled):
+        with pytest.raises(batch.BatchError, match="sm_80, sm_90a"):
+            batch.compile_batch([INSTANCE, AMPERE], compiled, 13)
+
+    def test_edit_after_the_compiled_was_looked_at_counts(self, compiled, monkeypatch):
+        kernel = compiled / "kernel.py"
+        kernel.write_text("before")
+        before = sources.hash_file(kernel)
+        hashed = compiled / "hash"
+        monkeypatch.setattr(
+            batch.compiler,
+            "compile_instance",
+            lambda instance, out: hashed.write_text(sources.hash_file(kernel)),
+        )
+        kernel.write_text("after")
+        batch.compile_batch([INSTANCE], compiled, 13)
+        assert hashed.read_text() != before
 
 
 RECORD = {
