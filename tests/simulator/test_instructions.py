@@ -64,6 +64,8 @@ INTEGER_CASES = {
     "min.s32 %d0, %a0, %a1;": lambda a, b, c: min(signed(a), signed(b)),
     "max.u32 %d0, %a0, %a1;": lambda a, b, c: max(a, b),
     "lop3.b32 %d0, %a0, %a1, %a2, 0xE8;": lambda a, b, c: (a & b) | (a & c) | (b & c),
+    "lop3.b32 %d0, %a0, 0x03FF03FF, %a1, 0xEA;": lambda a, b, c: (a & 0x03FF03FF) | b,
+    "lop3.b32 %d0, %a0, 7, %a1, 0x10;": lambda a, b, c: a & ~7 & ~b & 0xFFFFFFFF,
     "lop3.b32 %d0, %a0, %a1, %a2, 0x72;": (
         lambda a, b, c: sum(
             (0x72 >> ((a >> k & 1) * 4 + (b >> k & 1) * 2 + (c >> k & 1)) & 1) << k
@@ -249,6 +251,15 @@ def test_fp8_rounds_to_nearest_even_and_saturates(name, largest):
         best = [c for c, d in enumerate(distance) if d == min(distance)]
         assert code & 0x7F == min(best, key=lambda c: c % 2)
         assert code >> 7 == np.signbit(x)
+    with np.errstate(over="ignore"):
+        single = inputs.astype(np.float16)
+    halves = single.view(np.uint16).astype(np.uint32)
+    body = f"cvt.rn.satfinite.{name}x2.f16x2 %rs1, %a0; mov.b32 %d0, {{%rs1, 0}};"
+    from_halves = run(body, (halves << 16 | halves[::-1])[:, None])[:, 0]
+    body = f"cvt.rn.satfinite.{name}x2.f32 %rs1, %a0, %a1; mov.b32 %d0, {{%rs1, 0}};"
+    rounded = single.astype(np.float32)
+    expected = run(body, np.stack([rounded, rounded[::-1]], 1).view(np.uint32))[:, 0]
+    assert from_halves.tolist() == expected.tolist()
     back = f"mov.b32 {{%rs1, %rs2}}, %a0; cvt.rn.f16x2.{name}x2 %d0, %rs1;"
     codes = np.arange(32, dtype=np.uint32)
     halves = run(back, (codes | (codes + 64) << 8)[:, None])[:, 0]

@@ -267,15 +267,22 @@ def _logic(instruction: Instruction) -> list[Operation]:
 def _lop3(instruction: Instruction) -> list[Operation]:
     if instruction.parts != ("lop3", "b32"):
         raise instruction.unknown("lop3 with a predicate")
-    destination, a, b, c, table = instruction.operands
+    destination, *sources, table = instruction.operands
     terms = []
     for bit in range(8):
         if table.value >> bit & 1:
-            signs = ["" if bit & mask else "~" for mask in (4, 2, 1)]
-            terms.append("&".join(f"{s}{{{k}}}" for k, s in enumerate(signs)))
+            terms.append("&".join(_as_is_or_not(k, x, bit) for k, x in enumerate(sources)))
     text = "|".join(f"({term})" for term in terms) or "0"
-    inputs = [("U", x) for x in (a, b, c)]
+    inputs = [("U", x) for x in sources]
     return [Operation(instruction, text, [("U", destination)], inputs, guard=instruction.guard)]
+
+
+def _as_is_or_not(place: int, source: Operand, row: int) -> str:
+    """A source as it stands in that row of the truth table."""
+    if row >> (2 - place) & 1:
+        return f"{{{place}}}"
+    # `~` would make a negative Python integer of a constant.
+    return f"({{{place}}}^0xffffffff)" if isinstance(source, Immediate) else f"~{{{place}}}"
 
 
 @pure("shl", "shr", modifiers="")

@@ -114,6 +114,10 @@ def _cvt(instruction: Instruction) -> list[Operation]:
         return simple(instruction, f"{to[:-2]}_pair({{0}}, {{1}})", "F", "FF", "U")
     if to in ("e4m3x2", "e5m2x2") and source == "f32" and modifiers <= {"rn", "satfinite"}:
         return simple(instruction, f"fp8_pair({{0}}, {{1}}, {to[:4]!r})", "F", "FF", "H")
+    if to in ("e4m3x2", "e5m2x2") and source == "f16x2" and modifiers <= {"rn", "satfinite"}:
+        halves = (f"({{0}}{shift}).astype(np.uint16).view(np.float16)" for shift in (" >> 16", ""))
+        text = f"fp8_pair({', '.join(halves)}, {to[:4]!r})"
+        return simple(instruction, text, "U", "U", "H")
     if to == "f16x2" and source in ("e4m3x2", "e5m2x2"):
         table = f"{source[:4]}_f16"
         text = f"{table}[{{0}} & 255] | {table}[{{0}} >> 8] << 16"
