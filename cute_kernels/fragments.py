@@ -81,13 +81,16 @@ class PackedFragment:
 
 @dsl_user_op
 def _convert_four(values, *, loc=None, ip=None) -> cutlass.Int32:
+    """To e4m3: four float32, or two registers of halves."""
+    kind, low, high = ("f32", "$2, $1", "$4, $3") if len(values) == 4 else ("f16x2", "$1", "$2")
     operands = [x.ir_value(loc=loc, ip=ip) for x in values]
     code = (
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+        f"{{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.{kind} low, {low}; "
+        f"cvt.rn.satfinite.e4m3x2.{kind} high, {high}; mov.b32 $0, {{low, high}}; }}"
     )
+    constraints = ",".join(["=r", *("f" if len(values) == 4 else "r") * len(values)])
     word = llvm.inline_asm(
-        T.i32(), operands, code, "=r,f,f,f,f", has_side_effects=False, loc=loc, ip=ip
+        T.i32(), operands, code, constraints, has_side_effects=False, loc=loc, ip=ip
     )
     return cutlass.Int32(word)
 
@@ -103,16 +106,24 @@ class Fp8Fragment:
 
     words: cute.Tensor
     """Four columns each: rows r and r + 8 of the first 16 columns, then of the second."""
+    in_halves: tuple[int, ...]
+    """Of a thread's groups of four columns, those that come as two registers of halves."""
 
     @staticmethod
-    def like(acc: cute.Tensor) -> "Fp8Fragment":
-        return Fp8Fragment(cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32))
+    def like(acc: cute.Tensor, in_halves: tuple[int, ...]) -> "Fp8Fragment":
+        words = cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32)
+        return Fp8Fragment(words, in_halves)
 
     def convert(self, acc: cute.Tensor) -> None:
         for i in range(cute.size(self.words)):
-            start = 16 * (i // 4) + 8 * (i // 2 % 2) + 2 * (i % 2)
-            places = (start, start + 1, start + 4, start + 5)
-            self.words[i] = _convert_four([acc[place] for place in places])
+            group, row = divmod(i, 2)
+            start = 8 * group + 2 * row
+            if group in self.in_halves:
+                pairs = (acc[place].bitcast(cutlass.Int32) for place in (start, start + 1))
+                self.words[i] = _convert_four(list(pairs))
+            else:
+                places = (start, start + 1, start + 4, start + 5)
+                self.words[i] = _convert_four([acc[place] for place in places])
 
 
 def interleaved(column: int) -> int:

@@ -39,3 +39,13 @@ def to_fp8(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint16:
     return Uint16(
         llvm.inline_asm(T.i16(), operands, code, "=h,f,f", has_side_effects=False, loc=loc, ip=ip)
     )
+
+
+@dsl_user_op
+def fmax(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """The greater one; NaN if one is NaN."""
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b)]
+    code = "max.NaN.f32 $0, $1, $2;"
+    return Float32(
+        llvm.inline_asm(T.f32(), operands, code, "=f,f,f", has_side_effects=False, loc=loc, ip=ip)
+    )

@@ -14,7 +14,9 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
+from hopper_attention.cute_kernels.arithmetic import maximum
+from hopper_attention.cute_kernels.instructions import fmax
 
 LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -36,9 +38,21 @@ def add(a, b):
     return a + b
 
 
+def top_unless_negative(scores: cute.Tensor, row: int, columns: range) -> Float32:
+    """The maximum of one row's columns, unless it is negative; then any of them.
+
+    As integers, three at a time and as fast as two floats (VIMNMX3).  They order what is not
+    negative as the floats do, NaN on top, and the negative ones below, but the other way round.
+    """
+    values = [scores[row, j].bitcast(Int32) for j in columns]
+    while len(values) > 1:
+        values = [functools.reduce(maximum, values[i : i + 3]) for i in range(0, len(values), 3)]
+    return values[0].bitcast(Float32)
+
+
 def quad_max(value: Float32) -> Float32:
     """Over the four threads that hold a row."""
-    return cute.arch.warp_reduction(value, cute.arch.fmax, threads_in_group=4)
+    return cute.arch.warp_reduction(value, fmax, threads_in_group=4)
 
 
 @dataclass(frozen=True)
@@ -74,12 +88,14 @@ class OnlineSoftmax:
     """Common to all parts; None: not."""
     headroom: float = 0.0
     """Of parts whose weight is 1."""
+    integer_maxima: bool = False
+    """Whether scores that are not masked are compared as integers: worth it on sm_90."""
 
-    @staticmethod
-    def create(rows: int, scale_log2: Any = None, headroom: float = 0.0) -> "OnlineSoftmax":
+    @classmethod
+    def create(cls, rows: int, **fields: Any) -> "OnlineSoftmax":
         row_max = cute.make_rmem_tensor((rows,), Float32)
         row_sum = cute.make_rmem_tensor((rows,), Float32)
-        softmax = OnlineSoftmax(row_max, row_sum, scale_log2, headroom)
+        softmax = cls(row_max, row_sum, **fields)
         softmax.reset()
         return softmax
 
@@ -88,36 +104,66 @@ class OnlineSoftmax:
         self.row_max.fill(-Float32.inf)
         self.row_sum.fill(0.0)
 
-    def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...]) -> cute.Tensor:
+    def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...], masked: bool) -> cute.Tensor:
         """Of this thread's columns of a block's scores (rows, columns), in row_max's unit.
 
-        `parts` are all of the columns.
+        `parts` are all of the columns.  Where they are `in_integers`, any negative number stands
+        for the negative maximum until `raise_to` settles it.
         """
         found = cute.make_rmem_tensor_like(self.row_max)
         for row in range(cute.size(found)):
-            tops = [reduce_row(scores, row, cute.arch.fmax, part.columns) for part in parts]
+            if self.in_integers(masked):
+                tops = [top_unless_negative(scores, row, part.columns) for part in parts]
+            else:
+                tops = [reduce_row(scores, row, fmax, part.columns) for part in parts]
             if self.scale_log2 is None:
                 tops = [top * part.scale_log2 for top, part in zip(tops, parts)]
-            found[row] = functools.reduce(cute.arch.fmax, tops)
+            found[row] = functools.reduce(fmax, tops)
         return found
+
+    def in_integers(self, masked: bool) -> bool:
+        """-inf, a masked score, would be the largest of the negative ones."""
+        return self.integer_maxima and not masked
 
     def begin(self, maxima: cute.Tensor) -> None:
         """row_max <- that of the first block.  By whole warps, as all that follows."""
         for i in range(cute.size(maxima)):
             self.row_max[i] = quad_max(maxima[i])
 
-    def exceeded_by(self, maxima: cute.Tensor) -> Boolean:
-        """Whether a row of the warp has a new maximum."""
+    def exceeded_by(self, maxima: cute.Tensor, masked: bool) -> Boolean:
+        """Whether a row of the warp may have a new maximum; NaN is one."""
         new = Boolean(False)
         for i in range(cute.size(maxima)):
-            new = new | (maxima[i] > self.row_max[i])
+            new = new | cutlass.not_(maxima[i] <= self.row_max[i])
+            if self.in_integers(masked):
+                new = new | (self.row_max[i] < 0.0)  # a negative one might exceed it
         return cute.arch.vote_any_sync(new)
 
     @cute.jit
-    def raise_to(self, maxima: cute.Tensor, factors: cute.Tensor, masked: cutlass.Constexpr):
-        """factors (rows,) <- by what everything that was accumulated before must be multiplied."""
+    def settle(self, maxima: cute.Tensor, scores: cute.Tensor, parts: cutlass.Constexpr):
+        """Maxima that are negative, if there are any, as what they are."""
+        negative = Boolean(False)
         for i in cutlass.range_constexpr(cute.size(maxima)):
-            row_max = quad_max(cute.arch.fmax(maxima[i], self.row_max[i]))
+            negative = negative | (maxima[i] < 0.0)
+        if cute.arch.vote_any_sync(negative):
+            found = self.maxima(scores, parts, masked=True)
+            for i in cutlass.range_constexpr(cute.size(maxima)):
+                maxima[i] = found[i]
+
+    @cute.jit
+    def raise_to(
+        self,
+        maxima: cute.Tensor,
+        factors: cute.Tensor,
+        scores: cute.Tensor,
+        parts: cutlass.Constexpr,
+        masked: cutlass.Constexpr,
+    ):
+        """factors (rows,) <- by what everything that was accumulated before must be multiplied."""
+        if const_expr(self.in_integers(masked)):
+            self.settle(maxima, scores, parts)
+        for i in cutlass.range_constexpr(cute.size(maxima)):
+            row_max = quad_max(fmax(maxima[i], self.row_max[i]))
             top = self.finite(row_max, masked)
             factors[i] = cute.math.exp2(self.log2(self.row_max[i] - top), fastmath=True)
             self.row_sum[i] = self.row_sum[i] * factors[i]
@@ -140,15 +186,21 @@ class OnlineSoftmax:
             top = self.log2(self.finite(self.row_max[i], masked))
             for part in parts:
                 shift = top if part.headroom is None else top - part.headroom
-                for j in part.columns:
-                    exponent = scores[i, j] * part.scale_log2 - shift
-                    scores[i, j] = cute.math.exp2(exponent, fastmath=True)
-                row_sum = reduce_row(scores, i, add, part.columns)
+                row_sum = self.exponentials(scores, i, part, shift)
                 if const_expr(part.weight is not None):
                     row_sum = row_sum * part.weight
                 if const_expr(not first or part is not parts[0]):
                     row_sum = self.row_sum[i] + row_sum
                 self.row_sum[i] = row_sum
+
+    def exponentials(self, scores: cute.Tensor, row: int, part: Part, shift: Float32) -> Float32:
+        """scores <- exp2(scores * scale - shift) in a part of one row; their sum."""
+        for j in part.columns:
+            scores[row, j] = self.exponential(scores[row, j], part, shift)
+        return reduce_row(scores, row, add, part.columns)
+
+    def exponential(self, score: Float32, part: Part, shift: Float32) -> Float32:
+        return cute.math.exp2(score * part.scale_log2 - shift, fastmath=True)
 
     def log2(self, score: Float32) -> Float32:
         """Of exp(score in row_max's unit)."""

@@ -4,12 +4,11 @@ Free of imports from the CuTe DSL; see `cute_kernels/instance.py`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 SHARED_MEMORY_CAPACITY = 232448
 """Bytes of shared memory one block may have on sm_90."""
 
-TurnsWith = Literal["GEMMs", "exponentials", "nothing"]
 DTYPES = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 
@@ -51,6 +50,8 @@ class ForwardConfig:
     """Of Q, K, V; O has two."""
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
+    turns: ClassVar[bool] = True
+    """Whether consumers take turns with issuing their GEMMs."""
 
     def __post_init__(self) -> None:
         assert self.dtype in self.dtypes, self.dtype
@@ -62,7 +63,6 @@ class ForwardConfig:
             "P is the A operand of WGMMAs of 32 bytes"
         )
         assert self.tile_n <= 256, "N of one WGMMA"
-        assert self.stages % 2 == 0 or self.turns != "exponentials", "the parity of a turn"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
 
     @property
@@ -78,16 +78,6 @@ class ForwardConfig:
     @property
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
-
-    @property
-    def turns(self) -> TurnsWith:
-        """What consumers take turns with."""
-        return "GEMMs"
-
-    @property
-    def turn_barriers(self) -> int:
-        """One for each consumer warp, where they take turns with exponentials."""
-        return 4 * self.warpgroups if self.turns == "exponentials" else 0
 
     @property
     def packs_heads(self) -> bool:
@@ -141,6 +131,7 @@ class ForwardFp8Config(ForwardConfig):
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
     scale_bytes: ClassVar[int] = 16
+    turns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,9 +143,12 @@ class ForwardFp8Config(ForwardConfig):
         return False
 
     @property
-    def turns(self) -> TurnsWith:
-        """Softmax is what takes longest.  Three consumers only waited for each other (H200)."""
-        return "exponentials" if self.warpgroups == 2 else "nothing"
+    def in_halves(self) -> tuple[int, ...]:
+        """Groups of four of a thread's columns with exponentials in half precision: each second.
+
+        None with wide heads, of which the GEMMs take longer than all that MUFU has to do.
+        """
+        return tuple(range(1, self.tile_n // 16, 2)) if self.head_dim <= 128 else ()
 
 
 FORWARD_TILES = {

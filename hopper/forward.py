@@ -95,9 +95,8 @@ from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_stage, partition, permute
 from hopper_attention.hopper.turns import (
     Barrier,
-    ExponentialTurns,
     GemmTurns,
-    Turns,
+    NoTurns,
     consumer_warpgroup,
 )
 
@@ -277,8 +276,6 @@ class Forward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.v, tma.o):
                 cpasync.prefetch_descriptor(info.atom)
-        if const_expr(cfg.turns == "exponentials"):
-            ExponentialTurns.prepare(storage.turn_barriers.data_ptr(), cfg.turn_barriers)
         pipelines = self.make_pipelines(storage, tile_counter)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
@@ -287,23 +284,14 @@ class Forward:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             v_start = storage.v.data_ptr()
-            turns = self.start_turns(storage)
+            turns = GemmTurns.start(cfg.warpgroups) if cfg.turns else NoTurns()
             self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, turns)
-
-    def start_turns(self, storage) -> Turns:
-        """Of a consumer, by `ForwardConfig.turns`."""
-        cfg = self.cfg
-        if cfg.turns == "exponentials":
-            return ExponentialTurns.start(storage.turn_barriers.data_ptr(), cfg.warpgroups)
-        if cfg.turns == "GEMMs":
-            return GemmTurns.start(cfg.warpgroups)
-        return Turns()
 
     # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv, rescale,
     # clear_tail.
 
     def statistics(self, problem: Problem) -> OnlineSoftmax:
-        return OnlineSoftmax.create(2, problem.scale_log2)
+        return OnlineSoftmax.create(2, scale_log2=problem.scale_log2, integer_maxima=True)
 
     def fragment_p(self, acc_s: cute.Tensor) -> PackedFragment:
         return PackedFragment.like(acc_s, self.dtype)
@@ -383,7 +371,6 @@ class Forward:
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
-            turn_barriers: cute.struct.MemRange[cutlass.Int64, cfg.turn_barriers]
             tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
             tile_words: cute.struct.MemRange[Int32, WORDS * TILE_STAGES]
             scales: cute.struct.Align[
@@ -506,7 +493,7 @@ class Forward:
         pipelines: Pipelines,
         problem: Problem,
         v_start: cute.Pointer,
-        turns: Turns,
+        turns: Any,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
@@ -582,7 +569,7 @@ class Forward:
         tiles: Tiles,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: Turns,
+        turns: Any,
         problem: Problem,
         work: Work,
         v_start: cute.Pointer,
@@ -615,12 +602,10 @@ class Forward:
         parts = self.parts(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
         scores = self.masked_scores(acc_s, problem, parts, mask, last)
-        softmax.begin(softmax.maxima(scores, parts))
-        turns.before_exponentials(k_state)
+        softmax.begin(softmax.maxima(scores, parts, masked=True))
         k_state.advance()
         softmax.exponentiate(scores, parts, first=True, masked=True)
         fragments.p.convert(acc_s)
-        turns.after_exponentials(softmax.row_sum)
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
@@ -654,7 +639,7 @@ class Forward:
         q_block: cute.Tensor,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: Turns,
+        turns: Any,
         problem: Problem,
         scales: Any,
         k_state: pipeline.PipelineState,
@@ -669,27 +654,25 @@ class Forward:
         k_ready = pipelines.k.consumer_try_wait(k_state)  # beside V's: either takes a while
         v_ready = pipelines.v.consumer_try_wait(v_state)
         pipelines.k.consumer_wait(k_state, k_ready)
-        turns.before_gemms()
+        turns.wait()
         of_block = self.read_scales(scales, k_state.index, n_block)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state, v_ready)
         self.issue_pv(fragments, v_block, problem, n_block + 1)
-        turns.after_gemms()
+        turns.give()
         warpgroup.wait_group(1)
         pin(acc_s)
         parts = self.parts(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
         scores = self.masked_scores(acc_s, problem, parts, mask, n_block)
-        maxima = softmax.maxima(scores, parts)
-        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima)
+        maxima = softmax.maxima(scores, parts, masked)
+        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
-            softmax.raise_to(maxima, factors, masked)
-        turns.before_exponentials(k_state)
+            softmax.raise_to(maxima, factors, scores, parts, masked)
         softmax.exponentiate(scores, parts, first=False, masked=masked)
         self.finish_pv(fragments, problem, n_block + 1)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
-        turns.after_exponentials(softmax.row_sum)
         if grown:
             self.rescale(fragments, factors)
         following = k_state.clone()

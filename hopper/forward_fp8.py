@@ -19,7 +19,10 @@ Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  
 P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
            offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
 
-Turns      are taken with the exponentials, if at all: the GEMMs take half as long.
+           Up to d128 half of the exponentials are computed in half precision, without MUFU
+           (`halves.py`): there MUFU would take as long as both GEMMs.
+
+Turns      are not taken: GEMMs take half as long as those of 16 bits, softmax as long.
 
 Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
            section 3.3.2).  Then P V of each key block, or of 2, 4, ... successive ones, goes to
@@ -39,7 +42,8 @@ from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.arithmetic import minimum
 from hopper_attention.cute_kernels.fragments import Fp8Fragment, pin, rows_and_columns
 from hopper_attention.cute_kernels.memory import read
-from hopper_attention.cute_kernels.softmax import OnlineSoftmax, Part, scale_rows
+from hopper_attention.cute_kernels.softmax import Part, scale_rows
+from hopper_attention.cute_kernels.softmax_fp8 import Fp8Softmax
 from hopper_attention.cute_kernels.types import key_scales, row_statistics, strided
 from hopper_attention.hopper import wgmma
 from hopper_attention.hopper.config import ForwardFp8Config
@@ -165,11 +169,12 @@ class ForwardFp8(Forward):
         v = sm90.make_smem_layout_b(row, pv, self.dtype, cfg.stages)
         return q, k, v, self.output.layout()
 
-    def statistics(self, problem: Problem) -> OnlineSoftmax:
-        return OnlineSoftmax.create(2, headroom=HEADROOM)
+    def statistics(self, problem: Problem) -> Fp8Softmax:
+        halves = self.cfg.in_halves
+        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, in_halves=halves)
 
     def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
-        return Fp8Fragment.like(acc_s)
+        return Fp8Fragment.like(acc_s, self.cfg.in_halves)
 
     def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
         return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o

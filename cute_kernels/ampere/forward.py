@@ -318,7 +318,7 @@ class AmpereForward:
         """One tile's keys, and what comes of them; the tile's number."""
         cfg = self.cfg
         blocks = Work.of(place.words).blocks
-        softmax = OnlineSoftmax.create(cfg.warp_rows // 8, problem.scale_log2)
+        softmax = OnlineSoftmax.create(cfg.warp_rows // 8, scale_log2=problem.scale_log2)
         acc_o = accumulator(cfg.warp_rows, cfg.head_dim_v)
         acc_o.fill(0.0)
         step = partial(self.step, acc_o, softmax, problem, place)
@@ -393,10 +393,10 @@ class AmpereForward:
             mask = Mask(Limits(place.limits), self.coordinates(), Rows(1, 0, 0), cfg.tile_n)
             mask.apply(scores, n_block)
         parts = (Part(range(cfg.tile_n // 4), problem.scale_log2),)
-        maxima = softmax.maxima(scores, parts)
-        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima)
+        maxima = softmax.maxima(scores, parts, masked)
+        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
-            softmax.raise_to(maxima, factors, masked)
+            softmax.raise_to(maxima, factors, scores, parts, masked)
         softmax.exponentiate(scores, parts, first=False, masked=masked)
         if grown:
             scale_rows(rows_and_columns(acc_o), factors)

@@ -103,6 +103,41 @@ def test_several_tiles_a_block(monkeypatch):
     check(instance, operands, out, lse, sink=sink, causal=True)
 
 
+@pytest.mark.parametrize("key", [3, 20, 150, 170])
+def test_nan_in_a_key_reaches_just_the_queries_that_see_it(key):
+    """Of either block; with exponentials by MUFU, and in halves, which know no NaN."""
+    inputs = random_inputs(Shape(1, 200, 200, 2, 2), 64, torch.bfloat16)
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
+    k.view(torch.uint8)[:, key] = 0x7F
+    with simulator.enabled(seed=0):
+        out, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+    assert out[:, key:].isnan().all() and lse[..., key:].isnan().all()
+    assert out[:, :key].isfinite().all() and lse[..., :key].isfinite().all()
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_negative_scores(two_level):
+    """All of them, and the later a key block comes the greater: a stale maximum would saturate."""
+    q, k, v = random_inputs(Shape(1, 70, 512, 2, 2), 128, torch.bfloat16, scale=4.0)
+    q, k = q.abs(), -k.abs()
+    for block in range(4):
+        k[:, 128 * block : 128 * (block + 1)] *= 0.1 * (block + 1)
+    with simulator.enabled(seed=0):
+        out, lse = attention_fp8(q, k, v, two_level=two_level, return_lse=True)
+    assert lse.max() < 0
+    name = "fwd_e4m3_d128" + ("_two_level" if two_level else "")
+    check(name, quantized(q, k, v, Recipe.BLOCK64), out, lse)
+
+
+def test_a_single_key_has_all_the_weight():
+    """Also where its exponential is computed in halves: powers of two are exact there."""
+    inputs = random_inputs(Shape(1, 40, 40, 1, 1), 128, torch.bfloat16)
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
+    with simulator.enabled(seed=0):
+        out = flash_attn_func(q, k, v, window_size=(0, 0))
+    assert torch.equal(out, v.to(out.dtype))
+
+
 @pytest.mark.parametrize("accumulate_every", [2, 8])
 def test_several_key_blocks_summed_at_once(accumulate_every):
     """Maxima that grow on the way, so that what is not flushed is rescaled; three key blocks."""
