@@ -68,10 +68,11 @@ class Variant:
     def run(self, inputs: Inputs) -> Tensor:
         return emulated(self.operands(inputs), inputs, self.accumulation.arithmetic)
 
-    def run_kernel(self, inputs: Inputs) -> Tensor:
+    def run_kernel(self, inputs: Inputs, device: torch.device) -> Tensor:
         """On a GPU, or the simulator; its accumulators are as exact as those are."""
+        q, k, v = (Quantized(*(x.to(device) for x in one)) for one in self.operands(inputs))
         two_level = self.accumulation is Accumulation.TWO_LEVEL
-        return fp8.compute(self.operands(inputs), inputs.softmax_scale, inputs.mask, two_level)
+        return fp8.compute((q, k, v), inputs.softmax_scale, inputs.mask, two_level).cpu()
 
 
 def variants(
@@ -157,13 +158,18 @@ BASELINES: dict[str, Callable[[Inputs], Tensor]] = {
 """What FP8 stands beside: 16 bits; and two parts of its error that no treatment of Q, K lowers."""
 
 
-def measure(inputs: Inputs, chosen: Sequence[Variant], by_kernel: bool = False) -> Iterator[Row]:
-    """Baselines, then variants: a row for each, as it is done."""
+def measure(
+    inputs: Inputs, chosen: Sequence[Variant], device: torch.device | None = None
+) -> Iterator[Row]:
+    """Baselines, then variants: a row for each, as it is done.
+
+    Variants are emulated, or computed by the kernel on a `device`.
+    """
     exact = exact_attention(inputs)
     for name, method in BASELINES.items():
         yield Row.of(inputs, name, "", method(inputs), exact)
     for variant in chosen:
-        out = variant.run_kernel(inputs) if by_kernel else variant.run(inputs)
+        out = variant.run_kernel(inputs, device) if device else variant.run(inputs)
         yield Row.of(inputs, variant.name, variant.accumulation.value, out, exact)
 
 

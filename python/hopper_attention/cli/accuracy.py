@@ -90,13 +90,13 @@ def recipes(
     chosen = variants(recipe or tuple(Recipe), accumulation or list(Accumulation)[:2])
     problems = _problems(distribution, size, seed, checkpoint, layer)
     rows: list[Row] = []
-    by_kernel = backend is Backend.KERNEL
-    with _progress(len(problems) * (len(BASELINES) + len(chosen))) as step, _computing(by_kernel):
+    count = len(problems) * (len(BASELINES) + len(chosen))
+    with _progress(count) as step, _device_of(backend) as device:
         for make in problems:
-            for row in measure(make(), chosen, by_kernel):
+            for row in measure(make(), chosen, device):
                 rows.append(row)
                 step(f"{row.distribution}: {row.method}")
-    facts = _facts(seed)
+    facts = _facts(seed, device)
     if as_json:
         typer.echo(json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1))
     else:
@@ -109,13 +109,15 @@ def recipes(
 
 
 @contextmanager
-def _computing(by_kernel: bool) -> Iterator[None]:
-    """The kernels run on the simulator: with 14 bits of sums, and slowly."""
-    if not by_kernel:
-        yield
-        return
-    with simulator.enabled(fp8_accumulator_bits=HOPPER_BITS):
-        yield
+def _device_of(backend: Backend) -> Iterator[torch.device | None]:
+    """The GPU; without one the kernels run on the simulator: with 14 bits of sums, and slowly."""
+    if backend is Backend.EMULATION:
+        yield None
+    elif torch.cuda.is_available():
+        yield environment.require_gpu()
+    else:
+        with simulator.enabled(fp8_accumulator_bits=HOPPER_BITS):
+            yield torch.device("cpu")
 
 
 @accuracy.command()
@@ -230,11 +232,15 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         torch.set_num_threads(threads)
 
 
-def _facts(seed: int) -> dict[str, Any]:
+def _facts(seed: int, device: torch.device | None = None) -> dict[str, Any]:
+    """`device`: where kernels ran, the simulator's is a CPU."""
+    where = f"{CPU}, {os.cpu_count()} cores"
+    if device is not None:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "simulator"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": environment.commit(),
-        "device": f"{CPU}, {os.cpu_count()} cores",
+        "device": where,
         "versions": environment.versions(),
         "seed": seed,
     }
