@@ -33,9 +33,11 @@ class Curve:
         losses = {r["step"]: r["loss"] for r in records if r["event"] == "step"}
         validation = {r["step"]: r["loss"] for r in records if r["event"] == "validation"}
         points = np.array(sorted(validation.items()), dtype=float).reshape(-1, 2)
-        label = starts[-1]["attention"] if starts else "run"
         return Curve(
-            label, np.array(list(losses), dtype=int), np.array(list(losses.values())), points
+            _label(starts[-1]) if starts else "run",
+            np.array(list(losses), dtype=int),
+            np.array(list(losses.values())),
+            points,
         )
 
     @staticmethod
@@ -56,6 +58,13 @@ class Curve:
         window = np.ones(min(SMOOTHED, len(self.losses)))
         counts = np.convolve(np.ones_like(self.losses), window, mode="same")
         return np.convolve(self.losses, window, mode="same") / counts
+
+
+def _label(start: Record) -> str:
+    """The attention, and the backend where one was asked for."""
+    backend = start.get("settings", {}).get("sdpa_backend", "").rpartition(".")[2].lower()
+    named = backend and start["attention"] == "sdpa" and backend != "auto"
+    return f"sdpa ({backend})" if named else str(start["attention"])
 
 
 def write(path: Path, curves: Sequence[Curve], title: str) -> None:
