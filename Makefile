@@ -29,7 +29,7 @@ train: $(DEMO_BUILD)
 	  --compare build/train/reference.jsonl --plot docs/images/train_loss.png
 
 test: .venv/built-for-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What can be measured without a GPU; with one: hopper-attention bench.
 bench: .venv/built-for-test
