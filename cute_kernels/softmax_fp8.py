@@ -17,19 +17,23 @@ class Fp8Softmax(OnlineSoftmax):
     halves in place of the first two (`Fp8Fragment`)."""
 
     def exponentials(self, scores: cute.Tensor, row: int, part: Part, shift: Float32) -> Float32:
-        sums, pairs = [], []
-        fractions = halves.fractions(part.scale_log2, shift)
+        """Halves are summed before they are lowered to the part's headroom: what a small scale of V
+        takes from P might leave nothing of them for the sum."""
+        sums, pairs, below = [], [], part.headroom - self.headroom
+        fractions = halves.fractions(part.scale_log2, shift + below)
+        lowering = cute.math.exp2(below, fastmath=True)
+        lower = halves.pair_of(lowering)
         for j in part.columns[::4]:
             values = [scores[row, j + i] for i in range(4)]
             if j // 4 in self.in_halves:
                 both = [halves.exp2_pair(x, *fractions) for x in (values[:2], values[2:])]
-                scores[row, j], scores[row, j + 1] = (pair.bitcast(Float32) for pair in both)
+                lowered = (halves.multiply(pair, lower).bitcast(Float32) for pair in both)
+                scores[row, j], scores[row, j + 1] = lowered
                 pairs += both
             else:
-                for i, value in enumerate(values):
-                    scores[row, j + i] = self.exponential(value, part, shift)
-                own = [scores[row, j + i] for i in range(4)]
+                own = [self.exponential(value, part, shift) for value in values]
+                for i, value in enumerate(own):
+                    scores[row, j + i] = value
                 sums = [add(*two) for two in zip(sums, own)] if sums else own
-        if pairs:
-            sums.append(halves.sum_of(pairs))
-        return functools.reduce(add, sums)
+        total = functools.reduce(add, sums)
+        return total + halves.sum_of(pairs) * lowering if pairs else total

@@ -118,18 +118,18 @@ def model(operands, call: Options, config, sink=None):
         new = torch.maximum(top, scores[..., keys].amax(dim=-1))
         finite = torch.where(new == -torch.inf, 0.0, new)
         shrink = torch.exp(top - finite)
-        offset = HEADROOM + relative[..., keys].log2()
-        exponent = (scores[..., keys] - finite[..., None]) / math.log(2) + offset
-        wide = torch.exp2(exponent)
+        below = relative[..., keys]
+        p = torch.exp2((scores[..., keys] - finite[..., None]) / math.log(2) + HEADROOM)
+        wide = p * below
         if config["head_dim"] <= 128:
             in_halves = torch.arange(keys.start, keys.stop, device=q.device) // 16 % 2 == 1
-            wide = torch.where(in_halves, exp2_in_halves(exponent), wide)
-        p = wide * torch.exp2(-offset)
-        weights = wide.float().to(torch.float8_e4m3fn).double() * torch.exp2(-offset)
+            p = torch.where(in_halves, exp2_in_halves(p.log2()), p)
+            wide = torch.where(in_halves, (p * below.half().double()).half().double(), wide)
+        weights = wide.float().to(torch.float8_e4m3fn).double() / 2**HEADROOM / below
         out = out * shrink.transpose(1, 2)[..., None] + torch.einsum(
             "bhqk,bkhd->bqhd", weights, v[:, keys]
         )
-        total, top = total * shrink + p.sum(dim=-1), new
+        total, top = total * shrink + p.sum(dim=-1) / 2**HEADROOM, new
     if sink is not None:
         joined = torch.maximum(top, sink.double()[:, None])
         shrink = torch.exp(top - joined)
@@ -169,10 +169,18 @@ def check(
     assert error.rms <= 2 * torch_error.rms + rounding, (error, torch_error, rounding)
     assert error.maximum <= values[2].abs().max().item() / 16, error
     if lse is not None:
-        atol = 2.0**-11 if config["head_dim"] <= 128 else 1e-5  # halves are added pairwise
+        atol = sum_error(config)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=atol)
 
 
+def sum_error(config):
+    """Of a row's exponentials beside the model's: an exponent of 10 bits may round the other way,
+    2^-10.5 of one of them, and halves are added pairwise, with 2^-11 a level."""
+    return 2.0**-9 if config["head_dim"] <= 128 else 1e-5
+
+
+LSE_ERROR = 5.3e-3
+"""Of the kernels up to d128: the largest error of an exponential in halves."""
 KEPT_BITS = 13
 """Of sums in FP8 tensor cores, at least: what is below is cut off after every instruction."""
 
@@ -184,7 +192,8 @@ def check_short_sums(instance, operands, out, lse, expected, expected_lse, torch
     magnitude = torch.einsum("bqhd,bkhd->bhqk", q.abs(), k.abs().repeat_interleave(group, dim=2))
     scores = 2.0**-KEPT_BITS * magnitude.max().item() * problem["softmax_scale"]
     if lse is not None:
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=2.0**-11 + scores)
+        atol = sum_error(manifest.instances()[instance].config) + scores
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=atol)
     best, _ = reference.attention(q, k, v, **problem, compute_dtype=torch.float64)
     rounding, error = Error.of(expected, best), Error.of(out, best)
     half_step = best.square().mean().sqrt().item() * torch.finfo(out.dtype).eps / 2

@@ -34,6 +34,8 @@ from .synchronisation import operand_values
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 _BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}
+CANONICAL_NAN = 0x7FFFFFFF
+"""Of tensor cores: no sign and no payload of an operand's NaN is taken over, as far as is known."""
 _NAN = 0xFFFFFFFF
 _ONE_THREAD = 1 << 18  # multiplications of a product up to which OpenBLAS uses one thread
 
@@ -363,7 +365,8 @@ def _accumulate(bits: np.ndarray, product: np.ndarray, add: bool, shape: Shape) 
         total = product.astype(np.int64) + (bits.view(np.int32) if add else 0)
         return total.astype(np.int32).view(np.uint32)
     if not shape.half:
-        return (bits.view(np.float32) + product if add else product).view(np.uint32)
+        total = bits.view(np.float32) + product if add else product
+        return np.where(np.isnan(total), np.uint32(CANONICAL_NAN), total.view(np.uint32))
     if add:
         product = product.copy()
         product[0::2] += (bits & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16)
