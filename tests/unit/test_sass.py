@@ -285,6 +285,12 @@ def test_fp8_loops_are_within_the_model(rows):
             # Twice bf16's speed, but for N of 64, where reading A takes as long.
             ideal = 2 * tile * dims // 8192
             assert ideal <= loop.clocks["tensor"] <= 4 * ideal // 3
+            # Two rows a thread; every second four columns up to d128 without MUFU; tanh takes two.
+            scores = config["tile_n"] // 2
+            computed = scores // (2 if config["head_dim"] <= 128 else 1)
+            computed += 2 * scores if config["softcap"] else 0
+            blocks = config["tile_n"] // 64  # with factors of their own
+            assert 0 <= loop.pipes["mufu"] - computed <= 2 * blocks
 
 
 @needs_disassembler
