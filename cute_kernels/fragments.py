@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
-from hopper_attention.cute_kernels.instructions import to_fp8
+from hopper_attention.cute_kernels.instructions import to_fp8, word
 
 
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -17,15 +17,9 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, layout)
 
 
-@dsl_user_op
-def _convert_pair(low, high, dtype, *, loc=None, ip=None) -> cutlass.Int32:
+def _convert_pair(low, high, dtype) -> cutlass.Int32:
     ptx_type = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (high, low)]
-    code = f"cvt.rn.{ptx_type}.f32 $0, $1, $2;"
-    word = llvm.inline_asm(
-        T.i32(), operands, code, "=r,f,f", has_side_effects=False, loc=loc, ip=ip
-    )
-    return cutlass.Int32(word)
+    return word(f"cvt.rn.{ptx_type}.f32 $0, $1, $2;", high, low)
 
 
 def converted_pair(low: cutlass.Float32, high: cutlass.Float32, dtype) -> cute.Tensor:
@@ -34,9 +28,9 @@ def converted_pair(low: cutlass.Float32, high: cutlass.Float32, dtype) -> cute.T
         pair = cute.make_rmem_tensor((2,), dtype)
         pair[0], pair[1] = low, high
         return pair
-    word = to_fp8(low, high) if dtype.width == 8 else _convert_pair(low, high, dtype)
-    pair = cute.make_rmem_tensor((1,), type(word))
-    pair[0] = word
+    packed = to_fp8(low, high) if dtype.width == 8 else _convert_pair(low, high, dtype)
+    pair = cute.make_rmem_tensor((1,), type(packed))
+    pair[0] = packed
     return pair
 
 
@@ -79,20 +73,14 @@ class PackedFragment:
             self.words[i] = _convert_pair(acc[2 * i], acc[2 * i + 1], self.view.element_type)
 
 
-@dsl_user_op
-def _convert_four(values, *, loc=None, ip=None) -> cutlass.Int32:
+def _convert_four(values) -> cutlass.Int32:
     """To e4m3: four float32, or two registers of halves."""
     kind, low, high = ("f32", "$2, $1", "$4, $3") if len(values) == 4 else ("f16x2", "$1", "$2")
-    operands = [x.ir_value(loc=loc, ip=ip) for x in values]
     code = (
         f"{{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.{kind} low, {low}; "
         f"cvt.rn.satfinite.e4m3x2.{kind} high, {high}; mov.b32 $0, {{low, high}}; }}"
     )
-    constraints = ",".join(["=r", *("f" if len(values) == 4 else "r") * len(values)])
-    word = llvm.inline_asm(
-        T.i32(), operands, code, constraints, has_side_effects=False, loc=loc, ip=ip
-    )
-    return cutlass.Int32(word)
+    return word(code, *values)
 
 
 @dataclass(frozen=True)

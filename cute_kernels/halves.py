@@ -13,11 +13,9 @@ computed by polynomials, too, in float32.
 
 import functools
 import struct
-from typing import Any
 
 from cutlass import Float32, Int32
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
+from hopper_attention.cute_kernels.instructions import number, word
 
 SMALLEST = -15
 """log2 of what becomes 0."""
@@ -46,18 +44,18 @@ def fractions(scale: Float32, shift: Float32) -> tuple[Float32, Float32]:
 
 def pair_of(value: Float32) -> Int32:
     """Twice the same."""
-    return _word("cvt.rn.f16x2.f32 $0, $1, $1;", value)
+    return word("cvt.rn.f16x2.f32 $0, $1, $1;", value)
 
 
 def multiply(a: Int32, b: Int32) -> Int32:
-    return _word("mul.rn.f16x2 $0, $1, $2;", a, b)
+    return word("mul.rn.f16x2 $0, $1, $2;", a, b)
 
 
 def sum_of(pairs: list[Int32]) -> Float32:
     """Pairwise: each half is rounded as seldom as can be."""
     while len(pairs) > 1:
         pairs = [functools.reduce(_add, pairs[i : i + 2]) for i in range(0, len(pairs), 2)]
-    return _number(
+    return number(
         "{ .reg .b16 low, high; .reg .f32 a, b; mov.b32 {low, high}, $1; "
         "cvt.f32.f16 a, low; cvt.f32.f16 b, high; add.rn.f32 $0, a, b; }",
         pairs[0],
@@ -69,40 +67,24 @@ def _twice(constant: float) -> Int32:
 
 
 def _add(a: Int32, b: Int32) -> Int32:
-    return _word("add.rn.f16x2 $0, $1, $2;", a, b)
+    return word("add.rn.f16x2 $0, $1, $2;", a, b)
 
 
 def _multiply_add(a: Int32, b: Int32, c: Int32) -> Int32:
-    return _word("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
+    return word("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
 
 
 def _multiply_add_saturated(a: Float32, b: Float32, c: Float32) -> Float32:
     """Clamped to [0, 1]."""
-    return _number("fma.rn.sat.f32 $0, $1, $2, $3;", a, b, c)
+    return number("fma.rn.sat.f32 $0, $1, $2, $3;", a, b, c)
 
 
 def _lower_halves(low: Float32, high: Float32) -> Int32:
-    return _word("prmt.b32 $0, $1, $2, 0x5410;", low, high)
+    return word("prmt.b32 $0, $1, $2, 0x5410;", low, high)
 
 
 def _mantissas(pair: Int32) -> Int32:
     """1 <= mantissa < 2 of both.  One instruction, as one of the constants is in a register."""
-    return _word(
+    return word(
         "{ .reg .b32 one; mov.b32 one, 0x3c003c00; lop3.b32 $0, $1, 0x03ff03ff, one, 0xea; }", pair
     )
-
-
-@dsl_user_op
-def _asm(kind: Any, code: str, result: str, operands: tuple, *, loc=None, ip=None) -> Any:
-    letters = ["r" if isinstance(x, Int32) else "f" for x in operands]
-    values = [x.ir_value(loc=loc, ip=ip) for x in operands]
-    constraints = ",".join([result, *letters])
-    return llvm.inline_asm(kind, values, code, constraints, has_side_effects=False, loc=loc, ip=ip)
-
-
-def _word(code: str, *operands: Any) -> Int32:
-    return Int32(_asm(T.i32(), code, "=r", operands))
-
-
-def _number(code: str, *operands: Any) -> Float32:
-    return Float32(_asm(T.f32(), code, "=f", operands))

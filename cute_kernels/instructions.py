@@ -1,5 +1,7 @@
 """Single instructions, where results or speed depend on which it is."""
 
+from typing import Any
+
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint16, Uint32
 from cutlass._mlir.dialects import llvm
@@ -12,40 +14,39 @@ def permute_bytes(a: Uint32, b: Uint32, selector: Int32) -> Uint32:
 
 
 @dsl_user_op
-def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+def _asm(kind: Any, code: str, result: str, operands: tuple, *, loc=None, ip=None) -> Any:
+    letters = ["r" if isinstance(x, Int32) else "f" for x in operands]
+    values = [x.ir_value(loc=loc, ip=ip) for x in operands]
+    constraints = ",".join([result, *letters])
+    return llvm.inline_asm(kind, values, code, constraints, has_side_effects=False, loc=loc, ip=ip)
+
+
+def word(code: str, *operands: Any) -> Int32:
+    """What PTX leaves in $0 of Int32 and Float32 operands, $1 and so on; without side effects."""
+    return Int32(_asm(T.i32(), code, "=r", operands))
+
+
+def number(code: str, *operands: Any) -> Float32:
+    """The same, a Float32."""
+    return Float32(_asm(T.f32(), code, "=f", operands))
+
+
+def fma(a: Float32, b: Float32, c: Float32) -> Float32:
     """a * b + c, rounded once; said, not left to ptxas, because the result depends on it."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b, c)]
-    code = "fma.rn.f32 $0, $1, $2, $3;"
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, code, "=f,f,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
+    return number("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
-@dsl_user_op
-def product(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+def product(a: Float32, b: Float32) -> Float32:
     """a * b, rounded: never part of an fma."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b)]
-    code = "mul.rn.f32 $0, $1, $2;"
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, code, "=f,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
+    return number("mul.rn.f32 $0, $1, $2;", a, b)
 
 
-@dsl_user_op
-def to_fp8(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint16:
-    """Two bytes of e4m3: nearest even, saturating."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (high, low)]
-    code = "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;"
-    return Uint16(
-        llvm.inline_asm(T.i16(), operands, code, "=h,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
-
-
-@dsl_user_op
-def fmax(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+def fmax(a: Float32, b: Float32) -> Float32:
     """The greater one; NaN if one is NaN."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (a, b)]
-    code = "max.NaN.f32 $0, $1, $2;"
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, code, "=f,f,f", has_side_effects=False, loc=loc, ip=ip)
-    )
+    return number("max.NaN.f32 $0, $1, $2;", a, b)
+
+
+def to_fp8(low: Float32, high: Float32) -> Uint16:
+    """Two bytes of e4m3: nearest even, saturating."""
+    code = "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;"
+    return Uint16(_asm(T.i16(), code, "=h", (high, low)))

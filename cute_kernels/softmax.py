@@ -131,12 +131,15 @@ class OnlineSoftmax:
             self.row_max[i] = quad_max(maxima[i])
 
     def exceeded_by(self, maxima: cute.Tensor, masked: bool) -> Boolean:
-        """Whether a row of the warp may have a new maximum; NaN is one."""
+        """Whether a row of the warp may have a new maximum; NaN is one.
+
+        In integers, always while the largest so far is negative: such blocks take longer.
+        """
         new = Boolean(False)
         for i in range(cute.size(maxima)):
             new = new | cutlass.not_(maxima[i] <= self.row_max[i])
             if self.in_integers(masked):
-                new = new | (self.row_max[i] < 0.0)  # a negative one might exceed it
+                new = new | (self.row_max[i] < 0.0)
         return cute.arch.vote_any_sync(new)
 
     @cute.jit

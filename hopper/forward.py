@@ -493,7 +493,7 @@ class Forward:
         pipelines: Pipelines,
         problem: Problem,
         v_start: cute.Pointer,
-        turns: Any,
+        turns: GemmTurns | NoTurns,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
@@ -569,7 +569,7 @@ class Forward:
         tiles: Tiles,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: Any,
+        turns: GemmTurns | NoTurns,
         problem: Problem,
         work: Work,
         v_start: cute.Pointer,
@@ -639,7 +639,7 @@ class Forward:
         q_block: cute.Tensor,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: Any,
+        turns: GemmTurns | NoTurns,
         problem: Problem,
         scales: Any,
         k_state: pipeline.PipelineState,

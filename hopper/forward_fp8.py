@@ -10,10 +10,11 @@ Layouts    Q (batch, seqlen_q, heads, d), K (batch, seqlen_k, heads_kv, d) e4m3;
            fp16, float32, or e4m3 divided by a scale.
 
 Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  A consumer has
-           64 rows of Q, so its factor is one number.  Those of a key block's halves go into the
-           factor in exp2's argument.  V's is split: the largest of a head normalises O, and how far
-           a half's is below it is taken from the half's P (exp2's argument again); row sums take
-           it back.  So no scale costs an instruction an element.  The producer loads them with the
+           64 rows of Q, so its factor is one number.  Those of 64 keys go into the factor in exp2's
+           argument.  V's is split: the largest of a head normalises O, and how far theirs is below
+           it is taken from their P (exp2's argument again); row sums take it back.  So no scale
+           costs an instruction an element, but where P comes in halves one for two: the sums need
+           those before V's scale.  The producer loads scales with the
            block of K: read from global memory by consumers, they held up their GEMMs.
 
 P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
