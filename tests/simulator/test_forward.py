@@ -76,7 +76,8 @@ def test_matches_fp64_for_every_schedule(instance, shape):
 
 @pytest.mark.parametrize("instance", forward_instances(varlen=True))
 def test_packed_sequences_match_fp64_for_every_schedule(instance):
-    for number, lengths in enumerate(PACKED):
+    """Many sequences for bf16 alone: fp16 shares all code but the conversions."""
+    for number, lengths in enumerate(PACKED[:1] if "fp16" in instance else PACKED):
         q, k, v = packed_inputs(instance, lengths)
         arguments = arguments_for(instance, number)
         first, second = (simulate_packed(q, k, v, lengths, seed, **arguments) for seed in SEEDS[:2])

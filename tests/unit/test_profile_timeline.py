@@ -71,14 +71,18 @@ def test_stamps_around_what_a_warp_waits_in():
 
 
 def test_every_instance_can_be_stamped():
-    for name in manifest.instances():
+    """What is put in is the same text everywhere: that it is PTX, one of each family shows."""
+    parsed = set()
+    for name, instance in manifest.instances().items():
         ptx = manifest.ptx_path(name).read_text()
         stamped = stamps.instrument(ptx, f"{name}_0", blocks=1)
         waits = len(re.findall(r"try_wait|wgmma\.wait_group|bar\.sync\s+[%1-9]", ptx))
         gemms = len(re.findall(r"wgmma\.fence|wgmma\.commit_group", ptx))
         assert stamped.ptx.count("%clock64") == 2 * waits + gemms
-        module = simulator.Module.parse(stamped.ptx, name)
-        assert module.kernels[f"{name}_0"].params[-1].size == 8
+        if instance.family not in parsed:
+            parsed.add(instance.family)
+            module = simulator.Module.parse(stamped.ptx, name)
+            assert module.kernels[f"{name}_0"].params[-1].size == 8
 
 
 @pytest.mark.parametrize(("text", "kernel"), [("", "k_0"), (KERNEL, "other")])

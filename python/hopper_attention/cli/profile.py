@@ -125,7 +125,7 @@ def _roles(instance: str) -> list[str]:
         return []
     for cubin in find_cubins(Path(_cuda.__file__)):
         for kernel in cubin.kernels:
-            if kernel.symbol.removesuffix("_0") == instance:
+            if kernel.name == instance:
                 return roles_of(disassemble(cubin.image)[kernel.symbol])
     return []
 

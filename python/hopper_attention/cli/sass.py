@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,8 +50,11 @@ def sass(
     from hopper_attention.sass import report
 
     console = Console()
+    patterns = patterns or ["*"]
+    if update_budget is not None and not reason.strip():
+        raise Refusal("--update-budget needs a --reason")
     if diff is not None:
-        pairs = report.growth(*(report.rows_of(path, clock_ghz) for path in diff))
+        pairs = report.growth(*(report.rows_of(path, clock_ghz, patterns) for path in diff))
         if as_json:
             changes = [
                 {"name": name, "loop": loop, "before": asdict(old), "after": asdict(new)}
@@ -63,10 +65,8 @@ def sass(
             console.print(_difference(pairs))
         return
 
-    rows = _selected(report.rows_of(Path(_cuda.__file__), clock_ghz), patterns)
+    rows = report.rows_of(Path(_cuda.__file__), clock_ghz, patterns)
     if update_budget is not None:
-        if not reason.strip():
-            raise Refusal("--update-budget needs a --reason")
         known = report.read_budget(update_budget) if update_budget.exists() else {}
         report.write_budget(update_budget, report.updated_budget(rows, known, reason))
     faults = report.over_budget(rows, report.read_budget(budget)) if budget else []
@@ -79,14 +79,6 @@ def sass(
     for fault in faults:
         typer.echo(f"over budget: {fault}", err=True)
     raise typer.Exit(1 if faults else 0)
-
-
-def _selected(rows: list[Row], patterns: Sequence[str] | None) -> list[Row]:
-    for pattern in patterns or ():
-        if not any(fnmatchcase(row.name, pattern) for row in rows):
-            names = ", ".join(row.name for row in rows)
-            raise Refusal(f"no instance matches {pattern!r}; there are: {names}")
-    return [row for row in rows if not patterns or any(fnmatchcase(row.name, p) for p in patterns)]
 
 
 def _instructions(rows: Sequence[Row]) -> Table:

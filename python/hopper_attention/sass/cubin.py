@@ -33,10 +33,18 @@ class Kernel:
     """One kernel in a cubin."""
 
     symbol: str
+    architecture: str
+    """As nvdisasm spells it: SM90a."""
+    code: bytes
     registers: int
     """Per thread at entry; `setmaxnreg` redistributes them between warpgroups."""
     threads: int
     """A block's; 0 where the kernel was compiled without a bound."""
+
+    @property
+    def name(self) -> str:
+        """The instance's; the compiler numbers the kernels of one, and all have one."""
+        return self.symbol.removesuffix("_0")
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,25 @@ def _kernels(elf: ELFFile) -> Iterator[Kernel]:
         for attribute, value in _attributes(elf, ".nv.info")
         if attribute == REGISTER_COUNT
     }
-    for section in elf.iter_sections():
-        prefix, _, symbol = section.name.partition(".nv.info.")
+    sections = {section.name: section for section in elf.iter_sections()}
+    for name in sections:
+        prefix, _, symbol = name.partition(".nv.info.")
         if prefix or not symbol:
             continue
         extents = [
             struct.unpack_from("<3I", value)
-            for attribute, value in _attributes(elf, section.name)
+            for attribute, value in _attributes(elf, name)
             if attribute in (REQUIRED_THREADS, MAX_THREADS)
         ]
         x, y, z = extents[0] if extents else (0, 0, 0)
-        yield Kernel(symbol, registers.get(symbol, 0), x * y * z)
+        code = sections[f".text.{symbol}"].data()
+        yield Kernel(symbol, _architecture(elf), code, registers.get(symbol, 0), x * y * z)
+
+
+def _architecture(elf: ELFFile) -> str:
+    """SM90's instructions are among SM90a's, and the flags do not tell the two apart."""
+    number = elf["e_flags"] >> 8 & 0xFF
+    return "SM90a" if number == 90 else f"SM{number}"
 
 
 def _attributes(elf: ELFFile, name: str) -> Iterator[tuple[int, bytes]]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hopper_attention.refusal import Refusal
 from hopper_attention.sass import model
 from hopper_attention.sass.control_flow import ControlFlow, Loop
 from hopper_attention.sass.cubin import Kernel, find_cubins
-from hopper_attention.sass.disassembler import Instruction, disassemble
+from hopper_attention.sass.disassembler import Instruction, disassemble_together
 from hopper_attention.sass.pipes import count_pipes
 
 TOLERANCE = 1.02
 """How much longer than its budget a main loop may be."""
+
+TOGETHER = 32
+"""Kernels that are disassembled in one run: the start is then a tenth of the time."""
 
 SUFFIXES = (".cubin", ".o", ".so")
 
@@ -77,27 +81,56 @@ class Row:
         return Row(**{**data, **loops})
 
 
-def rows_of(path: Path, clock_ghz: float = model.CLOCK_GHZ) -> list[Row]:
-    """Every kernel in a file, or in a folder's cubins (objects, extensions if it has none).
+Named = TypeVar("Named", Kernel, "Row")
 
-    A `.json` file is one that `hopper-attention sass --json` wrote.
+
+def rows_of(
+    path: Path, clock_ghz: float = model.CLOCK_GHZ, patterns: Sequence[str] = ("*",)
+) -> list[Row]:
+    """The kernels in a file, or in a folder's cubins (objects, extensions if it has none).
+
+    A `.json` file is one that `hopper-attention sass --json` wrote.  Raises Refusal for one of the
+    `patterns` that matches no name.
     """
     if path.suffix == ".json":
-        return _saved(path)
+        return _matching(_saved(path), patterns)
+    kernels = _matching(kernels_of(path), patterns)
+    return [row_of(kernel, code, clock_ghz) for kernel, code in disassembled(kernels)]
+
+
+def kernels_of(path: Path) -> list[Kernel]:
     files = [path]
     if path.is_dir():
         kinds = [sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES]
         files = next(filter(None, kinds), [])
         if not files:
             raise Refusal(f"{path} holds no {', '.join(SUFFIXES)} files")
-    cubins = [cubin for file in files for cubin in find_cubins(file)]
-    with ThreadPoolExecutor() as threads:  # they wait for nvdisasm
-        disassemblies = list(threads.map(disassemble, (cubin.image for cubin in cubins)))
-    return [
-        row_of(kernel, disassembly[kernel.symbol], clock_ghz)
-        for cubin, disassembly in zip(cubins, disassemblies)
-        for kernel in cubin.kernels
+    return [kernel for file in files for cubin in find_cubins(file) for kernel in cubin.kernels]
+
+
+def _matching(all_of_them: list[Named], patterns: Sequence[str]) -> list[Named]:
+    for pattern in patterns:
+        if not any(fnmatchcase(one.name, pattern) for one in all_of_them):
+            names = ", ".join(one.name for one in all_of_them)
+            raise Refusal(f"no instance matches {pattern!r}; there are: {names}")
+    return [one for one in all_of_them if any(fnmatchcase(one.name, p) for p in patterns)]
+
+
+def disassembled(kernels: Iterable[Kernel]) -> Iterator[tuple[Kernel, list[Instruction]]]:
+    """Each kernel with its instructions, in order."""
+
+    def read(some: list[Kernel]) -> list[list[Instruction]]:
+        return disassemble_together(some[0].architecture, [kernel.code for kernel in some])
+
+    together = [
+        neighbours[start : start + TOGETHER]
+        for _, run in itertools.groupby(kernels, lambda kernel: kernel.architecture)
+        for neighbours in [list(run)]
+        for start in range(0, len(neighbours), TOGETHER)
     ]
+    with ThreadPoolExecutor() as threads:  # they wait for nvdisasm
+        for some, codes in zip(together, threads.map(read, together)):
+            yield from zip(some, codes)
 
 
 def _saved(path: Path) -> list[Row]:
@@ -124,8 +157,7 @@ def row_of(kernel: Kernel, code: Sequence[Instruction], clock_ghz: float) -> Row
     ]
     shortest = min(loops, key=lambda loop: loop.instructions, default=None)
     return Row(
-        # The compiler numbers the kernels of an instance; all have one.
-        name=kernel.symbol.removesuffix("_0"),
+        name=kernel.name,
         registers=kernel.registers,
         threads=kernel.threads,
         warpgroups=warpgroups,
