@@ -30,8 +30,20 @@ def compile_batch(instances: Sequence[Any], out: Path, cuda_major: int) -> None:
     sources.forget_hashes()  # of the kernels: it is the children that import them
     sources.remember_hashes()
     compiler.load_dsl(architectures.pop(), cuda_major)
-    for instance in stale:
-        _compile_apart(instance, out)
+    compiled = []
+    try:
+        for instance in stale:
+            _compile_apart(instance, out)
+            compiled.append(instance)
+    finally:  # a failure costs no other instance its outputs
+        _publish(compiled, out)
+
+
+def _publish(instances: Sequence[Any], out: Path) -> None:
+    try:
+        compiler.publish(instances, out)
+    except ptxas.GateError as fault:
+        raise BatchError(str(fault)) from None
 
 
 def _is_stale(instance: Any, out: Path, cuda_major: int) -> bool:

@@ -4,9 +4,9 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,16 +33,25 @@ def load_dsl(architecture: str, cuda_major: int) -> None:
 
 
 def compile_instance(instance: Any, out: Path) -> None:
-    """Compile `instance` into `out`, in a process that has loaded the DSL."""
-    record = out / f"{instance.name}.json"
+    """Compile `instance` into its scratch folder, in a process that has loaded the DSL."""
     scratch = outputs.scratch_folder(out, instance.name)
     scratch.mkdir(parents=True)
-    facts = _compile(instance, scratch)
-    (scratch / record.name).write_text(json.dumps(facts, indent=1) + "\n")
-    record.unlink(missing_ok=True)  # it vouches for the others: gone first, back last
-    for suffix in outputs.SUFFIXES:
-        (scratch / f"{instance.name}{suffix}").replace(out / f"{instance.name}{suffix}")
-    shutil.rmtree(scratch)
+    outputs.write_record(scratch, _compile(instance, scratch))
+
+
+def publish(instances: Sequence[Any], out: Path) -> None:
+    """Look at the machine code of compiled instances and move their files from scratch to `out`.
+
+    All at once: starting the disassembler takes several times longer than reading a kernel.
+    """
+    scratches = [outputs.scratch_folder(out, instance.name) for instance in instances]
+    cubins = [scratch / f"{i.name}.cubin" for i, scratch in zip(instances, scratches)]
+    for instance, scratch, found in zip(instances, scratches, cubin.count_opcodes(cubins)):
+        ptxas.check_claims(instance, found)
+        counts = None if found is None else {opcode: found[opcode] for opcode in instance.claims}
+        facts = json.loads((scratch / f"{instance.name}.json").read_text())
+        outputs.write_record(scratch, {**facts, "opcodes": counts})
+        outputs.move(scratch, out, instance.name)
 
 
 def _compile(instance: Any, out: Path) -> dict[str, Any]:
@@ -72,8 +81,7 @@ def _compile(instance: Any, out: Path) -> dict[str, Any]:
     seconds = round(time.perf_counter() - started, 2)
 
     resources = ptxas.parse_remarks(remarks.read_text())
-    opcodes = cubin.count_opcodes(out / f"{name}.cubin", instance.claims)
-    ptxas.check(instance, resources, opcodes)
+    ptxas.check_resources(instance, resources)
     parameters = cubin.parse_parameters((out / f"{name}.ptx").read_text())
     if alien := [symbol for symbol in parameters if not symbol.startswith(f"{name}_")]:
         raise ptxas.GateError(f"instance {name}: kernel symbols not named after it: {alien}")
@@ -83,7 +91,6 @@ def _compile(instance: Any, out: Path) -> dict[str, Any]:
         "kernels": list(parameters),
         "parameters": parameters,
         **asdict(resources),
-        "opcodes": opcodes,
         "compile_seconds": seconds,
         **describe_build(instance),
     }

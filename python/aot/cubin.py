@@ -2,19 +2,26 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from hopper_attention.sass import disassembler
+from hopper_attention.sass import cubin, disassembler
 
 
-def count_opcodes(cubin: Path, opcodes: Iterable[str]) -> dict[str, int] | None:
-    """Instructions of `cubin` by opcode, modifiers dropped; None without a disassembler."""
-    if disassembler.find_nvdisasm() is None:
-        return None
-    kernels = disassembler.disassemble(cubin.read_bytes())
-    found = Counter(instruction.name for code in kernels.values() for instruction in code)
-    return {opcode: found[opcode] for opcode in opcodes}
+def count_opcodes(files: Sequence[Path]) -> list[Counter[str] | None]:
+    """Instructions of each cubin by opcode, modifiers dropped; None without a disassembler.
+
+    All are of one architecture.
+    """
+    if not files or disassembler.find_nvdisasm() is None:
+        return [None] * len(files)
+    kernels = [[k for c in cubin.find_cubins(file) for k in c.kernels] for file in files]
+    together = [kernel for of_one in kernels for kernel in of_one]
+    (architecture,) = {kernel.architecture for kernel in together}
+    codes = iter(
+        disassembler.disassemble_together(architecture, [kernel.code for kernel in together])
+    )
+    return [Counter(i.name for _ in of_one for i in next(codes)) for of_one in kernels]
 
 
 def parse_parameters(ptx: str) -> dict[str, list[dict[str, int]]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -51,6 +52,18 @@ def source_hash(instance: Any, files: list[Path]) -> str:
         },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / f"{facts['name']}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def move(scratch: Path, out: Path, name: str) -> None:
+    """The record vouches for the others: gone first, back last."""
+    (out / f"{name}.json").unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        (scratch / f"{name}{suffix}").replace(out / f"{name}{suffix}")
+    shutil.rmtree(scratch)
 
 
 def scratch_folder(out: Path, name: str) -> Path:

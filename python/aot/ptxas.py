@@ -1,6 +1,7 @@
 """What ptxas reports about a kernel, and the gate that a compiled instance must pass."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,37 +41,45 @@ def parse_remarks(remarks: str) -> Resources:
     )
 
 
-def check(instance: Any, resources: Resources, opcodes: dict[str, int] | None) -> None:
-    """Raise `GateError` unless the kernel keeps its instance's promises.
+def check_resources(instance: Any, resources: Resources) -> None:
+    """Raise `GateError` for spills and waits, unless the instance says why it may have them."""
+    if instance.spills_because:
+        return
+    figures = asdict(resources)
+    faults = [
+        f"{figures[figure]} bytes of {what}: shrink the tile or raise the role's registers"
+        for figure, what in (
+            ("stack", "stack frame"),
+            ("spill_stores", "register spill stores"),
+            ("spill_loads", "register spill loads"),
+        )
+        if figures[figure]
+    ]
+    if resources.serialized_wgmma:
+        faults.append(
+            "WGMMA serialised by ptxas: too few registers for what is under way (C7512), or"
+            " something reads or moves accumulators between a WGMMA and its wait (C7514): pin"
+            " the fragment after wait_group"
+        )
+    if faults:
+        faults.append("or say in the instance why it may: spills_because")
+    _refuse(instance, faults)
 
-    `opcodes` counts the claimed SASS opcodes; None where there was no disassembler to count with.
+
+def check_claims(instance: Any, opcodes: Mapping[str, int] | None) -> None:
+    """Raise `GateError` unless the SASS has every opcode that the instance claims.
+
+    `opcodes` counts what it has; None where there was no disassembler to count with.
     """
-    faults = []
-    if not instance.spills_because:
-        figures = asdict(resources)
-        faults = [
-            f"{figures[figure]} bytes of {what}: shrink the tile or raise the role's registers"
-            for figure, what in (
-                ("stack", "stack frame"),
-                ("spill_stores", "register spill stores"),
-                ("spill_loads", "register spill loads"),
-            )
-            if figures[figure]
-        ]
-        if resources.serialized_wgmma:
-            faults.append(
-                "WGMMA serialised by ptxas: too few registers for what is under way (C7512), or"
-                " something reads or moves accumulators between a WGMMA and its wait (C7514): pin"
-                " the fragment after wait_group"
-            )
-        if faults:
-            faults.append("or say in the instance why it may: spills_because")
-    if opcodes is not None:
-        missing = [opcode for opcode in instance.claims if not opcodes[opcode]]
-        faults += [
-            f"no {opcode} in the SASS, which the instance claims: another operation or layout was"
-            " compiled than meant"
-            for opcode in missing
-        ]
+    missing = [] if opcodes is None else [o for o in instance.claims if not opcodes[o]]
+    faults = [
+        f"no {opcode} in the SASS, which the instance claims: another operation or layout was"
+        " compiled than meant"
+        for opcode in missing
+    ]
+    _refuse(instance, faults)
+
+
+def _refuse(instance: Any, faults: Sequence[str]) -> None:
     if faults:
         raise GateError(f"instance {instance.name} fails the build: " + "; ".join(faults))

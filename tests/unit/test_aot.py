@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,8 +141,9 @@ class TestGate:
             ptxas.parse_remarks("--- !Analysis")
 
     def test_clean_kernel_passes(self):
-        ptxas.check(INSTANCE, ptxas.parse_remarks(CLEAN), OPCODES)
-        ptxas.check(INSTANCE, ptxas.parse_remarks(CLEAN), None)
+        ptxas.check_resources(INSTANCE, ptxas.parse_remarks(CLEAN))
+        ptxas.check_claims(INSTANCE, OPCODES)
+        ptxas.check_claims(INSTANCE, None)
 
     @pytest.mark.parametrize(
         ("remarks", "message"),
@@ -157,14 +159,14 @@ class TestGate:
     )
     def test_fault_stops_the_build_unless_declared(self, remarks, message):
         with pytest.raises(ptxas.GateError, match=message):
-            ptxas.check(INSTANCE, ptxas.parse_remarks(remarks), OPCODES)
+            ptxas.check_resources(INSTANCE, ptxas.parse_remarks(remarks))
         declared = replace(INSTANCE, spills_because="a measured trade")
-        ptxas.check(declared, ptxas.parse_remarks(remarks), OPCODES)
+        ptxas.check_resources(declared, ptxas.parse_remarks(remarks))
 
     def test_missing_claim_stops_the_build_even_when_spills_are_declared(self):
         declared = replace(INSTANCE, spills_because="a measured trade")
-        with pytest.raises(ptxas.GateError, match="no HGMMA in the SASS"):
-            ptxas.check(declared, ptxas.parse_remarks(CLEAN), {**OPCODES, "HGMMA": 0})
+        with pytest.raises(ptxas.GateError, match=r"fwd_a.* no HGMMA in the SASS"):
+            ptxas.check_claims(declared, {**OPCODES, "HGMMA": 0})
 
 
 def test_parameters_of_ptx_entries():
@@ -270,10 +272,15 @@ class TestBatch:
                 raise ptxas.GateError("8 bytes of register spill stores")
             if instance.name == "fwd_killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            (out / instance.name).write_text(str(os.getpid()))
+            outputs.scratch_folder(out, instance.name).write_text(str(os.getpid()))
+
+        def publish(instances, out):
+            for instance in instances:
+                outputs.scratch_folder(out, instance.name).rename(out / instance.name)
 
         monkeypatch.setattr(batch.compiler, "load_dsl", lambda architecture, cuda_major: None)
         monkeypatch.setattr(batch.compiler, "compile_instance", compile_instance)
+        monkeypatch.setattr(batch.compiler, "publish", publish)
         return tmp_path
 
     def test_each_in_a_process_of_its_own(self, compiled):
@@ -301,6 +308,27 @@ class TestBatch:
         assert said in capfd.readouterr().err
         assert [file.name for file in compiled.iterdir()] == [INSTANCES[0].name]
 
+    def test_a_missing_claim_costs_no_other_instance_its_outputs(self, tmp_path, monkeypatch):
+        def compile_instance(instance, out):
+            scratch = outputs.scratch_folder(out, instance.name)
+            scratch.mkdir()
+            for suffix in outputs.SUFFIXES:
+                (scratch / f"{instance.name}{suffix}").write_text(instance.name)
+            outputs.write_record(scratch, {"name": instance.name})
+
+        def count_opcodes(files):
+            return [Counter(HGMMA=24) if "fwd_b" in str(file) else Counter() for file in files]
+
+        monkeypatch.setattr(batch.compiler, "load_dsl", lambda architecture, cuda_major: None)
+        monkeypatch.setattr(batch.compiler, "compile_instance", compile_instance)
+        monkeypatch.setattr(cubin, "count_opcodes", count_opcodes)
+        b, c = (replace(INSTANCE, name=name, claims=("HGMMA",)) for name in ("fwd_b", "fwd_c"))
+        with pytest.raises(batch.BatchError, match=r"fwd_c.* no HGMMA in the SASS"):
+            batch.compile_batch([b, c], tmp_path, 13)
+        assert json.loads((tmp_path / "fwd_b.json").read_text())["opcodes"] == {"HGMMA": 24}
+        left = {file.name for file in tmp_path.iterdir()}
+        assert left == {*(f"fwd_b{suffix}" for suffix in outputs.SUFFIXES), "fwd_c.scratch"}
+
     def test_scratch_of_an_earlier_failure_is_removed(self, compiled):
         outputs.scratch_folder(compiled, INSTANCE.name).mkdir()
         batch.compile_batch([INSTANCE], compiled, 13)
@@ -320,6 +348,7 @@ class TestBatch:
             "compile_instance",
             lambda instance, out: hashed.write_text(sources.hash_file(kernel)),
         )
+        monkeypatch.setattr(batch.compiler, "publish", lambda instances, out: None)
         kernel.write_text("after")
         batch.compile_batch([INSTANCE], compiled, 13)
         assert hashed.read_text() != before
