@@ -409,7 +409,7 @@ def test_not_a_cubin_inside():
 
 @needs_disassembler
 def test_kernels_read_together_are_those_read_one_by_one():
-    """But for calls and returns, which lead to an offset there and to a symbol here."""
+    """But for calls and returns, which have a symbol as an operand alone."""
     cubins = find_cubins(EXTENSION)
     some = [*cubins[:2], *{cubin.kernels[0].architecture: cubin for cubin in cubins}.values()]
     kernels = [kernel for cubin in some for kernel in cubin.kernels]

@@ -15,8 +15,8 @@ from hopper_attention.refusal import Refusal
 
 INSTRUCTION_BYTES = 16
 
-LEADING_ELSEWHERE = ("BRA", "BSSY", "CALL", "RET")
-"""Opcodes whose last operand is a place in the code."""
+LEADING_ELSEWHERE = ("BRA", "BSSY")
+"""Opcodes whose last operand is a place in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)  # slots and interned strings: a full build has 1.5 million
@@ -53,8 +53,8 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
 def disassemble_together(architecture: str, kernels: Sequence[bytes]) -> list[list[Instruction]]:
     """The instructions of each kernel's machine code, read in one run.
 
-    nvdisasm takes 0.3 s to start and 0.05 s to read a kernel.  Of calls and returns the operand is
-    an offset here, where `disassemble` has the symbol that is there.
+    nvdisasm takes 0.3 s to start and 0.05 s to read a kernel.  Where `disassemble` has symbols as
+    operands (of calls, returns, addresses) these have what the bits say.
     """
     ((_, instructions),) = _run(b"".join(kernels), "-b", architecture)
     found, start = [], 0

@@ -81,7 +81,7 @@ class Row:
         return Row(**{**data, **loops})
 
 
-Named = TypeVar("Named", Kernel, "Row")
+Named = TypeVar("Named", Kernel, Row)
 
 
 def rows_of(
@@ -99,6 +99,7 @@ def rows_of(
 
 
 def kernels_of(path: Path) -> list[Kernel]:
+    """Those in a file, or in a folder's cubins (objects, extensions if it has none)."""
     files = [path]
     if path.is_dir():
         kinds = [sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES]
