@@ -42,16 +42,24 @@ def compile_instance(instance: Any, out: Path) -> None:
 def publish(instances: Sequence[Any], out: Path) -> None:
     """Look at the machine code of compiled instances and move their files from scratch to `out`.
 
-    All at once: starting the disassembler takes several times longer than reading a kernel.
+    All at once: starting the disassembler takes several times longer than reading a kernel.  Raises
+    GateError when those that keep their promises are moved and others are not.
     """
+    faults = []
     scratches = [outputs.scratch_folder(out, instance.name) for instance in instances]
     cubins = [scratch / f"{i.name}.cubin" for i, scratch in zip(instances, scratches)]
     for instance, scratch, found in zip(instances, scratches, cubin.count_opcodes(cubins)):
-        ptxas.check_claims(instance, found)
+        try:
+            ptxas.check_claims(instance, found)
+        except ptxas.GateError as fault:
+            faults.append(str(fault))
+            continue
         counts = None if found is None else {opcode: found[opcode] for opcode in instance.claims}
         facts = json.loads((scratch / f"{instance.name}.json").read_text())
         outputs.write_record(scratch, {**facts, "opcodes": counts})
         outputs.move(scratch, out, instance.name)
+    if faults:
+        raise ptxas.GateError("\n".join(faults))
 
 
 def _compile(instance: Any, out: Path) -> dict[str, Any]:

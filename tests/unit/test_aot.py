@@ -324,7 +324,7 @@ class TestBatch:
         monkeypatch.setattr(cubin, "count_opcodes", count_opcodes)
         b, c = (replace(INSTANCE, name=name, claims=("HGMMA",)) for name in ("fwd_b", "fwd_c"))
         with pytest.raises(batch.BatchError, match=r"fwd_c.* no HGMMA in the SASS"):
-            batch.compile_batch([b, c], tmp_path, 13)
+            batch.compile_batch([c, b], tmp_path, 13)
         assert json.loads((tmp_path / "fwd_b.json").read_text())["opcodes"] == {"HGMMA": 24}
         left = {file.name for file in tmp_path.iterdir()}
         assert left == {*(f"fwd_b{suffix}" for suffix in outputs.SUFFIXES), "fwd_c.scratch"}
