@@ -1,5 +1,6 @@
 """What the compiled code says of itself: claimed opcodes in SASS, parameters of each PTX entry."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,18 +10,11 @@ from hopper_attention.sass import cubin, disassembler
 
 
 def count_opcodes(files: Sequence[Path]) -> list[Counter[str] | None]:
-    """Instructions of each cubin by opcode, modifiers dropped; None without a disassembler.
-
-    All are of one architecture.
-    """
-    if not files or disassembler.find_nvdisasm() is None:
+    """Instructions of each cubin by opcode, modifiers dropped; None without a disassembler."""
+    if disassembler.find_nvdisasm() is None:
         return [None] * len(files)
     kernels = [[k for c in cubin.find_cubins(file) for k in c.kernels] for file in files]
-    together = [kernel for of_one in kernels for kernel in of_one]
-    (architecture,) = {kernel.architecture for kernel in together}
-    codes = iter(
-        disassembler.disassemble_together(architecture, [kernel.code for kernel in together])
-    )
+    codes = iter(disassembler.disassemble_together(itertools.chain.from_iterable(kernels)))
     return [Counter(i.name for _ in of_one for i in next(codes)) for of_one in kernels]
 
 

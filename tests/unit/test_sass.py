@@ -304,7 +304,7 @@ def test_fp8_instances_have_no_other_products():
     names = set(configs_of("forward_fp8"))
     kernels = [kernel for kernel in report.kernels_of(EXTENSION) if kernel.name in names]
     assert {kernel.name for kernel in kernels} == names
-    for kernel, code in report.disassembled(kernels):
+    for kernel, code in zip(kernels, disassembler.disassemble_together(kernels)):
         products = {i.name for i in code if "MMA" in i.name}
         assert products == {"QGMMA"}, kernel.name
 
@@ -413,7 +413,8 @@ def test_kernels_read_together_are_those_read_one_by_one():
     cubins = find_cubins(EXTENSION)
     some = [*cubins[:2], *{cubin.kernels[0].architecture: cubin for cubin in cubins}.values()]
     kernels = [kernel for cubin in some for kernel in cubin.kernels]
-    for cubin, (kernel, together) in zip(some, report.disassembled(kernels), strict=True):
+    codes = disassembler.disassemble_together(kernels)
+    for cubin, kernel, together in zip(some, kernels, codes, strict=True):
         alone = disassembler.disassemble(cubin.image)[kernel.symbol]
         assert len(together) == len(alone)
         for a, b in zip(together, alone):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,9 +19,6 @@ from hopper_attention.sass.pipes import count_pipes
 
 TOLERANCE = 1.02
 """How much longer than its budget a main loop may be."""
-
-TOGETHER = 32
-"""Kernels that are disassembled in one run: the start is then a tenth of the time."""
 
 SUFFIXES = (".cubin", ".o", ".so")
 
@@ -95,7 +91,8 @@ def rows_of(
     if path.suffix == ".json":
         return _matching(_saved(path), patterns)
     kernels = _matching(kernels_of(path), patterns)
-    return [row_of(kernel, code, clock_ghz) for kernel, code in disassembled(kernels)]
+    codes = disassemble_together(kernels)
+    return [row_of(kernel, code, clock_ghz) for kernel, code in zip(kernels, codes)]
 
 
 def kernels_of(path: Path) -> list[Kernel]:
@@ -115,23 +112,6 @@ def _matching(all_of_them: list[Named], patterns: Sequence[str]) -> list[Named]:
             names = ", ".join(one.name for one in all_of_them)
             raise Refusal(f"no instance matches {pattern!r}; there are: {names}")
     return [one for one in all_of_them if any(fnmatchcase(one.name, p) for p in patterns)]
-
-
-def disassembled(kernels: Iterable[Kernel]) -> Iterator[tuple[Kernel, list[Instruction]]]:
-    """Each kernel with its instructions, in order."""
-
-    def read(some: list[Kernel]) -> list[list[Instruction]]:
-        return disassemble_together(some[0].architecture, [kernel.code for kernel in some])
-
-    together = [
-        neighbours[start : start + TOGETHER]
-        for _, run in itertools.groupby(kernels, lambda kernel: kernel.architecture)
-        for neighbours in [list(run)]
-        for start in range(0, len(neighbours), TOGETHER)
-    ]
-    with ThreadPoolExecutor() as threads:  # they wait for nvdisasm
-        for some, codes in zip(together, threads.map(read, together)):
-            yield from zip(some, codes)
 
 
 def _saved(path: Path) -> list[Row]:
