@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 Shape = Sequence[int]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -281,11 +282,14 @@ class Options(NamedTuple):
         sm_margin: Any,
         deterministic: Any,
     ) -> Options:
-        """Raises TypeError or ValueError that names the argument."""
+        """Raises TypeError or ValueError that names the argument.
+
+        `max_seqlen_q` is taken as it is: `bound` and `packing_bound` have made it.
+        """
         if softmax_scale is not None:
             softmax_scale = real("softmax_scale", softmax_scale, SCALE_RANGE)
         left = right = -1
-        if type(window_size) is not tuple or window_size != (-1, -1):
+        if window_size is not NO_WINDOW:
             left, right = _window(window_size)
         if type(softcap) is not float or softcap != 0.0:
             no_cap = isinstance(softcap, Real) and not isinstance(softcap, bool) and softcap == 0
@@ -308,10 +312,13 @@ class Options(NamedTuple):
 
     def checked(self) -> Options:
         """Raises what `of` does."""
-        scale, causal, left, right, chunk, softcap, *rest = self
-        return Options.of(scale, causal, (left, right), chunk, softcap, *rest)
+        scale, causal, left, right, chunk, softcap, longest, *rest = self
+        longest = bound("max_seqlen_q", longest)
+        return Options.of(scale, causal, (left, right), chunk, softcap, longest, *rest)
 
 
+NO_WINDOW = (-1, -1)
+"""The functions' default: what is given instead is looked at, as (-1.0, -1) equals it."""
 MAX_SM_MARGIN = 100
 """An H100 or A100 has more multiprocessors; others may have fewer (`runtime.check_margin`)."""
 SCALE_RANGE = (1e-30, 1e30)
@@ -329,10 +336,13 @@ def flag(name: str, value: Any) -> bool:
 
 
 def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
-    """Of Python or numpy; no bool, no float."""
+    """Of Python, NumPy or whatever else says that it is one (`__index__`).
+
+    No bool, no float, no tensor: reading a tensor may wait for a device.
+    """
     if type(value) is int and least <= value <= most:
         return value
-    if isinstance(value, (bool, Tensor)):
+    if isinstance(value, (bool, Tensor)) or type(value).__name__ == "bool_":  # NumPy 1's
         raise TypeError(f"{name}: expected an integer, got {_shown(value)}")
     try:
         number = operator.index(value)
@@ -342,6 +352,47 @@ def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
         bounds = f"from {least}" if most == 2**31 - 1 else f"between {least} and {most}"
         raise ValueError(f"{name} must be {bounds}, got {number}")
     return number
+
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def bound(name: str, value: Any) -> int | None:
+    """An upper bound of lengths; None: not known here, so the tensor's rows are one.
+
+    An integer as `integer` has it, or a tensor of one.  Of a tensor on another device it is None,
+    as reading would wait for the device, and so is that of any tensor while a compiler traces.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+    compiling = is_compiling()
+    if type(value) is int and (compiling or 0 <= value < 2**31):
+        return value  # to a compiler perhaps a number that only the device knows: not comparable
+    if value is None:
+        return None
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # as good as an integer
+    if isinstance(value, Tensor):
+        if value.dtype not in INTEGERS or value.numel() != 1:
+            kind = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: expected one integer, got {kind}")
+        if type(value) is not Tensor or not value.is_cpu or compiling:
+            return None
+        value = value.item()
+    return integer(name, value, 0)
+
+
+LONG = 1024
+"""From so many queries on, packing the heads of a group cannot save a third of the tiles."""
+
+
+def packing_bound(max_seqlen_q: int | None) -> int:
+    """`Options.max_seqlen_q`: whatever is longer is the same to a plan, kept by its options."""
+    if max_seqlen_q is None:
+        return LONG
+    if isinstance(max_seqlen_q, torch.SymInt):
+        return torch.sym_min(max_seqlen_q, LONG)
+    return min(max_seqlen_q, LONG)
 
 
 def real(name: str, value: Any, limits: tuple[float, float]) -> float:

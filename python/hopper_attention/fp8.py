@@ -69,7 +69,7 @@ class Treatment(NamedTuple):
             arguments.flag("hadamard", hadamard),
             None if two_level is None else arguments.flag("two_level", two_level),
             every,
-            *(None if n is None else arguments.integer(name, n, 0) for name, n in bounds),
+            *(arguments.bound(name, n) for name, n in bounds),
         )
 
     def checked(self) -> Treatment:
@@ -89,14 +89,14 @@ def attention_fp8(
     accumulate_every: int = 1,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = arguments.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     deterministic: bool = False,
@@ -117,7 +117,8 @@ def attention_fp8(
         accumulate_every: with two_level, so many key blocks (of 128 keys, of 64 in some kernels)
             are summed by the tensor cores before; a power of two.
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths, by default the tensors' rows:
-            scales take memory for so many.  On a GPU, they are not checked.
+            scales take memory for so many.  On a GPU, they are not checked; a tensor there means
+            the same as None.
         Everything else as for those two.
 
     Returns:
@@ -337,7 +338,7 @@ def compute(
     """
     q, k, v = (x.values for x in operands)
     options = Options.of(
-        softmax_scale, False, (-1, -1), 0, 0.0, None, None, torch.float32, 0, False
+        softmax_scale, False, arguments.NO_WINDOW, 0, 0.0, None, None, torch.float32, 0, False
     )
     shapes, dtypes = (q.shape, k.shape, v.shape), (torch.bfloat16,) * 3
     how = Fp8(two_level, accumulate_every)
@@ -391,9 +392,11 @@ def _checked_descale(
     blocks = [-(-seqlen // rows) for rows in (64, 128)]
     fitting = [(1,), (), (sequences, heads_kv), *((sequences, heads, n) for n in blocks)]
     if tuple(descale.shape) not in fitting:
+        side = "q" if name == "q_descale" else "k"
         raise ValueError(
             f"{name} has shape {tuple(descale.shape)}; expected (1,), (batch, heads_kv) = "
-            f"{(sequences, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or {fitting[4]}"
+            f"{(sequences, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or "
+            f"{fitting[4]}, as many as a max_seqlen_{side} of {seqlen} has"
         )
     if descale.is_cpu and ((descale > 0) & (descale < LEAST)).any():
         raise ValueError(f"{name} must be 0 or at least {LEAST:g}")

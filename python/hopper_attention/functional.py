@@ -25,7 +25,7 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = (-1, -1),
+    window_size: WindowSize = arguments.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -128,7 +128,7 @@ def flash_attn_varlen_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = (-1, -1),
+    window_size: WindowSize = arguments.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -150,12 +150,13 @@ def flash_attn_varlen_func(
             cu_seqlens_q[b + 1]; or, with cu_seqlens_q None, (batch, seqlen_q, heads, head_dim).
         k, v: the same with cu_seqlens_k; the one may be packed and the other not.
         cu_seqlens_q, cu_seqlens_k: (batch + 1) int32, ascending from 0.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths, on the host or the device; the
-            kernels find the lengths on the device, so nothing waits for these and None will do.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths: integers, or tensors of one.  The
+            kernels find the lengths on the device, so None will do, and a tensor on a GPU means the
+            same as None: nothing waits for it.
         seqused_q, seqused_k: (batch,) int32: only so many of a sequence's rows are used.
         q_descale, k_descale, v_descale: sequences in place of batch entries; of blocks, which count
-            from each sequence's first row, as many as max_seqlen_q or max_seqlen_k has, which must
-            then be numbers.
+            from each sequence's first row, as many as max_seqlen_q or max_seqlen_k has if rows are
+            packed; as many as the tensor's rows have where they are not, or the bound is not known.
         Everything else as for `flash_attn_func`.
 
     Returns:
@@ -170,17 +171,15 @@ def flash_attn_varlen_func(
     """
     _check_unsupported(qv, num_splits)
     with_lse = _with_lse(return_attn_probs, return_lse)
-    _check_bounds(max_seqlen_q, max_seqlen_k)
-    # Whatever is longer is the same to a plan, which is kept by its options.
-    bound = min(max_seqlen_q, LONG) if isinstance(max_seqlen_q, int) else LONG
+    bound_q = arguments.bound("max_seqlen_q", max_seqlen_q)
+    bound_k = arguments.bound("max_seqlen_k", max_seqlen_k)
     options = Options.of(
-        softmax_scale, causal, window_size, attention_chunk, softcap, bound, pack_gqa, out_dtype,
-        sm_margin, deterministic,
+        softmax_scale, causal, window_size, attention_chunk, softcap,
+        arguments.packing_bound(bound_q), pack_gqa, out_dtype, sm_margin, deterministic,
     )  # fmt: skip
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
     descales = (q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
-        bound_q, bound_k = (n if isinstance(n, int) else None for n in (max_seqlen_q, max_seqlen_k))
         result, lse = fp8.attend(
             q, k, v, learnable_sink, (queries, keys), descales, (bound_q, bound_k), options, out
         )
@@ -197,7 +196,7 @@ def flash_attn_qkvpacked_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = (-1, -1),
+    window_size: WindowSize = arguments.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -255,10 +254,6 @@ def flash_attn_qkvpacked_func(
     )
 
 
-LONG = 1024
-"""From so many queries on, packing the heads of a group cannot save a third of the tiles."""
-
-
 def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
     """Arguments of flash-attn 3 that no kernel here serves yet."""
     if arguments.integer("num_splits", num_splits, 0) > 1:
@@ -272,16 +267,6 @@ def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
     for name, descale in zip(("q", "k", "v", "out"), descales, strict=True):
         if descale is not None:
             raise NotImplementedError(f"{name}_descale: only of FP8 tensors; leave it out")
-
-
-def _check_bounds(max_seqlen_q: int | Tensor | None, max_seqlen_k: int | Tensor | None) -> None:
-    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(bound, Tensor):
-            if bound.numel() != 1 or bound.dtype.is_floating_point:
-                raise ValueError(f"{name}: expected one integer, got a {bound.dtype} tensor")
-        elif bound is not None and not torch.compiler.is_compiling():
-            # What only the device knows cannot be compared while a compiler traces.
-            arguments.integer(name, bound, 0)
 
 
 def _with_lse(return_attn_probs: bool, return_lse: bool) -> bool:

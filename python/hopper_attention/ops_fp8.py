@@ -57,7 +57,9 @@ def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
     tensors, flat = flat[: ops.NUM_TENSORS], flat[ops.NUM_TENSORS :]
     descales, scalars = flat[:_NUM_DESCALES], flat[_NUM_DESCALES:]
-    options, bounds = Options(*scalars[:-_NUM_BOUNDS]), scalars[-_NUM_BOUNDS:]
+    options = Options(*scalars[:-_NUM_BOUNDS])
+    bound_q, bound_k = scalars[-_NUM_BOUNDS:]
+    bounds = (arguments.bound("bound_q", bound_q), arguments.bound("bound_k", bound_k))
     inputs = Inputs.of(tensors)
     arguments.check_tensors(*inputs[:3])
     inputs = inputs._replace(sink=arguments.resolve_sink(inputs.sink, inputs.q))

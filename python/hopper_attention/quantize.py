@@ -9,8 +9,9 @@ x is approximated by `values * descale`, where `descale` covers, by recipe:
 
 Sequences are batch entries, or what `lengths` says: packed, where x is (total, heads, head_dim), or
 the used rows of batch entries.  `max_seqlen` is an upper bound of their lengths; blocks behind a
-sequence's last have the scale of zeros.  On a GPU, values of rows that are in no sequence are not
-written; whatever lies there is not read either, be it NaN.
+sequence's last have the scale of zeros.  A tensor on a GPU means the same as None: all rows.  On a
+GPU, values of rows that are in no sequence are not written; whatever lies there is not read either,
+be it NaN.
 
 On a GPU and in the simulator by the kernels of cute_kernels/quantize.py and arrange.py, else as
 quantize_statement.py says.  Both agree bit for bit without rotation and centring, signs of NaN
@@ -78,7 +79,7 @@ def quantize(
     arranged: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
     lengths: Lengths = WHOLE,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     rotary: Rotary | tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
     """FP8 values with the largest scales that do not saturate.
@@ -105,7 +106,7 @@ def quantize(
     no kernel, before anything is launched.
     """
     max_rows = check_rows("x", x, lengths, max_seqlen)
-    recipe = check_options(x, recipe, heads_kv, dtype)
+    recipe, heads_kv = check_options(x, recipe, heads_kv, dtype)
     if arranged:
         check_arranged("x", x)
     embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
@@ -120,7 +121,7 @@ def quantize(
     return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
 
 
-def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
+def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None) -> Tensor:
     """(sequences, heads, head_dim) float32: what `centered` takes off."""
     max_rows = check_rows("x", x, lengths, max_seqlen)
     backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows)
@@ -137,7 +138,7 @@ def narrowed(
     *,
     arranged: bool = False,
     lengths: Lengths = WHOLE,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
 ) -> Quantized:
     """e5m2 as e4m3, by powers of two: exact, but for what is tiny beside its neighbours.
 
@@ -171,7 +172,9 @@ def narrowed(
     return Quantized(values, factor * given)
 
 
-def columns_of(v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None) -> Tensor:
+def columns_of(
+    v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None
+) -> Tensor:
     """V^T as the FP8 forward kernel reads it: a column's keys together, interleaved in every 16.
 
     Args:

@@ -15,7 +15,7 @@ GRID = 65535
 """Most blocks along the second and third dimension of a grid."""
 
 
-def check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -> int:
+def check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | Tensor | None) -> int:
     """The upper bound of the sequences' lengths."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -28,8 +28,7 @@ def check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | None) -
     if x.ndim != (3 if packed else 4):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
     rows = x.shape[-3]
-    if max_seqlen is not None:
-        max_seqlen = arguments.integer("max_seqlen", max_seqlen, 0)
+    max_seqlen = arguments.bound("max_seqlen", max_seqlen)
     if not lengths.given:
         if max_seqlen not in (None, rows):
             raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
@@ -69,19 +68,22 @@ def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | Non
 
 def check_options(
     x: Tensor, recipe: Recipe | str, heads_kv: int | None, dtype: torch.dtype
-) -> Recipe:
+) -> tuple[Recipe, int | None]:
+    """Recipe and heads_kv in the forms that the implementations take."""
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; expected a float dtype")
     if recipe not in list(Recipe):
         names = ", ".join(r.value for r in Recipe)
         raise ValueError(f"recipe {recipe!r} is none of {names}")
-    if heads_kv is not None and (heads_kv < 1 or x.shape[-2] % heads_kv != 0):
-        raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
+    if heads_kv is not None:
+        heads_kv = arguments.integer("heads_kv", heads_kv, -(2**31))
+        if heads_kv < 1 or x.shape[-2] % heads_kv != 0:
+            raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
     if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         raise NotImplementedError(
             f"dtype {dtype}: supported: torch.float8_e4m3fn, torch.float8_e5m2"
         )
-    return Recipe(recipe)
+    return Recipe(recipe), heads_kv
 
 
 def checked_rotary(
@@ -89,7 +91,7 @@ def checked_rotary(
 ) -> Rotary:
     if not isinstance(rotary, tuple) or not 2 <= len(rotary) <= 4:
         raise TypeError(f"rotary: expected (cos, sin) or a Rotary, got {type(rotary).__name__}")
-    cos, sin, interleaved, offsets = rotary = Rotary(*rotary)
+    cos, sin, interleaved, offsets = Rotary(*rotary)
     for name, table in (("cos", cos), ("sin", sin)):
         if not isinstance(table, Tensor):
             raise TypeError(f"rotary: expected a torch.Tensor as {name}, got {_kind(table)}")
@@ -107,7 +109,7 @@ def checked_rotary(
         raise NotImplementedError(
             f"rotary: rotary_dim {dim}; supported: multiples of 16 up to head_dim {x.shape[-1]}"
         )
-    arguments.flag("rotary: interleaved", interleaved)
+    interleaved = arguments.flag("rotary: interleaved", interleaved)
     first = 0
     if isinstance(offsets, Tensor):
         sequences = number_of_sequences(x, lengths)
@@ -117,13 +119,13 @@ def checked_rotary(
                 raise ValueError("rotary: offsets must not be negative")
             first = int(offsets.max())
     else:
-        first = arguments.integer("rotary: offsets", offsets, 0)
+        first = offsets = arguments.integer("rotary: offsets", offsets, 0)
     if first + max_seqlen > positions:
         raise ValueError(
             f"rotary: cos and sin have {positions} positions; needed: {first + max_seqlen}, "
             "offset and max_seqlen"
         )
-    return rotary
+    return Rotary(cos, sin, interleaved, offsets)
 
 
 def _kind(value: object) -> str:

@@ -151,9 +151,13 @@ def _options(
     causal: bool,
     window_left: int | None = None,
     window_right: int | None = None,
+    max_q: int | None = None,
 ) -> Options:
-    window = (window_left, window_right)
-    return Options.of(scale, causal, window, 0, 0.0, None, None, None, 0, False)
+    """`max_q`: of packed queries, where few share tiles with the other heads of their group."""
+    window, bound = (window_left, window_right), arguments.bound("max_q", max_q)
+    if bound is not None:
+        bound = arguments.packing_bound(bound)
+    return Options.of(scale, causal, window, 0, 0.0, bound, None, None, 0, False)
 
 
 def _attend(inputs: Inputs, options: Options, out: Tensor) -> Tensor:
@@ -281,10 +285,11 @@ def _flash_forward_inplace(
 ) -> Tensor:
     """Paged keys, ALiBi and whatever newer versions pass are refused by name."""
     _refuse(dropout_p=dropout_p, return_debug_mask=return_debug_mask, **more)
-    if num_splits is not None and num_splits > 1:
+    if arguments.integer("num_splits", num_splits or 0, 0) > 1:
         raise NotImplementedError("num_splits: keys are not split")
     arguments.check_out(out, query, key, value, None)
-    options = _options(scale, is_causal, window_size_left, window_size_right)
+    bound = None if cum_seq_q is None else max_q
+    options = _options(scale, is_causal, window_size_left, window_size_right, bound)
     lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)
     return _attend(Inputs(query, key, value, None, *lengths), options, out)
 
@@ -311,7 +316,8 @@ def _flash_backward(
     **more: Any,
 ) -> tuple[Tensor, ...]:
     _refuse(dropout_p=dropout_p, **more)
-    options = _options(scale, is_causal, window_size_left, window_size_right)
+    bound = None if cum_seq_q is None else max_q
+    options = _options(scale, is_causal, window_size_left, window_size_right, bound)
     inputs = Inputs(query, key, value, None, Lengths(cum_seq_q), Lengths(cum_seq_k))
     found = _gradients(inputs, options, out, logsumexp, grad_out)
     return _laid_out_like(found, (query, key, value))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention import functional
+from hopper_attention import arguments, functional
 
 
 def memory_efficient_attention(
@@ -85,7 +85,7 @@ def _attention(
     op: object,
     output_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    if p:
+    if arguments.real("p", p, (0.0, 1.0)) > 0:
         raise NotImplementedError(f"p={p}: dropout is not supported; use p=0.0")
     if op is not None:
         raise NotImplementedError("op: other operators are xFormers' own; use op=None")
@@ -204,12 +204,15 @@ def _causal_from_top_left(problem: Problem, bias: Any) -> Problem:
 
 
 def _local(problem: Problem, bias: Any) -> Problem:
-    return problem.with_options(window_size=(int(bias.window_left), int(bias.window_right)))
+    sides = ((name, getattr(bias, name)) for name in ("window_left", "window_right"))
+    left, right = (arguments.integer(f"attn_bias.{name}", side, -1) for name, side in sides)
+    return problem.with_options(window_size=(left, right))
 
 
 def _causal_local(problem: Problem, bias: Any) -> Problem:
     """A query sees itself and the _window_size - 1 keys before."""
-    return problem.with_options(causal=True, window_size=(int(bias._window_size) - 1, 0))
+    window = arguments.integer("attn_bias._window_size", bias._window_size, 1)
+    return problem.with_options(causal=True, window_size=(window - 1, 0))
 
 
 Masking = Callable[[Problem, Any], Problem]
@@ -258,9 +261,14 @@ def _blocks(problem: Problem, bias: Any) -> Problem:
         cu_seqlens_q=_on(queries.seqstart, device),
         cu_seqlens_k=_on(keys.seqstart, device) - first,
         seqused_k=None if used is None else _on(used, device),
-        max_seqlen_q=max(int(queries.max_seqlen), 0),
-        max_seqlen_k=max(int(keys.max_seqlen), 0),
+        max_seqlen_q=_longest("q_seqinfo", queries),
+        max_seqlen_k=_longest("k_seqinfo", keys),
     )
+
+
+def _longest(name: str, seqinfo: Any) -> int:
+    """xFormers has -1 where there are no sequences."""
+    return max(arguments.integer(f"attn_bias.{name}.max_seqlen", seqinfo.max_seqlen, -1), 0)
 
 
 def _check_room(starts: list[int], lengths: list[int]) -> None:
