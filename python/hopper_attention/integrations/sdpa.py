@@ -151,13 +151,17 @@ def _options(
     causal: bool,
     window_left: int | None = None,
     window_right: int | None = None,
-    max_q: int | None = None,
+    longest: int | None = None,
 ) -> Options:
-    """`max_q`: of packed queries, where few share tiles with the other heads of their group."""
-    window, bound = (window_left, window_right), arguments.bound("max_q", max_q)
-    if bound is not None:
-        bound = arguments.packing_bound(bound)
-    return Options.of(scale, causal, window, 0, 0.0, bound, None, None, 0, False)
+    window = (window_left, window_right)
+    return Options.of(scale, causal, window, 0, 0.0, longest, None, None, 0, False)
+
+
+def _longest(cum_seq_q: Tensor | None, max_q: int, max_k: int) -> int | None:
+    """`Options.max_seqlen_q`: of queries that are not packed, the rows say it."""
+    bound = arguments.bound("max_q", max_q)
+    arguments.bound("max_k", max_k)  # the lengths are in cum_seq_k
+    return None if cum_seq_q is None else arguments.packing_bound(bound)
 
 
 def _attend(inputs: Inputs, options: Options, out: Tensor) -> Tensor:
@@ -288,8 +292,8 @@ def _flash_forward_inplace(
     if arguments.integer("num_splits", num_splits or 0, 0) > 1:
         raise NotImplementedError("num_splits: keys are not split")
     arguments.check_out(out, query, key, value, None)
-    bound = None if cum_seq_q is None else max_q
-    options = _options(scale, is_causal, window_size_left, window_size_right, bound)
+    longest = _longest(cum_seq_q, max_q, max_k)
+    options = _options(scale, is_causal, window_size_left, window_size_right, longest)
     lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)
     return _attend(Inputs(query, key, value, None, *lengths), options, out)
 
@@ -316,8 +320,8 @@ def _flash_backward(
     **more: Any,
 ) -> tuple[Tensor, ...]:
     _refuse(dropout_p=dropout_p, **more)
-    bound = None if cum_seq_q is None else max_q
-    options = _options(scale, is_causal, window_size_left, window_size_right, bound)
+    longest = _longest(cum_seq_q, max_q, max_k)
+    options = _options(scale, is_causal, window_size_left, window_size_right, longest)
     inputs = Inputs(query, key, value, None, Lengths(cum_seq_q), Lengths(cum_seq_k))
     found = _gradients(inputs, options, out, logsumexp, grad_out)
     return _laid_out_like(found, (query, key, value))
