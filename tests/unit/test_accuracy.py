@@ -1,7 +1,9 @@
 """The accuracy lab: inputs, recipes, what docs/fp8.md claims of them, and the command."""
 
+import importlib
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from hopper_attention.cli import app, main
 from hopper_attention.fp8_emulation import Cut
 from hopper_attention.quantize import Recipe
 
+command = importlib.import_module("hopper_attention.cli.accuracy")
+"""The module: `cli` has its Typer under the same name."""
 SMALL = Size(seqlen=160, heads=2, head_dim=32)
 
 
@@ -191,6 +195,57 @@ def test_json_holds_a_row_for_every_method(tmp_path):
     assert all(0 < row["rmse"] < 1 for row in report["rows"])
     assert {"date", "commit", "device", "versions", "seed"} <= report.keys()
     assert png.stat().st_size > 10_000
+
+
+EMULATED, KERNELS = "emulated on a CPU", "bars: kernels on "
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "said"),
+    [
+        ("emulation", None, EMULATED),
+        ("kernel", "cpu", f"{KERNELS}the simulator; lines: a CPU"),
+        ("kernel", "cuda", f"{KERNELS}one NVIDIA H200; lines: a CPU"),
+    ],
+    ids=["emulation", "simulator", "GPU"],
+)
+def test_pictures_say_what_ran_where(monkeypatch, tmp_path, backend, device, said):
+    """The caption, and everything else in the picture, too."""
+    device = None if device is None else torch.device(device)
+    monkeypatch.setattr(command, "_device_of", lambda _: nullcontext(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(Variant, "run_kernel", lambda variant, inputs, _: variant.run(inputs))
+    found = captions(monkeypatch)
+    arguments = [*FAST, "--distribution", "normal", "--recipe", "block64", "--backend", backend]
+    report = json.loads(invoke(*arguments, "--json", "--png", str(tmp_path / "a.png")))
+    (text,) = found
+    assert text.splitlines()[1].endswith(f", seed 0, {said}")
+    assert text.count("emulat") == (backend == "emulation")
+    assert report["backend"] == backend
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        ["paper", "--seqlen", "128", "--heads", "1", "--seeds", "1"],
+        ["accumulation", "--keys", "256", "--queries", "2", "--head-dim", "32"],
+    ],
+    ids=lambda study: study[0],
+)
+def test_pictures_of_studies_say_that_they_are_emulated(monkeypatch, tmp_path, study):
+    found = captions(monkeypatch)
+    invoke(*study, "--png", str(tmp_path / "a.png"))
+    assert found[0].endswith(f", {EMULATED}")
+
+
+def captions(monkeypatch):
+    """What the figures that are made from now on have above them."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    found, suptitle = [], figure.suptitle
+    monkeypatch.setattr(
+        figure, "suptitle", lambda self, text, **how: (found.append(text), suptitle(self, text))[1]
+    )
+    return found
 
 
 def test_equal_seeds_give_equal_reports():

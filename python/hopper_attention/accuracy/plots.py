@@ -42,7 +42,7 @@ def write_recipes(path: Path, rows: Sequence[Row], caption: str) -> None:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
-    _save(figure, path, "FP8 attention on emulated Hopper arithmetic: error against FP64", caption)
+    _save(figure, path, "FP8 attention: error against FP64", caption)
 
 
 def _draw_recipes(axis: Axes, rows: Sequence[Row]) -> None:

@@ -41,6 +41,7 @@ from hopper_attention.quantize import Recipe
 from hopper_attention.refusal import Refusal
 
 CPU = "CPU: emulated, not a GPU"
+SIMULATOR = "simulator"
 
 accuracy = typer.Typer(
     help="Measure what FP8 attention loses, against FP64.", invoke_without_command=True
@@ -236,10 +237,11 @@ def _facts(seed: int, device: torch.device | None = None) -> dict[str, Any]:
     """`device`: where kernels ran, the simulator's is a CPU."""
     where = f"{CPU}, {os.cpu_count()} cores"
     if device is not None:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "simulator"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else SIMULATOR
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": environment.commit(),
+        "backend": (Backend.EMULATION if device is None else Backend.KERNEL).value,
         "device": where,
         "versions": environment.versions(),
         "seed": seed,
@@ -247,9 +249,17 @@ def _facts(seed: int, device: torch.device | None = None) -> dict[str, Any]:
 
 
 def _caption(facts: dict[str, Any]) -> str:
+    """When, what and where, by the run's facts; lines are of what is always computed on a CPU."""
+    where = "emulated on a CPU"
+    if facts["backend"] == Backend.KERNEL.value:
+        where = f"bars: kernels on {_with_article(facts['device'])}; lines: a CPU"
     commit, _, changed = facts["commit"].partition("+")
     mark = "+" if changed or facts["commit"].endswith("+") else ""
-    return f"{facts['date'][:10]}, commit {commit[:7]}{mark}, seed {facts['seed']}, on a CPU"
+    return f"{facts['date'][:10]}, commit {commit[:7]}{mark}, seed {facts['seed']}, {where}"
+
+
+def _with_article(device: str) -> str:
+    return f"the {device}" if device == SIMULATOR else f"one {device}"
 
 
 def _table(rows: Sequence[Row]) -> Table:
