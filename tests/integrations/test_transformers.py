@@ -486,6 +486,14 @@ def heads(batch=1, seqlen=4):
     return [torch.randn(batch, 2, seqlen, 16, dtype=torch.bfloat16) for _ in range(3)]
 
 
+def causal(batch=1, queries=4, keys=4, **more):
+    return make_mask(batch, queries, keys, **more)
+
+
+def bidirectional(batch=1, queries=4, keys=4, **more):
+    return make_mask(batch, queries, keys, allow_is_bidirectional_skip=True, **more)
+
+
 @pytest.mark.parametrize(
     "argument",
     [
@@ -505,11 +513,11 @@ def test_arguments_that_change_the_result_are_refused(argument):
 def test_other_arguments_pass():
     inputs = heads()
     out, weights = attention_forward(
-        layer(), *inputs, None, use_cache=True, output_attentions=False, cache_position=None,
+        layer(), *inputs, causal(), use_cache=True, output_attentions=False, cache_position=None,
         num_items_in_batch=3, position_bias=None,
     )  # fmt: skip
     assert weights is None and out.shape == (1, 4, 2, 16)
-    assert torch.equal(out, attention_forward(layer(), *inputs, None)[0])
+    assert torch.equal(out, attention_forward(layer(), *inputs, causal())[0])
 
 
 @pytest.mark.parametrize(
@@ -538,7 +546,7 @@ def test_added_patterns_are_refused():
         {"and_mask_function": lambda b, h, q, k: k != 0},
         {"block_sequence_ids": groups},
     ):
-        with pytest.raises(NotImplementedError, match="adds to its causal mask"):
+        with pytest.raises(NotImplementedError, match="adds to its mask"):
             create_causal_mask(config, embeds, None, None, **added)
 
 
@@ -552,24 +560,36 @@ def test_a_mask_that_came_as_it_was():
         made = make_mask(2, 6 - first, 6, q_offset=first, attention_mask=mask)
         assert torch.equal(out, attention_forward(layer(), queries, k, v, made)[0])
         alone = attention_forward(
-            layer(), queries[:1, :, max(2 - first, 0) :], k[:1, :, 2:], v[:1, :, 2:], None
+            layer(),
+            *(queries[:1, :, max(2 - first, 0) :], k[:1, :, 2:], v[:1, :, 2:]),
+            causal(1, min(6 - first, 4), 4, q_offset=max(first - 2, 0)),
         )
         assert torch.equal(out[:1, max(2 - first, 0) :], alone[0])
 
 
+def form(mask):
+    return mask.dtype, mask.shape[2], mask.shape[3]
+
+
+def used(mask):
+    return mask.view(torch.int32)[:, 0, :, 0].tolist()
+
+
 def test_masks_that_need_no_gather_say_so():
     prefix = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    assert make_mask(2, 4, 4, attention_mask=torch.ones(2, 4)) is None
-    assert make_mask(2, 4, 4, attention_mask=prefix).tolist() == [[[[3, 3]]], [[[4, 4]]]]
-    assert make_mask(2, 4, 4, attention_mask=prefix.flip(1)).shape == (2, 1, 1, 8)
-    assert make_mask(2, 4, 4) is None
+    assert form(make_mask(2, 4, 4, attention_mask=torch.ones(2, 4))) == (torch.uint32, 1, 8)
+    assert form(make_mask(2, 4, 4)) == (torch.uint32, 1, 8)
+    assert form(make_mask(2, 4, 4, attention_mask=prefix)) == (torch.uint32, 2, 8)
+    assert used(make_mask(2, 4, 4, attention_mask=prefix)) == [[3, 3], [4, 4]]
+    assert form(make_mask(2, 4, 4, attention_mask=prefix.flip(1))) == (torch.uint64, 3, 8)
     for mask in (
         None,
         torch.ones(2, 5),
         torch.ones(2, 9),
     ):  # the last says nothing of what is written
         static = make_mask(2, 1, 9, q_offset=torch.tensor(4), attention_mask=mask)
-        assert static.tolist() == [[[[1, 5]]]] * 2
+        assert form(static) == (torch.uint32, 2, 10)
+        assert used(static) == [[1, 5]] * 2
 
 
 def test_registering_again_changes_nothing():

@@ -1,20 +1,16 @@
 """Hugging Face transformers 5: `attn_implementation="hopper_attention"` after `register()`.
 
 transformers calls two functions.  `make_mask` runs once a forward pass (once per kind of layer) and
-says which tokens count; `attention_forward` runs in every layer.  Between them travels what a
-model passes on as `attention_mask`, in one of these forms:
+is told which tokens see which; `attention_forward` runs in every layer and is told little of that,
+at times nothing or something else (`is_causal` missing or wrong, no window).  transformers' own
+eager attention does what the mask says, and so does this: `make_mask` always returns a mask, which
+carries the pattern that was asked for, and `attention_forward` applies that pattern.  What a layer
+says of itself counts only where no mask was asked for.
 
-    None                            every query and every key counts
-    int32 (batch, 1, 1, 2)          the first so many queries and the first so many keys count
-    bool (batch, 1, 1, q + k)       which queries and which keys count
-    int32 (1, 1, 1, 3 or more)      cu_seqlens of sequences packed in rows
-    bool or int (batch, <= k)       a padding mask that a model passed on as it came
-
-Where a mask tells tokens apart one by one, those that count are moved to the front of their rows by
-a gather with static shapes, attention runs on so many of each row, and the inverse gather brings
-the results back: no wait for the device and no shape that depends on data, so it all traces under
-torch.compile(fullgraph=True).  The four-dimensional forms pass through `generate`, which makes
-masks for static caches ahead of the compiled step, without being made anew.
+`transformers_masks` has the forms of masks.  Where the tokens that count are not the first ones of
+their rows, a gather with static shapes moves them there, attention runs on so many of each row, and
+the inverse gather brings the results back: no wait for the device and no shape that depends on
+data, so it all traces under torch.compile(fullgraph=True).
 
 Distances (sliding windows, chunks) count tokens that count, as in transformers' own flash path;
 its eager and sdpa paths count padding *between* tokens, too.
@@ -23,21 +19,38 @@ its eager and sdpa paths count padding *between* tokens, too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import re
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hopper_attention.functional import flash_attn_func, flash_attn_varlen_func
+from hopper_attention.integrations.transformers_masks import (
+    NAME,
+    Padding,
+    Pattern,
+    assert_whole,
+    cu_seqlens_of,
+    in_graph,
+    is_made,
+    make_mask,
+    mask_message,
+    read,
+    to_front,
+    whose,
+)
 
-NAME = "hopper_attention"
 HALF = (torch.bfloat16, torch.float16)
 
 
 def register() -> None:
     """Make `attn_implementation="hopper_attention"` known; again does nothing.
+
+    Models that compute attention by themselves are refused when they are built with it, or set to
+    it: NotImplementedError with the class's name.
 
     Raises:
         ImportError: transformers is missing or older than 5.
@@ -49,141 +62,60 @@ def register() -> None:
         raise ImportError(f"transformers {transformers.__version__} is too old; 5 is needed")
     transformers.AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
+    _check_classes_of(transformers.PreTrainedModel)
 
 
-# ------------------------------------------------------------------------------------------- masks
+# ----------------------------------------------------------------------------------------- classes
 
 
-def make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    allow_is_bidirectional_skip: bool | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    config: Any = None,
-    device: torch.device | str | None = None,
-    **_: object,
-) -> Tensor | None:
-    """What of a batch counts, in one of the forms above; transformers' mask interface.
+def _check_classes_of(base: Any) -> None:
+    """Let `base`'s check of attn_implementation look at the class, too.
 
-    Queries are tokens q_offset .. q_offset + q_length of their rows (q_offset is a tensor for a
-    static cache), keys are kv_offset .. kv_offset + kv_length; those behind the last query are
-    slots of a cache that nobody has written.  Outside of torch.compile this waits for the device
-    once to see whether a gather is needed, as transformers' own flash mask function does.
-
-    Raises:
-        NotImplementedError: a pattern that no kernel here has: custom mask functions, blocks of
-            tokens that see one another, chunks in a cache that has dropped its first keys.
+    Every model and every model inside of another runs that check when it is built, and again in
+    set_attn_implementation; it accepts each registered name and knows no other way to ask.
     """
-    causal = allow_is_bidirectional_skip is None  # only bidirectional masks are asked about that
-    _check_pattern(mask_function, use_vmap)
-    _check_chunks(config, local_size, kv_offset)
-    if attention_mask is None:
-        if not causal:
-            return None
-        written = q_offset + q_length - kv_offset
-        if isinstance(written, int) and written == kv_length:
-            return _packing(mask_function, batch_size, q_length, kv_length, local_size, device)
-        return _lengths(batch_size, q_length, written, device)
-    if attention_mask.ndim != 2:
-        raise NotImplementedError(_mask_message(attention_mask))
-    end = kv_offset + kv_length
-    tokens = torch.nn.functional.pad(
-        attention_mask.bool()[:, :end], (0, _missing(attention_mask, end))
-    )
-    if causal:
-        tokens = tokens & (torch.arange(end, device=tokens.device) < q_offset + q_length)
-        queries = tokens[:, torch.arange(q_length, device=tokens.device) + q_offset]
-    elif q_length == kv_length:  # where a window is, padding has no distance
-        queries = tokens
-    else:
-        queries = tokens.new_ones(batch_size, q_length)
-    return _shortest_form(queries, tokens[:, kv_offset:])
+    check = base.get_correct_attn_implementation
+    if hasattr(check, "knows_hopper_attention"):
+        return
+
+    @functools.wraps(check)
+    def get_correct_attn_implementation(self: Any, *arguments: Any, **options: Any) -> str:
+        chosen = check(self, *arguments, **options)
+        if chosen == NAME:
+            _check_class(type(self))
+        return chosen
+
+    get_correct_attn_implementation.knows_hopper_attention = True  # type: ignore[attr-defined]
+    base.get_correct_attn_implementation = get_correct_attn_implementation
 
 
-def _missing(attention_mask: Tensor, end: int) -> int:
-    return max(end - attention_mask.shape[1], 0)
-
-
-def _shortest_form(queries: Tensor, keys: Tensor) -> Tensor | None:
-    both = torch.cat([queries, keys], dim=1)
-    if not _in_graph():
-        # Queries are some of the keys, one after another, or all count: theirs is a prefix, too.
-        prefix = (keys[:, 1:] <= keys[:, :-1]).all()
-        everything, prefix_only = torch.stack([both.all(), prefix]).tolist()
-        if everything:
-            return None
-        if prefix_only:
-            used = torch.stack([queries.sum(-1), keys.sum(-1)], dim=-1)
-            return used.to(torch.int32)[:, None, None, :]
-    return both[:, None, None, :]
-
-
-def _packing(
-    mask_function: Callable[..., Tensor] | None,
-    batch: int,
-    seqlen: int,
-    seqlen_k: int,
-    local_size: int | None,
-    device: torch.device | str | None,
-) -> Tensor | None:
-    """cu_seqlens of what transformers found packed, for models whose layers get no position_ids.
-
-    A sequence (or chunk) begins where a token does not see the one before.
-    """
-    if mask_function is None or mask_function.__name__ == "causal_mask_function":
-        return None
-    if seqlen != seqlen_k or seqlen == 1:
-        return None
-    row = torch.arange(batch, device=device)[:, None]
-    query = torch.arange(1, seqlen, device=device)[None]
-    restarts = ~mask_function(row, row, query, query - 1).expand(batch, -1)
-    if not _in_graph():
-        offsets = _cu_seqlens(restarts)
-        return None if offsets is None else offsets[None, None, None]
-    if local_size is None:  # windows and chunks may have such places, too
-        _assert_whole(restarts)
-    return None
-
-
-def _lengths(
-    batch: int, queries: int, keys: int | Tensor, device: torch.device | str | None
-) -> Tensor:
-    used = torch.empty(2, dtype=torch.int32, device=device)
-    used[0] = queries
-    used[1] = keys
-    return used.expand(batch, 1, 1, 2)
-
-
-def _check_pattern(mask_function: Callable[..., Any] | None, use_vmap: bool) -> None:
-    """Only causal, bidirectional, local, chunked and packed patterns reach the kernels."""
-    if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
+def _check_class(model: type) -> None:
+    own = _own_attention(model)
+    if own is not None:
         raise NotImplementedError(
-            f"{NAME}: this model adds to its causal mask (or_mask_function, and_mask_function or "
-            'block_sequence_ids); use attn_implementation="sdpa" or "flex_attention"'
+            f"{NAME}: {model.__name__} computes its own attention ({own}) and would not call this; "
+            'use attn_implementation="eager", or "sdpa" where it has that.  Parts of a larger '
+            f'model can differ: attn_implementation={{"": "{NAME}", "vision_config": "eager"}}'
         )
 
 
-def _check_chunks(config: Any, local_size: int | None, kv_offset: int) -> None:
-    chunk = getattr(config, "attention_chunk_size", None)
-    if local_size is None or local_size != chunk or kv_offset == 0:
-        return
-    raise NotImplementedError(
-        f"{NAME}: attention_chunk_size={chunk} with a cache that has dropped its first {kv_offset} "
-        'keys; use a cache as long as the text, or attn_implementation="sdpa"'
-    )
+@functools.cache
+def _own_attention(model: type) -> str | None:
+    """A class of attention beside `model` that does not know transformers' attention interface.
 
-
-def _mask_message(mask: Tensor) -> str:
-    return (
-        f"{NAME}: attention_mask of shape {tuple(mask.shape)}; supported: (batch, tokens), 1 for "
-        'tokens that count.  For other masks use attn_implementation="sdpa"'
-    )
+    The source decides, as in transformers' own test of whether attention can be set: whether the
+    file that defines the class refers to ALL_ATTENTION_FUNCTIONS.
+    """
+    for ancestor in model.__mro__:
+        if ancestor.__module__ == "transformers.modeling_utils":
+            return None
+        for thing in vars(sys.modules[ancestor.__module__]).values():
+            if not isinstance(thing, type) or not issubclass(thing, torch.nn.Module):
+                continue
+            named = re.search("Attention|Attn", thing.__name__)
+            if named and not hasattr(sys.modules[thing.__module__], "ALL_ATTENTION_FUNCTIONS"):
+                return thing.__name__
+    return None
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -224,14 +156,15 @@ def attention_forward(
             that were cast up) it is computed and returned in autocast's dtype, or the one of the
             layer's weights.
         key, value: (batch, heads_kv, seqlen_k, head_dim).
-        attention_mask: what `make_mask` returned, or (batch, tokens).
+        attention_mask: what `make_mask` returned, which says who sees whom, whatever the layer
+            says; or (batch, tokens), or None: then the layer does.
         sliding_window: W: a query sees itself and W - 1 keys before, and without causality as
             many behind.
         s_aux: (heads,), attention sinks.
-        position_ids: (batch or 1, seqlen_q).  Without a mask (or one that hides nothing) and a
-            cache, positions that restart separate sequences packed into a row.  Seeing that takes
-            one wait for the device in a forward pass; a graph (torch.compile, CUDA graphs) cannot
-            wait, so there packing must be given as `cu_seq_lens_q`
+        position_ids: (batch or 1, seqlen_q).  Under a causal mask that hides nothing, and without
+            keys of a cache, positions that restart separate sequences packed into a row.  Seeing
+            that takes one wait for the device in a forward pass; a graph (torch.compile, CUDA
+            graphs) cannot wait, so there packing must be given as `cu_seq_lens_q`
             (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), and positions that restart
             without are a failed device assertion.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1), of sequences packed in one row.
@@ -241,37 +174,40 @@ def attention_forward(
 
     Raises:
         NotImplementedError: dropout, weights, masks or arguments that no kernel here has, a
-            model in float32.
+            model in float32; a mask made for other lengths; a layer that hides keys where no mask
+            was asked for.
         ValueError: both a mask and cu_seq_lens.
     """
     _check_call(dropout, kwargs)
     query, key, value = (x.transpose(1, 2) for x in _cast(module, query, key, value))
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if is_made(attention_mask):
+        made = read(attention_mask, query, key, module)  # type: ignore[arg-type]
+        pattern, padding, offsets = made.pattern, made.padding, made.cu_seqlens
+    else:
+        pattern = _told(module, is_causal, sliding_window)
+        padding, offsets = _as_it_came(attention_mask, query, key, pattern), None
+        if attention_mask is None and cu_seq_lens_q is None:
+            _check_unmasked(module, pattern, query, key)
+    if cu_seq_lens_q is not None:
+        if padding is not None:
+            raise ValueError("attention_mask and cu_seq_lens_q are both given; give one of them")
+    elif offsets is not None:
+        cu_seq_lens_q = cu_seq_lens_k = offsets
+    elif is_made(attention_mask) and pattern.causal:
+        cu_seq_lens_q = cu_seq_lens_k = _sequences(
+            attention_mask, position_ids, query, key, padding, module
+        )
     options: dict[str, Any] = {
         "softmax_scale": scaling,
-        "causal": causal,
-        "window_size": _window(sliding_window, causal),
-        "attention_chunk": _chunk(module),
+        "causal": pattern.causal,
+        "window_size": pattern.window,
+        "attention_chunk": pattern.chunk,
         "softcap": softcap or 0.0,
         "learnable_sink": s_aux,
         "deterministic": bool(deterministic),
     }
-    if attention_mask is not None and _holds_cu_seqlens(attention_mask):
-        if cu_seq_lens_q is None:
-            cu_seq_lens_q = cu_seq_lens_k = attention_mask.flatten()
-        attention_mask = None
-    if attention_mask is not None:
-        if cu_seq_lens_q is not None:
-            raise ValueError("attention_mask and cu_seq_lens_q are both given; give one of them")
-        if _in_graph() and attention_mask.dtype != torch.int32:
-            # Where all tokens count, an eager call sees no mask, but perhaps packed sequences.
-            positions = _own_positions(position_ids, query, key)
-            if positions is not None:
-                _assert_whole(_restarts(positions) & attention_mask.bool().all())
-        return _padded(query, key, value, attention_mask, options), None
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q = _sequences(position_ids, query, key)
-        cu_seq_lens_k = cu_seq_lens_q
+    if padding is not None:
+        return _padded(query, key, value, padding, options), None
     if cu_seq_lens_q is None:
         return flash_attn_func(query, key, value, **options), None  # type: ignore[return-value]
     bounds = (max_length_q, max_length_k)
@@ -314,10 +250,16 @@ def _cast(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    if sliding_window is None:
-        return (-1, -1)
-    return (sliding_window - 1, 0 if causal else sliding_window - 1)
+# ------------------------------------------------------------------------- what layers say of them
+
+
+def _told(module: torch.nn.Module, is_causal: bool | None, sliding_window: int | None) -> Pattern:
+    """The pattern as the layer has it; without `is_causal`, nothing is hidden, as in eager."""
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    window = (-1, -1)
+    if sliding_window is not None:
+        window = (sliding_window - 1, 0 if causal else sliding_window - 1)
+    return Pattern(causal, window, _chunk(module))
 
 
 def _chunk(module: torch.nn.Module) -> int:
@@ -330,60 +272,43 @@ def _chunk(module: torch.nn.Module) -> int:
     return config.attention_chunk_size
 
 
-# -------------------------------------------------------------------------- once in a forward pass
+def _check_unmasked(module: torch.nn.Module, pattern: Pattern, q: Tensor, k: Tensor) -> None:
+    """Without a mask transformers' eager attention hides nothing, its sdpa follows is_causal."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    reach = pattern.chunk or pattern.window[0] + 1 or seqlen_k
+    if (pattern.causal and seqlen_q > 1) or reach < seqlen_k:
+        raise NotImplementedError(
+            f"{whose(module)} hides keys ({pattern}), but was given no mask, without which "
+            f"transformers' eager attention hides none: what {NAME} should do cannot be told.  "
+            'Give an attention_mask (transformers.masking_utils), or use attn_implementation="sdpa"'
+        )
 
-Derived = TypeVar("Derived")
 
+def _as_it_came(mask: Tensor | None, q: Tensor, k: Tensor, pattern: Pattern) -> Padding | None:
+    """Of a padding mask (batch, tokens) that a model passed on, in every layer anew.
 
-def _once_a_tensor(derive: Callable[..., Derived]) -> Callable[..., Derived]:
-    """All layers are given the same mask and positions: what follows from them is kept with them.
-
-    Not in graphs, which must compute it when they run, nor of inference tensors, which do not
-    count their changes.
+    transformers' convention: the mask ends with the queries; keys behind it are unwritten.
     """
-    kept: Any = WeakTensorKeyDictionary()
-
-    @functools.wraps(derive)
-    def derived(tensor: Tensor, *arguments: object) -> Derived:
-        if _in_graph() or tensor.is_inference():
-            return derive(tensor, *arguments)
-        key = (tensor._version, *arguments)
-        known = kept.get(tensor)
-        if known is None or known[0] != key:
-            kept[tensor] = known = (key, derive(tensor, *arguments))
-        return known[1]
-
-    return derived
-
-
-def _in_graph() -> bool:
-    return torch.compiler.is_compiling() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    )
+    if mask is None:
+        return None
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if mask.ndim != 2 or mask.shape[1] > seqlen_k:
+        raise NotImplementedError(mask_message(mask))
+    tokens = mask.bool()
+    keys = torch.nn.functional.pad(tokens, (0, seqlen_k - mask.shape[1]))
+    used_k = keys.sum(-1, dtype=torch.int32)
+    if seqlen_q == 1 or not pattern.hides:
+        return Padding(None, None, to_front(keys), used_k)
+    queries = tokens[:, -seqlen_q:]
+    if queries.shape[1] < seqlen_q:
+        raise NotImplementedError(mask_message(mask))
+    return Padding(to_front(queries), queries.sum(-1, dtype=torch.int32), to_front(keys), used_k)
 
 
 # ---------------------------------------------------------------------------------- padded batches
 
 
-class Padding(NamedTuple):
-    """Tokens that count of both sides; None: all of them, or no move."""
-
-    queries: Order | None
-    used_q: Tensor | None
-    keys: Order | None
-    used_k: Tensor
-
-
-class Order(NamedTuple):
-    """A permutation of each row, (batch, seqlen), and its inverse."""
-
-    forward: Tensor
-    back: Tensor
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
-    aligned = q.shape[1] > 1 and (options["causal"] or options["window_size"] != (-1, -1))
-    padding = _padding(mask, q.shape[1], k.shape[1], aligned)
+def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding, options: dict[str, Any]) -> Tensor:
     if padding.queries is not None:
         q = Reorder.apply(q, *padding.queries)
     if padding.keys is not None:
@@ -394,42 +319,6 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, An
     if padding.queries is not None:
         out = Reorder.apply(out, padding.queries.back, padding.queries.forward)
     return out  # type: ignore[return-value]
-
-
-@_once_a_tensor
-def _padding(mask: Tensor, seqlen_q: int, seqlen_k: int, aligned: bool) -> Padding:
-    """aligned: whether which keys a query sees depends on which query it is."""
-    if mask.ndim == 4 and mask.shape[1:] == (1, 1, 2) and mask.dtype == torch.int32:
-        used_q, used_k = (x.contiguous() for x in mask[:, 0, 0].unbind(-1))
-        return Padding(None, used_q if aligned else None, None, used_k)
-    queries, keys = _tokens(mask, seqlen_q, seqlen_k)
-    used_k = keys.sum(-1, dtype=torch.int32)
-    if not aligned:
-        return Padding(None, None, _to_front(keys), used_k)
-    if queries.shape[1] < seqlen_q:
-        raise NotImplementedError(_mask_message(mask))
-    return Padding(_to_front(queries), queries.sum(-1, dtype=torch.int32), _to_front(keys), used_k)
-
-
-def _tokens(mask: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
-    """Which queries and which keys count, bool (batch, seqlen)."""
-    both = (1, 1, seqlen_q + seqlen_k)
-    if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == both:
-        queries, keys = mask[:, 0, 0].split([seqlen_q, seqlen_k], dim=-1)
-        return queries, keys
-    if mask.ndim != 2 or mask.shape[1] > seqlen_k:
-        raise NotImplementedError(_mask_message(mask))
-    # transformers' convention: the mask ends with the queries; keys behind it are unwritten.
-    keys = torch.nn.functional.pad(mask.bool(), (0, seqlen_k - mask.shape[1]))
-    return mask.bool()[:, -seqlen_q:], keys
-
-
-def _to_front(tokens: Tensor) -> Order:
-    """The tokens that count, in their order, then the others."""
-    count = tokens.cumsum(-1)
-    others = count[:, -1:] + (~tokens).cumsum(-1)
-    back = torch.where(tokens, count, others) - 1
-    return Order(torch.argsort(back, dim=-1), back)
 
 
 class Reorder(torch.autograd.Function):
@@ -474,56 +363,75 @@ def _packed(
     return out.view(*q.shape[:-1], -1)
 
 
-def _sequences(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+class Sequences(NamedTuple):
+    """What one forward pass found in position_ids."""
+
+    position_ids: Tensor
+    content: Tensor
+    cu_seqlens: Tensor | None
+    layers: set[int]
+
+
+_found: Any = WeakTensorKeyDictionary()
+"""Sequences by the mask of a forward pass.
+
+Positions are looked at once in a forward pass, since that waits for the device, and all of its
+layers use what was found.  A pass is known by its mask, a tensor that `make_mask` made for this
+pass and that nobody else writes to; not by position_ids, which loops refill, at times by ways that
+count no version (a NumPy buffer, `.data`, collectives).  Only a mask made ahead of the model can
+serve several passes.  There, a layer that comes again begins a new one, and so does any layer on
+the CPU that finds other positions; on a GPU, where that would be a wait, it is a failed device
+assertion.
+"""
+
+
+def _sequences(
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    padding: Padding | None,
+    module: torch.nn.Module,
+) -> Tensor | None:
     """cu_seqlens of sequences packed into rows, or None where each row is one.
 
     In a graph the number of sequences would have to be a bound, the number of tokens; every tile
     looks for its sequence among them, which would cost more than attention.
     """
-    positions = _own_positions(position_ids, q, k)
-    if positions is None:
-        return None
-    if _in_graph():
-        _assert_whole(_restarts(positions))
-        return None
-    return _offsets(positions, q.shape[0])
-
-
-def _own_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Of positions that are those of the layer's own tokens, without a cache."""
     seqlen, seqlen_k = q.shape[1], k.shape[1]
     if seqlen == 1 or seqlen != seqlen_k:
         return None
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != seqlen:
         return None  # three-dimensional ones are places in an image and say nothing of sequences
-    return position_ids
-
-
-@_once_a_tensor
-def _offsets(position_ids: Tensor, batch: int) -> Tensor | None:
-    return _cu_seqlens(_restarts(position_ids).expand(batch, -1))
-
-
-def _holds_cu_seqlens(mask: Tensor) -> bool:
-    of_one = mask.ndim == 4 and mask.shape[:3] == (1, 1, 1)
-    return of_one and mask.dtype == torch.int32 and mask.shape[3] > 2
-
-
-def _cu_seqlens(restarts: Tensor) -> Tensor | None:
-    """Of rows in which tokens 1, 2, ... begin a sequence or not; None: each row is one."""
-    starts = torch.nn.functional.pad(restarts, (1, 0), value=True)
-    first = starts.flatten().nonzero().flatten()  # waits for the device
-    if first.shape[0] == starts.shape[0]:
+    if in_graph():
+        restarts = _restarts(position_ids)
+        if padding is not None:  # eager calls see whether anything is hidden
+            restarts = restarts & (padding.used_k == seqlen_k).all()
+        assert_whole(restarts)
         return None
-    return torch.cat([first, first.new_full((1,), starts.numel())]).to(torch.int32)
+    if padding is not None:
+        return None
+    known = _found.get(mask)
+    if known is None or not _serves(known, position_ids, module):
+        content = position_ids.detach().clone()
+        offsets = cu_seqlens_of(_restarts(content).expand(q.shape[0], -1))
+        known = _found[mask] = Sequences(position_ids, content, offsets, set())
+    known.layers.add(id(module))
+    return known.cu_seqlens
 
 
-def _assert_whole(restarts: Tensor) -> None:
+def _serves(known: Sequences, position_ids: Tensor, module: torch.nn.Module) -> bool:
+    if known.position_ids is not position_ids or id(module) in known.layers:
+        return False
+    if known.content.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # autograd could not save what follows from it
+    if position_ids.device.type == "cpu":
+        return torch.equal(known.content, position_ids)
     torch._assert_async(
-        ~restarts.any(),
-        f"{NAME}: position_ids restart inside a row of a graph; pass cu_seq_lens_q and "
-        "cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True))",
+        (known.content == position_ids).all(),
+        f"{NAME}: position_ids were overwritten while the layers of one forward pass read them",
     )
+    return True
 
 
 def _restarts(position_ids: Tensor) -> Tensor:
