@@ -30,7 +30,7 @@ from hopper_attention import (
     forward,
     reference,
 )
-from hopper_attention.integrations import sdpa, vllm, xformers
+from hopper_attention.integrations import sdpa, transformers, vllm, xformers
 
 aten = torch.ops.aten
 Arguments = dict[str, Any]
@@ -497,8 +497,102 @@ def test_attributes_of_rooms(name, change):
         check(attend, {}, name, change)
 
 
+# ------------------------------------------------------------------------------------ transformers
+
 HEADS_FIRST = {name: x.transpose(1, 2) for name, x in DENSE.items()}
-PACKS = int32(0, 4, 12)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, is_causal: bool = True):
+        super().__init__()
+        self.is_causal, self.layer_idx = is_causal, 0
+
+
+EVERY_TOKEN = torch.ones(2, 12, dtype=torch.bool)
+PADDING = EVERY_TOKEN.clone()
+PADDING[1, 9:] = False
+LAYER: Arguments = {
+    "module": Layer(), **HEADS_FIRST, "attention_mask": EVERY_TOKEN, "scaling": DIM**-0.5,
+}  # fmt: skip
+ROW = {name: x[:1] for name, x in HEADS_FIRST.items()}
+MASKED_ROW = {**ROW, "attention_mask": transformers.make_mask(1, 12, 12)}
+UNMASKED = {**ROW, "module": Layer(is_causal=False), "attention_mask": None}
+RESTART = torch.tensor([[*range(4), *range(8)]])
+PACKS, OTHER_PACKS = int32(0, 4, 12), int32(0, 5, 12)
+CU = {"cu_seq_lens_q": PACKS, "cu_seq_lens_k": PACKS, "max_length_q": 8, "max_length_k": 8}
+PACKED_ROW = {**ROW, **CU, "attention_mask": None}
+
+
+def padded() -> Tensor:
+    used = int32(12, 9)
+    call = {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": 12, "max_seqlen_k": 12}
+    q, k, v = DENSE.values()
+    return flash_attn_varlen_func(q, k, v, **call, causal=True, seqused_q=used, seqused_k=used)
+
+
+def packed_row(starts_q: Tensor, starts_k: Tensor) -> Tensor:
+    q, k, v = (x[0] for x in ONE.values())
+    return flash_attn_varlen_func(q, k, v, starts_q, starts_k, 8, 8, causal=True)[None]
+
+
+def in_layer(**changes: Any) -> Callable[[], Tensor]:
+    return lambda: dense(**{"causal": True, **changes})
+
+
+TRANSFORMERS_CASES: Cases = {
+    "module": Another(Layer(is_causal=False), expected=in_layer(causal=False)),
+    "query": Another(OTHER.transpose(1, 2), expected=in_layer(query=OTHER)),
+    "key": Another(OTHER.transpose(1, 2), expected=in_layer(key=OTHER)),
+    "value": Another(OTHER.transpose(1, 2), expected=in_layer(value=OTHER)),
+    "attention_mask": Another(PADDING, expected=padded),
+    "scaling": Another(0.3, expected=in_layer(softmax_scale=0.3)),
+    "dropout": Refused(0.1),
+    "sliding_window": Another(3, expected=in_layer(window_size=(2, 0))),
+    "softcap": Another(2.0, expected=in_layer(softcap=2.0)),
+    "is_causal": Another(False, expected=in_layer(causal=False)),
+    "s_aux": Another(SINKS, expected=in_layer(learnable_sink=SINKS)),
+    "position_ids": Another(RESTART, also=MASKED_ROW, expected=lambda: packed_row(PACKS, PACKS)),
+    "cu_seq_lens_q": [
+        Another(OTHER_PACKS, also=PACKED_ROW, expected=lambda: packed_row(OTHER_PACKS, PACKS)),
+        Refused(PACKS, also=UNMASKED, error=ValueError),
+        Refused(PACKS, also=MASKED_ROW, error=ValueError),
+    ],
+    "cu_seq_lens_k": [
+        Another(OTHER_PACKS, also=PACKED_ROW, expected=lambda: packed_row(PACKS, OTHER_PACKS)),
+        Refused(PACKS, also=UNMASKED, error=ValueError),
+        Refused(PACKS, also=MASKED_ROW, error=ValueError),
+    ],
+    "max_length_q": Same(
+        11, also=PACKED_ROW, wrong="8", reason=UPPER, said="max_(length|seqlen)_q"
+    ),
+    "max_length_k": Same(
+        11, also=PACKED_ROW, wrong="8", reason=UPPER, said="max_(length|seqlen)_k"
+    ),
+    "deterministic": Same(True, wrong="no", reason="of gradients; forward always is"),
+    "kwargs": [],
+}
+REFUSED_BY_TRANSFORMERS = (
+    *("position_bias", "alibi", "head_mask", "block_table", "attention_chunk", "output_attentions"),
+)
+
+
+def attend_in_layer(**call: Any) -> Tensor:
+    return transformers.attention_forward(**call)[0]
+
+
+def test_every_parameter_of_transformers_has_a_case():
+    names = list(inspect.signature(transformers.attention_forward).parameters)
+    check_parameters(names, TRANSFORMERS_CASES)
+
+
+@pytest.mark.parametrize(("name", "change"), flat(TRANSFORMERS_CASES))
+def test_transformers(name, change):
+    check(attend_in_layer, LAYER, name, change)
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_TRANSFORMERS)
+def test_what_transformers_may_hand_over(name):
+    check(attend_in_layer, LAYER, name, Refused(torch.ones(1)))
 
 
 # ---------------------------------------------------------------------------- PyTorch's operators

@@ -19,6 +19,7 @@ its eager and sdpa paths count padding *between* tokens, too.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from typing import Any, NamedTuple
@@ -69,28 +70,35 @@ def register() -> None:
 
 
 def _check_classes_of(base: Any) -> None:
-    """Let `base`'s check of attn_implementation look at the class, too.
+    """Look at models of `base` when they are built with this attention, or set to it.
 
-    Every model and every model inside of another runs that check when it is built, and again in
-    set_attn_implementation; it accepts each registered name and knows no other way to ask.
+    transformers itself accepts each registered name for each model.  Every model, and every model
+    inside of another, runs these two methods: one before it has modules (and again in
+    set_attn_implementation), the other when it has them.
     """
-    check = base.get_correct_attn_implementation
-    if hasattr(check, "knows_hopper_attention"):
+    if hasattr(base.post_init, "knows_hopper_attention"):
         return
+    check, finish = base.get_correct_attn_implementation, base.post_init
 
     @functools.wraps(check)
     def get_correct_attn_implementation(self: Any, *arguments: Any, **options: Any) -> str:
         chosen = check(self, *arguments, **options)
         if chosen == NAME:
-            _check_class(type(self))
+            _check_class(type(self), _own_attention(type(self)) or _own_scores(self))
         return chosen
 
-    get_correct_attn_implementation.knows_hopper_attention = True  # type: ignore[attr-defined]
+    @functools.wraps(finish)
+    def post_init(self: Any) -> None:
+        finish(self)
+        if self.config._attn_implementation == NAME:
+            _check_class(type(self), _own_scores(self))
+
+    post_init.knows_hopper_attention = True  # type: ignore[attr-defined]
     base.get_correct_attn_implementation = get_correct_attn_implementation
+    base.post_init = post_init
 
 
-def _check_class(model: type) -> None:
-    own = _own_attention(model)
+def _check_class(model: type, own: str | None) -> None:
     if own is not None:
         raise NotImplementedError(
             f"{NAME}: {model.__name__} computes its own attention ({own}) and would not call this; "
@@ -116,6 +124,37 @@ def _own_attention(model: type) -> str | None:
             if named and not hasattr(sys.modules[thing.__module__], "ALL_ATTENTION_FUNCTIONS"):
                 return thing.__name__
     return None
+
+
+def _own_scores(model: Any) -> str | None:
+    """A class of `model`'s modules that masks scores of its own, beside others that call this.
+
+    Models in it that have their own configuration, and with it their own attention, look after
+    themselves.
+    """
+    modules = list(model.children())
+    while modules:
+        module = modules.pop()
+        if getattr(module, "config", model.config) is not model.config:
+            if hasattr(module, "get_correct_attn_implementation"):
+                continue
+        if _masks_scores(type(module)):
+            return type(module).__name__
+        modules.extend(module.children())
+    return None
+
+
+@functools.cache
+def _masks_scores(layer: type) -> bool:
+    if not re.search("Attention|Indexer", layer.__name__):
+        return False
+    try:
+        source = inspect.getsource(layer)
+    except (OSError, TypeError):  # of a notebook, perhaps: its own scores would fail with our mask
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" not in source and bool(
+        re.search(r"(scores|product) \+?= .*([+-] \w*mask|masked_fill)", source)
+    )
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -176,7 +215,7 @@ def attention_forward(
         NotImplementedError: dropout, weights, masks or arguments that no kernel here has, a
             model in float32; a mask made for other lengths; a layer that hides keys where no mask
             was asked for.
-        ValueError: both a mask and cu_seq_lens.
+        ValueError: both a mask and cu_seq_lens, or one of these alone.
     """
     _check_call(dropout, kwargs)
     query, key, value = (x.transpose(1, 2) for x in _cast(module, query, key, value))
@@ -188,6 +227,8 @@ def attention_forward(
         padding, offsets = _as_it_came(attention_mask, query, key, pattern), None
         if attention_mask is None and cu_seq_lens_q is None:
             _check_unmasked(module, pattern, query, key)
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k: one is given without the other")
     if cu_seq_lens_q is not None:
         if padding is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given; give one of them")
@@ -204,7 +245,7 @@ def attention_forward(
         "attention_chunk": pattern.chunk,
         "softcap": softcap or 0.0,
         "learnable_sink": s_aux,
-        "deterministic": bool(deterministic),
+        "deterministic": False if deterministic is None else deterministic,
     }
     if padding is not None:
         return _padded(query, key, value, padding, options), None
