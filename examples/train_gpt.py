@@ -343,9 +343,7 @@ def draw(path: Path, report: Report, metrics: Path | None, others: list[Path]) -
     """This run's curve over those of others, whatever was before a resume included."""
     ours = plot.Curve.read(metrics) if metrics else plot.Curve.of(report.records)
     curves = [*(plot.Curve.read(other) for other in others), ours]
-    start = report.of("start")[0]
-    text = f"{start['parameters'] / 1e6:.1f} M parameters, {start['device']}"
-    plot.write(path, curves, f"byte-level GPT, bf16: {text}")
+    plot.write(path, curves)
     report.console.print(f"wrote {path}")
     for curve in curves[:-1]:
         difference = plot.max_difference(curve, ours)

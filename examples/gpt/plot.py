@@ -25,6 +25,8 @@ class Curve:
     losses: np.ndarray
     validation: np.ndarray
     """(points, 2): step and loss."""
+    what: str = ""
+    """The model's size and the device."""
 
     @staticmethod
     def of(records: Sequence[Record]) -> Curve:
@@ -38,6 +40,7 @@ class Curve:
             np.array(list(losses), dtype=int),
             np.array(list(losses.values())),
             points,
+            _what(starts[-1]) if starts else "",
         )
 
     @staticmethod
@@ -67,8 +70,17 @@ def _label(start: Record) -> str:
     return f"sdpa ({backend})" if named else str(start["attention"])
 
 
-def write(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """With two or more curves a second panel has how far they are from the first."""
+def _what(start: Record) -> str:
+    return f"{start['parameters'] / 1e6:.1f} M parameters, {start['device']}"
+
+
+def write(path: Path, curves: Sequence[Curve]) -> None:
+    """With two or more curves a second panel has how far they are from the first.
+
+    The title says what they are of; of runs that differ, all.
+    """
+    runs = dict.fromkeys(curve.what for curve in curves if curve.what)
+    title = f"byte-level GPT, bf16: {'; '.join(runs)}"
     panels = 2 if len(curves) > 1 else 1
     figure = Figure(figsize=(8, 4.2 + 1.8 * (panels - 1)), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[3, 1][:panels])

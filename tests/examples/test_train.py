@@ -8,9 +8,10 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
+from matplotlib.figure import Figure
 from torch._dynamo.utils import counters
 
-from gpt import checkpoint
+from gpt import checkpoint, plot
 from gpt.attention import Kind
 from gpt.data import read_documents
 from gpt.model import GPTConfig
@@ -99,6 +100,19 @@ def test_metrics_and_plot(settings, tmp_path):
     files[0].write_text("{}\n")
     with pytest.raises(Refusal, match="not what --json writes"):
         draw(tmp_path / "loss.png", report, None, [files[0]])
+
+
+def test_a_plot_says_what_each_of_its_runs_was(monkeypatch, tmp_path):
+    """Not only the last one."""
+    found, curves = [], []
+    monkeypatch.setattr(Figure, "suptitle", lambda _, text: found.append(text))
+    step = {"event": "step", "step": 1, "loss": 5.0}
+    for device in ("one H200", "a CPU", "one H200"):
+        start = {"event": "start", "attention": "sdpa", "parameters": 4.2e6, "device": device}
+        curves.append(Curve.of([start, step]))
+        plot.write(tmp_path / "loss.png", curves)
+    assert found[0] == "byte-level GPT, bf16: 4.2 M parameters, one H200"
+    assert found[1] == found[2] == f"{found[0]}; 4.2 M parameters, a CPU"
 
 
 def test_a_diverged_run_says_so(settings):
