@@ -303,3 +303,33 @@ def test_blocks_that_wait_for_later_blocks():
     )
     assert statistics.blocks == 2
     assert flag[0] == 7
+
+
+@pytest.mark.parametrize(("clusters", "ran"), [(None, 6), (1, 1), (3, 3), (9, 6)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_first_blocks_of_a_larger_grid(clusters, ran, seed):
+    """They alone run, and know how large the grid is."""
+    sizes = np.zeros(6, np.uint32)
+    body = f"""
+    mov.b64 %rd1, {sizes.ctypes.data};
+    mov.u32 %r1, %ctaid.x;
+    mov.u32 %r2, %ctaid.y;
+    mov.u32 %r3, %nctaid.x;
+    mad.lo.u32 %r1, %r2, %r3, %r1;
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd1, %rd1, %rd2;
+    mov.u32 %r4, %nctaid.y;
+    mad.lo.u32 %r3, %r3, 10, %r4;
+    st.global.b32 [%rd1], %r3;
+    """
+    memory = simulator.GlobalMemory()
+    memory.register(sizes.ctypes.data, sizes.nbytes, "sizes")
+    call = {
+        "grid": (3, 2, 1), "block": (32, 1, 1), "params": [bytes(8)] * 2 + [bytes(128)],
+        "memory": memory, "options": simulator.Options(seed),
+    }  # fmt: skip
+    statistics = simulator.launch(module(body), "snippet", **call, clusters=clusters)
+    assert statistics.blocks == ran
+    assert sizes.tolist() == [32] * ran + [0] * (6 - ran)
+    with pytest.raises(simulator.LaunchError, match="clusters must be from 1"):
+        simulator.launch(module(body), "snippet", **call, clusters=0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hopper_attention import cli, manifest, simulator
+import hopper_attention
+from hopper_attention import cli, manifest, runtime, simulator
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.profiling import driver, spans, stamps, timeline
@@ -36,6 +37,7 @@ KERNEL = """\
 }
 	// end inline asm
 	bar.sync 	%r2, 256;
+	cp.async.wait_group 	1;
 	wgmma.fence.sync.aligned;
 	wgmma.commit_group.sync.aligned;
 	wgmma.wait_group.sync.aligned 	0;
@@ -47,7 +49,9 @@ KERNEL = """\
 def marks(ptx):
     """Marks and the statements between them."""
     body = ptx[ptx.index("add.s64 \t%stamp_end") :]
-    found = re.findall(r"or.b64 .*, (\d+);|(bar\.sync|try_wait|wgmma\.\w+)", body)
+    found = re.findall(
+        r"or.b64 .*, (\d+);|(bar\.sync|try_wait|wgmma\.\w+|(?<=async\.)wait_group)", body
+    )
     return [int(mark) if mark else statement for mark, statement in found]
 
 
@@ -57,8 +61,9 @@ def test_stamps_around_what_a_warp_waits_in():
         "bar.sync",  # of the whole block, once: no turn
         *(1, "try_wait", 2),
         *(3, "bar.sync", 4),
-        *(7, "wgmma.fence"),
-        *("wgmma.commit_group", 8),
+        *(7, "wait_group", 8),
+        *(9, "wgmma.fence"),
+        *("wgmma.commit_group", 10),
         *(5, "wgmma.wait_group", 6),
     ]
     assert (stamped.warps, stamped.slots) == (2, 3 * 2 * stamps.CAPACITY)
@@ -76,7 +81,7 @@ def test_every_instance_can_be_stamped():
     for name, instance in manifest.instances().items():
         ptx = manifest.ptx_path(name).read_text()
         stamped = stamps.instrument(ptx, f"{name}_0", blocks=1)
-        waits = len(re.findall(r"try_wait|wgmma\.wait_group|bar\.sync\s+[%1-9]", ptx))
+        waits = len(re.findall(r"try_wait|(?:wgmma|cp\.async)\.wait_group|bar\.sync\s+[%1-9]", ptx))
         gemms = len(re.findall(r"wgmma\.fence|wgmma\.commit_group", ptx))
         assert stamped.ptx.count("%clock64") == 2 * waits + gemms
         if instance.family not in parsed:
@@ -121,6 +126,23 @@ def test_exports(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(Refusal, match="nothing was recorded"):
         spans.write_picture([], picture, "clocks", "title")
+
+
+HOPPER_WARPS = [(0, "wait for mbarrier"), *((warp, spans.ISSUE) for warp in range(4, 12))]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "labels"),
+    [
+        (HOPPER_WARPS, {0: "producer", 4: "consumer 0", 8: "consumer 1"}),
+        ([(0, spans.ISSUE), (4, "wait for turn")], {0: "consumer 0", 4: "producer"}),
+        ([(w, "wait for copies") for w in range(3)], {w: f"warp {w}" for w in range(3)}),
+    ],
+    ids=["hopper", "the producer is the last", "ampere"],
+)
+def test_rows_of_a_picture(recorded, labels):
+    """By what the warps did."""
+    assert spans._labels(Span(0, warp, name, 0, 1) for warp, name in recorded) == labels
 
 
 def test_a_picture_shows_the_middle(monkeypatch):
@@ -171,6 +193,62 @@ def test_model_of_backward():
     modelled = timeline.model(inputs, "bwd_bf16_d128")
     assert modelled.summary()["kernel"].startswith("bwd_bf16_d128")
     assert modelled.summary()["utilisation"]["tensor"] > 0.5
+
+
+KERNELS = {
+    "forward": ("hopper", "fwd_bf16_d64", "forward"),
+    "backward": ("hopper", "bwd_bf16_d64", "backward"),
+    "ampere forward": ("ampere", "ampere_fwd_bf16_d64", "forward"),
+    "ampere backward": ("ampere", "ampere_bwd_bf16_d64", "backward"),
+}
+"""What runs, its instance, the direction."""
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Of the launches on the simulator from now on."""
+    found, launch = [], simulator.launch
+
+    def noted(*args, **how):
+        found.append(how["grid"])
+        return launch(*args, **how)
+
+    monkeypatch.setattr(simulator, "launch", noted)
+    return found
+
+
+def small(direction, batch):
+    (problem,) = load_problems([f"instances/{direction}_bf16_d64_b4_s4096"])
+    sizes = {"batch": batch, "heads": 2, "heads_kv": 1, "seqlen": 256, "seqlen_q": 256}
+    return Inputs.make(replace(problem, **sizes), torch.device("cpu"))
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_block_has_one_tile_whatever_the_batch(name, grids):
+    """In the launch's own grid: all tiles, or as many as a persistent kernel has blocks."""
+    kernels, instance, direction = KERNELS[name]
+    clocks, asked = [], []
+    with hopper_attention.backend(kernels):
+        for inputs in (small(direction, batch) for batch in (1, 40)):
+            clocks.append(timeline.model(inputs, instance).clocks)
+            timeline._host_code(inputs, instance, lambda ask, _: asked.append(ask.grid))
+    assert clocks[0] == clocks[1]
+    assert grids == asked
+    assert asked[1][0] in (40 * asked[0][0], runtime.SIMULATED_SMS)
+
+
+@pytest.mark.simulator
+def test_stamps_of_ampere():
+    """Of the first blocks, each with one tile whatever the batch."""
+    with hopper_attention.backend("ampere"):
+        one, three = (
+            timeline.record(small("forward", batch), "ampere_fwd_bf16_d64", blocks=2)[0]
+            for batch in (1, 3)
+        )
+    assert one == three
+    assert {span.block for span in one} == {0, 1}
+    assert {span.name for span in one} == {"wait for copies", "arithmetic"}
 
 
 @pytest.mark.simulator

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from hopper_attention.refusal import Refusal
 
+ISSUE = "issue GEMM"
 COLOURS = {
-    "issue GEMM": "tab:green",
+    ISSUE: "tab:green",
     "arithmetic": "tab:orange",
     "wait for WGMMA": "gainsboro",
     "wait for turn": "tab:blue",
     "wait for mbarrier": "tab:purple",
+    "wait for copies": "tab:pink",
 }
 ROW_INCHES = 0.35
 PICTURE_UNITS = 20_000
@@ -53,7 +55,7 @@ def write_perfetto(spans: Iterable[Span], path: Path, unit: str) -> None:
 
 
 def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> None:
-    """A PNG of the first block's middle: the first warp of each warpgroup, time to the right.
+    """A PNG of the first block's middle: a row a warpgroup, or a warp; time to the right.
 
     Raises Refusal without spans.
     """
@@ -63,7 +65,8 @@ def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> N
     if not spans:
         raise Refusal("nothing was recorded: the problem has no key block to attend to")
     block = min(span.block for span in spans)
-    spans = middle([s for s in spans if s.block == block and s.warp % 4 == 0])
+    labels = _labels([s for s in spans if s.block == block])
+    spans = middle([s for s in spans if s.block == block and s.warp in labels])
     warps = sorted({span.warp for span in spans})
     figure = Figure(figsize=(12, 1.2 + ROW_INCHES * len(warps)), layout="constrained")
     axis = figure.subplots()
@@ -71,8 +74,7 @@ def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> N
         for name, colour in COLOURS.items():
             own = [(s.start, s.end - s.start) for s in spans if (s.warp, s.name) == (warp, name)]
             axis.broken_barh(own, (row, 0.8), facecolors=colour)  # no edges: they hide short ones
-    labels = ["producer" if warp == 0 else f"consumer {warp // 4 - 1}" for warp in warps]
-    axis.set_yticks([row + 0.4 for row in range(len(warps))], labels)
+    axis.set_yticks([row + 0.4 for row in range(len(warps))], [labels[warp] for warp in warps])
     axis.invert_yaxis()
     axis.set_xlabel(unit)
     axis.set_title(title, fontsize="small")
@@ -80,6 +82,22 @@ def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> N
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _labels(spans: Iterable[Span]) -> dict[int, str]:
+    """The warps of a block that are shown, by their number.
+
+    Of warpgroups that issue GEMMs, the consumers, and of one that does not, the first warp; all of
+    a kernel without warpgroups.
+    """
+    spans = list(spans)
+    warps = sorted({span.warp for span in spans})
+    consumers = sorted({span.warp for span in spans if span.name == ISSUE})
+    if not consumers:
+        return {warp: f"warp {warp}" for warp in warps}
+    labels = {warp: "producer" for warp in warps if warp % 4 == 0}
+    first = [warp for warp in consumers if warp % 4 == 0]
+    return labels | {warp: f"consumer {index}" for index, warp in enumerate(first)}
 
 
 def middle(spans: list[Span]) -> list[Span]:

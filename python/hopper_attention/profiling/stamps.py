@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hopper_attention.profiling.spans import Span
+from hopper_attention.profiling.spans import ISSUE, Span
 from hopper_attention.refusal import Refusal
 
 CAPACITY = 4096
@@ -36,9 +36,9 @@ EVENTS: tuple[tuple[str, str], ...] = (
     (r"mbarrier\.try_wait", "wait for mbarrier"),
     (r"\bbar(?:rier)?\.sync(?:\.aligned)?\s+(?!\s|0\s*;)", "wait for turn"),
     (r"wgmma\.wait_group", "wait for WGMMA"),
+    (r"cp\.async\.wait_(?:group|all)", "wait for copies"),  # Ampere's kernels
 )
 """PTX that a warp may wait in -> name of the range around it."""
-ISSUE = "issue GEMM"
 ISSUE_STARTS, ISSUE_ENDS = r"wgmma\.fence", r"wgmma\.commit_group"
 
 NAMES = (*(name for _, name in EVENTS), ISSUE)

@@ -117,7 +117,12 @@ def _simulate(
     blocks: int,
     *buffers: np.ndarray,
 ) -> None:
-    """The first tile of the first blocks; the addresses of `buffers` are the last parameters."""
+    """The first tile of the first blocks of the launch's own grid.
+
+    A block of a persistent kernel would take more tiles from the counter; one of Ampere's goes on
+    to the tile that is a grid further, so that in a smaller grid it would have more of them.  The
+    addresses of `buffers` are the last parameters.
+    """
     tensors[-1][0] = runtime.NO_MORE_TILES
     memory = simulator.GlobalMemory()
     for index, tensor in enumerate(tensors):
@@ -134,10 +139,11 @@ def _simulate(
         simulator.launch(
             module,
             ask.kernel,
-            grid=(blocks, 1, 1),
+            grid=ask.grid,
             block=ask.block,
             params=parameters,
             memory=memory,
             cluster=ask.cluster,
             shared_memory_bytes=ask.shared_memory_bytes,
+            clusters=-(-blocks // math.prod(ask.cluster)),
         )

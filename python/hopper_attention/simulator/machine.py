@@ -44,12 +44,13 @@ class Machine:
     """One launch: what all its blocks share."""
 
     def __init__(
-        self, kernel: Kernel, grid, block, cluster, params: bytes, memory, dynamic, options
+        self, kernel: Kernel, grid, block, cluster, params: bytes, memory, dynamic, options, first
     ):
         self.program = program_of(kernel)
         self.kernel, self.grid, self.block, self.memory = kernel, grid, block, memory
         self.cluster_shape: tuple[int, int, int] = cluster
         self.options: Options = options
+        self.first: int | None = first
         self.params = np.frombuffer(params, np.uint8)
         self.dynamic_shared = dynamic
         self.threads = block[0] * block[1] * block[2]
@@ -62,12 +63,13 @@ class Machine:
         self.reported: set[tuple[int, str]] = set()
         self._places: list[list[Block]] = []
 
-    def run(self) -> None:
-        """All clusters, in the order that the seed gives."""
+    def run(self) -> int:
+        """All clusters, or the first, in the order that the seed gives; returns how many."""
         counts = [g // c for g, c in zip(self.grid, self.cluster_shape, strict=True)]
         waiting = [
             (x, y, z) for z in range(counts[2]) for y in range(counts[1]) for x in range(counts[0])
         ]
+        waiting = waiting[: self.first]
         if self.options.seed:
             random.Random(self.options.seed).shuffle(waiting)
         waiting.reverse()
@@ -92,6 +94,7 @@ class Machine:
             if idle > MAX_IDLE_STEPS:
                 reports = [other.deadlock_report() for other in stalled]
                 raise DeadlockError("\n".join(reports) + "\n  no progress: warps poll memory")
+        return number
 
     def _place(self) -> list[Block]:
         if self._places:
@@ -242,12 +245,14 @@ def launch(
     cluster: Sequence[int] = (1, 1, 1),
     shared_memory_bytes: int = 0,
     options: Options | None = None,
+    clusters: int | None = None,
 ) -> Statistics:
     """Run a kernel.
 
     params: one bytes object a kernel parameter, as the host passes them.  memory: all global memory
-    that the kernel may touch; it is as before after an error.  Raises SimulatorError and its
-    subclasses.
+    that the kernel may touch; it is as before after an error.  clusters: only the first so many
+    run, in a grid that is as large as it is: a kernel may go by its size.  Raises SimulatorError
+    and its subclasses.
     """
     if name not in module.kernels:
         raise LaunchError(f"no kernel {name}; {module.path} has {sorted(module.kernels)}")
@@ -265,6 +270,8 @@ def launch(
         raise LaunchError(f"block {block}, the kernel requires {kernel.required_block}")
     if min(grid) < 1 or min(block) < 1 or np.prod(block) > _MAX_THREADS:
         raise LaunchError(f"grid {grid}, block {block}: 1 to {_MAX_THREADS} threads a block")
+    if clusters is not None and clusters < 1:
+        raise LaunchError(f"clusters must be from 1, or None for all; got {clusters}")
     if len(params) != len(kernel.params):
         raise LaunchError(f"{len(params)} parameters, the kernel has {len(kernel.params)}")
     image = bytearray()
@@ -274,7 +281,7 @@ def launch(
         image += bytes(param.offset - len(image)) + bytes(given)
     start = time.perf_counter()
     arguments = kernel, grid, block, cluster, bytes(image), memory, shared_memory_bytes
-    machine = Machine(*arguments, options or current_options())
+    machine = Machine(*arguments, options or current_options(), clusters)
     with np.errstate(all="ignore"), memory.transaction():
-        machine.run()
-    return Statistics(int(np.prod(grid)), machine.warp_instructions, time.perf_counter() - start)
+        blocks = machine.run() * int(np.prod(cluster))
+    return Statistics(blocks, machine.warp_instructions, time.perf_counter() - start)
