@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_dispatch_mode, _get_tracing_state, _TorchDispatchModeKey
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 Shape = Sequence[int]
@@ -361,7 +363,8 @@ def bound(name: str, value: Any) -> int | None:
     """An upper bound of lengths; None: not known here, so the tensor's rows are one.
 
     An integer as `integer` has it, or a tensor of one.  Of a tensor on another device it is None,
-    as reading would wait for the device, and so is that of any tensor while a compiler traces.
+    as reading would wait for the device, and so is that of any tensor while something traces: it
+    would be a constant of what is traced.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -376,10 +379,19 @@ def bound(name: str, value: Any) -> int | None:
         if value.dtype not in INTEGERS or value.numel() != 1:
             kind = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
             raise ValueError(f"{name}: expected one integer, got {kind}")
-        if type(value) is not Tensor or not value.is_cpu or compiling:
+        if type(value) is not Tensor or not value.is_cpu or compiling or _traced():
             return None
         value = value.item()
     return integer(name, value, 0)
+
+
+def _traced() -> bool:
+    """By other tracers than compilers, or a transform to which tensors stand for several."""
+    return (
+        _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
+        or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 LONG = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hopper_attention import (
     arguments,
@@ -331,6 +333,29 @@ def test_bounds_while_a_compiler_traces(function, bound):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=bound == "shape")
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         assert torch.equal(compiled(Q, K, V, STARTS, LONGEST), call(Q, K, V, STARTS, LONGEST))
+
+
+TRACERS = {
+    "make_fx": lambda call, n: make_fx(call)(n)(n),
+    "jit.trace": lambda call, n: torch.jit.trace(call, n, check_trace=False)(n),
+    "vmap": lambda call, n: torch.vmap(call)(torch.stack([n, n]))[0],
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_tensor_is_no_constant_of_what_is_traced(tracer, monkeypatch):
+    """There it is no bound: what was traced may be called with longer sequences."""
+    seen, packing_bound = [], arguments.packing_bound
+    monkeypatch.setattr(arguments, "packing_bound", lambda n: (seen.append(n), packing_bound(n))[1])
+
+    def call(n):
+        return flash_attn_varlen_func(**{**PACKED, "max_seqlen_q": n, "max_seqlen_k": n})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jit.trace, which is deprecated
+        result = TRACERS[tracer](call, torch.tensor(LONGEST))
+    assert set(seen) == {None}
+    assert torch.equal(result, call(None))
 
 
 @pytest.mark.parametrize("sides", [np.array([3, 1]), torch.tensor([3, 1]), "31", {3: 1}], ids=str)

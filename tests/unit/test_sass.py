@@ -366,6 +366,14 @@ def test_not_a_budget(tmp_path, text):
         report.read_budget(file)
 
 
+def test_a_budget_of_which_nothing_was_compiled_stays_as_it_is(root, tmp_path):
+    """Byte for byte."""
+    committed, file = root / "benchmarks" / "sass_budget.json", tmp_path / "budget.json"
+    known = report.read_budget(committed)
+    report.write_budget(file, report.updated_budget([], known, "nothing changed"))
+    assert file.read_bytes() == committed.read_bytes()
+
+
 def test_budget_needs_reasons(tmp_path):
     file = tmp_path / "budget.json"
     file.write_text('{"k": {"loops": {"main": 1}, "reason": " "}}')
