@@ -146,15 +146,18 @@ def _own_scores(model: Any) -> str | None:
 
 @functools.cache
 def _masks_scores(layer: type) -> bool:
-    if not re.search("Attention|Indexer", layer.__name__):
+    if not re.search("Attention|Indexer|Convolution", layer.__name__):
         return False
     try:
         source = inspect.getsource(layer)
     except (OSError, TypeError):  # of a notebook, perhaps: its own scores would fail with our mask
         return False
-    return "ALL_ATTENTION_FUNCTIONS" not in source and bool(
-        re.search(r"(scores|product) \+?= .*([+-] \w*mask|masked_fill)", source)
-    )
+    own = r"(scores|product) \+?= .*([+-] \w*mask|masked_fill)"
+    if "ALL_ATTENTION_FUNCTIONS" not in source and re.search(own, source):
+        return True
+    # The mask that is for the interface is used before, as one of (batch, 1, q, k).
+    used = r"(masked_fill_?\(|torch\.all\(~)attention_mask|attention_mask\.logical_not"
+    return bool(re.search(used, source))
 
 
 # --------------------------------------------------------------------------------------- attention

@@ -1,0 +1,5 @@
+import typer
+
+from zoo.run import main
+
+typer.run(main)
