@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import check_packed
 
+import hopper_attention
 from hopper_attention import simulator
 from hopper_attention.integrations.vllm import flash_attn_varlen_func
 
@@ -161,3 +162,24 @@ def test_on_the_kernels():
             q, k, v, *rest, causal=True, s_aux=sinks, out=out, return_softmax_lse=True
         )
     check_packed(q, k, v, out, lse, LENGTHS, causal=True, learnable_sink=sinks)
+
+
+@pytest.mark.simulator
+def test_fp8_on_the_kernels():
+    """Descales other than 1, expanded over the heads of keys as vLLM does."""
+    q, k, v, *rest = problem()
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    descales = torch.tensor([[0.5], [2.0], [1.0], [0.25]]).expand(len(LENGTHS), HEADS_KV)
+    descales = {"q_descale": descales, "k_descale": 1.5 * descales, "v_descale": 0.75 * descales}
+    with simulator.enabled(seed=1):
+        out, lse = flash_attn_varlen_func(
+            q, k, v, *rest, **descales, causal=True, return_softmax_lse=True
+        )
+    max_q, starts_q, max_k, starts_k = rest
+    exact, exact_lse = hopper_attention.flash_attn_varlen_func(  # the reference
+        q, k, v, starts_q, starts_k, max_q, max_k, **descales, causal=True, return_lse=True
+    )
+    assert out.dtype == torch.bfloat16
+    error = (out.float() - exact.float()).norm() / exact.float().norm()
+    assert error < 0.05, "P is rounded to e4m3"
+    assert torch.allclose(lse, exact_lse, atol=1e-2)
