@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import SimpleNamespace
@@ -112,10 +112,13 @@ def close(actual: Any, expected: Any) -> None:
 
 
 def check(
-    function: Callable[..., Any], base: Arguments, name: str, change: Change, **context: Any
+    function: Callable[..., Any],
+    base: Arguments,
+    name: str,
+    change: Change,
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """`context`: what the call happens in, a context manager by the name of `inside`."""
-    inside = context.get("inside", nullcontext)
+    """`inside`: makes what the calls happen in."""
     changed = {**base, **change.also, name: change.value}
     before = {**base, **change.also}
     with inside():
@@ -130,6 +133,7 @@ def check(
         if change.expected is not None:
             close(result, change.expected())
     elif isinstance(change, Same):
+        assert change.reason
         assert same(result, plain)
         errors = (TypeError, ValueError, RuntimeError)
         with inside(), pytest.raises(errors, match=change.said or name):
@@ -248,7 +252,7 @@ VLLM_CASES: Cases = {
     "cp_world_size": Refused(2),
     "cp_rank": Refused(1),
     "cp_tot_seqused_k": Refused(USED),
-    "later": [],
+    "later": [],  # below
 }  # fmt: skip
 
 
@@ -569,7 +573,7 @@ TRANSFORMERS_CASES: Cases = {
         11, also=PACKED_ROW, wrong="8", reason=UPPER, said="max_(length|seqlen)_k"
     ),
     "deterministic": Same(True, wrong="no", reason="of gradients; forward always is"),
-    "kwargs": [],
+    "kwargs": [],  # below
 }
 REFUSED_BY_TRANSFORMERS = (
     *("position_bias", "alibi", "head_mask", "block_table", "attention_chunk", "output_attentions"),
