@@ -15,7 +15,7 @@ WINDOW = 5
 """Shorter than LENGTH, so that windows hide something."""
 
 SIZES = {
-    r"(vocab_size|\w+_vocab_size|num_embeddings_text)": VOCABULARY,
+    r"(\w+_)?vocab_size\w*": VOCABULARY,
     r"type_vocab_size": 2,
     r"(hidden_size|d_model|n_embd|model_dim|embed_dim|hidden_dim|dim|encoder_hidden_size"
     r"|text_hidden_size|output_proj_dim|projection_dim|out_hidden_size|embedding_size"
@@ -50,6 +50,8 @@ SIZES = {
     r"(index_topk|indexer_topk)": 4,
     r"(query_pre_attn_scalar)": 16,
     r"(rotary_dim)": 8,
+    r"num_conv_pos_embeddings": 16,
+    r"num_conv_pos_embedding_groups": 4,
     r"(num_queries|num_query_tokens|num_latents)": 8,
     r"(pruned_heads)": None,
 }
@@ -117,7 +119,7 @@ def _shrunk(default: PreTrainedConfig, shrink: int) -> PreTrainedConfig:
                 changes[name] = size
     _fit_tokens(default, names, changes)
     if shrink == 2:
-        _fit_heads(default, changes)
+        _fit_heads(default, names, changes)
     kinds_of_layers = changes.get("layer_types")
     if kinds_of_layers:
         for name in FEW & set(changes):
@@ -165,10 +167,11 @@ def _size(name: str, value: int, shrink: int) -> int | None:
     return None
 
 
-def _fit_heads(default: Any, changes: dict[str, Any]) -> None:
+def _fit_heads(default: Any, names: list[str], changes: dict[str, Any]) -> None:
     for name in ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num"):
         groups, heads = _known(default, name), _known(default, "num_attention_heads")
-        if isinstance(groups, int) and isinstance(heads, int):
+        known = name in names and isinstance(groups, int) and isinstance(heads, int)
+        if known:
             changes[name] = changes.get("num_attention_heads", heads) if groups == heads else 2
 
 

@@ -149,7 +149,7 @@ class Inputs:
         return self.floats(BATCH, bins, frames) if time_last else self.floats(BATCH, frames, bins)
 
     def make_input_values(self) -> Tensor:
-        if self.number("conv_dim", default=0):
+        if self.number("conv_dim", default=0) or "moonshine" in str(self.config.model_type):
             return self.floats(BATCH, 4000)
         if self.number("num_mel_bins", default=0):
             frames = self.number("max_length", default=64)

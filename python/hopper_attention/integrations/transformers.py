@@ -84,7 +84,8 @@ def _check_classes_of(base: Any) -> None:
     def get_correct_attn_implementation(self: Any, *arguments: Any, **options: Any) -> str:
         chosen = check(self, *arguments, **options)
         if chosen == NAME:
-            _check_class(type(self), _own_attention(type(self)) or _own_scores(self))
+            model: Any = type(self)
+            _check_class(model, _own_attention(model) or _own_scores(self))
         return chosen
 
     @functools.wraps(finish)
@@ -138,8 +139,9 @@ def _own_scores(model: Any) -> str | None:
         if getattr(module, "config", model.config) is not model.config:
             if hasattr(module, "get_correct_attn_implementation"):
                 continue
-        if _masks_scores(type(module)):
-            return type(module).__name__
+        layer: Any = type(module)
+        if _masks_scores(layer):
+            return layer.__name__
         modules.extend(module.children())
     return None
 
