@@ -16,7 +16,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake hopper cute_kernels 
 # A build for the tests serves the demo as well, and is not shrunk to the demo's instances.
 DEMO_BUILD := $(if $(wildcard .venv/built-for-test),.venv/built-for-test,.venv/built-for-demo)
 
-.PHONY: demo train test bench lint clean
+.PHONY: demo train test zoo bench lint clean
 
 demo: $(DEMO_BUILD)
 	$(BIN)/hopper-attention demo
@@ -31,6 +31,11 @@ train: $(DEMO_BUILD)
 # One thread for each of the two processes: with more they wait for one another, a tenth longer.
 test: .venv/built-for-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every model class of transformers against eager attention, or refused; no kernel is needed.
+zoo: $(DEMO_BUILD)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo --processes 2 \
+	  --json build/zoo.jsonl --table docs/transformers.md
 
 # What can be measured without a GPU; with one: hopper-attention bench.
 bench: .venv/built-for-test
