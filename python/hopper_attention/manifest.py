@@ -1,4 +1,7 @@
-"""What the build compiled: `kernels/manifest.json`, installed beside the extensions."""
+"""What the build compiled: `kernels/manifest.json`, installed beside the extensions.
+
+`listed` is what a build can compile, of which this one may have only a part.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hopper_attention import _simulator
+from hopper_attention.cute_kernels.ampere.instances import INSTANCES as AMPERE
+from hopper_attention.cute_kernels.instance import Instance
+from hopper_attention.hopper.instances import INSTANCES as HOPPER
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,21 @@ def instances() -> dict[str, CompiledInstance]:
         key: CompiledInstance(**{name: entry[name] for name in names})
         for key, entry in entries.items()
     }
+
+
+@functools.cache
+def listed() -> dict[str, Instance]:
+    """Every instance of the library by its name, compiled or not."""
+    return {instance.name: instance for instance in (*HOPPER, *AMPERE)}
+
+
+def selection_with(name: str) -> str:
+    """The least value of HOPPER_ATTENTION_INSTANCES that keeps this build's and adds `name`.
+
+    It is made of whole groups, in the order of the lists: "core,fp8".
+    """
+    wanted = {listed()[known].group for known in (*instances(), name) if known in listed()}
+    return ",".join(dict.fromkeys(i.group for i in listed().values() if i.group in wanted))
 
 
 def ptx_path(instance: str) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from hopper_attention.benchmarks.peers import PEERS
 from typer.testing import CliRunner
 
-from hopper_attention import cli, manifest, runtime, selection
+from hopper_attention import cli, files, manifest, runtime, selection
 from hopper_attention.bench import (
     baselines,
     environment,
@@ -483,7 +484,7 @@ def test_ledger_takes_the_newest_run():
     assert entry["speed"]["problem"] == FORWARD.format(4, 4096), "the fastest of its problems"
     assert entry["speed"]["tflops"] == pytest.approx(990, abs=5)
     assert ledger.update({name: entry}, [], [], [name]) == {name: entry}
-    assert ledger.update({"gone": entry}, [], [], [name]) == {name: {}}
+    assert ledger.update({"gone": entry}, [], [], [name]) == {name: {}, "gone": entry}
 
 
 def test_ledger_has_what_tests_saw(tmp_path):
@@ -538,7 +539,7 @@ def test_committed_ledger_and_page_are_current(root):
     entries = ledger.read(root / "benchmarks" / "ledger.json")
     runs = results.load_folder(root / "benchmarks" / "results")
     checks = ledger.load_checks(root / "benchmarks" / "results" / "checks")
-    assert set(entries) >= set(manifest.instances())
+    assert list(entries) == sorted(manifest.listed())
     assert entries == ledger.update(entries, runs, checks, list(entries))
     assert (root / "docs" / "results.md").read_text() == report.markdown(runs, entries)
 
@@ -657,7 +658,72 @@ def test_report_command(tmp_path):
     done = invoke("report", "--results", SAMPLES, "--ledger", entries, "--out", out)
     assert done.exit_code == 0, done.output
     assert "fabricated by the tests" in out.read_text()
-    assert set(json.loads(entries.read_text())) == set(manifest.instances())
+    assert list(json.loads(entries.read_text())) == sorted(manifest.listed())
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """A build of one."""
+    kept = {"fwd_bf16_d64": next(iter(manifest.instances().values()))}
+    monkeypatch.setattr(manifest, "instances", lambda: kept)
+
+
+def test_report_on_a_partial_build_leaves_the_ledger_as_it_is(root, tmp_path, one_kernel):
+    """Byte for byte, as nothing was measured; and the page."""
+    committed = root / "benchmarks" / "ledger.json"
+    entries, page = tmp_path / "ledger.json", tmp_path / "results.md"
+    entries.write_bytes(committed.read_bytes())
+    where = ("--results", root / "benchmarks" / "results", "--ledger", entries, "--out", page)
+    done = invoke("report", *where)
+    assert done.exit_code == 0, done.output
+    assert "no instance that is listed" not in done.output
+    assert entries.read_bytes() == committed.read_bytes()
+    assert page.read_bytes() == (root / "docs" / "results.md").read_bytes()
+
+
+def test_report_names_entries_of_no_instance_and_keeps_them(tmp_path):
+    entries, page = tmp_path / "ledger.json", tmp_path / "results.md"
+    seen = {"numerics": {"date": "2026-01-01", "commit": "1" * 40, "device": "x", "by": "y"}}
+    entries.write_text(json.dumps({"renamed": seen}))
+    done = invoke("report", "--results", SAMPLES, "--ledger", entries, "--out", page)
+    assert "has entries of no instance that is listed: renamed" in done.output
+    assert json.loads(entries.read_text())["renamed"] == seen
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"fwd_bf16_d64": 1}'], ids=["cut", "list", "number"])
+def test_report_does_not_replace_what_is_no_ledger(tmp_path, text):
+    entries, page = tmp_path / "ledger.json", tmp_path / "results.md"
+    entries.write_text(text)
+    done = invoke("report", "--results", SAMPLES, "--ledger", entries, "--out", page)
+    assert isinstance(done.exception, Refusal)
+    assert entries.read_text() == text
+    assert not page.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["kept", "overwritten"])
+def test_a_run_does_not_replace_another_result(monkeypatch, tmp_path, more):
+    monkeypatch.setattr(environment, "require_gpu", lambda: CPU)
+    command = importlib.import_module("hopper_attention.cli.bench")  # the name is its Typer's, too
+    monkeypatch.setattr(command, "_measure", lambda *_: fabricated())
+    out = tmp_path / "bench.json"
+    out.write_text("measured for hours")
+    done = invoke("-w", "fa3", "--out", out, *more)
+    assert isinstance(done.exception, Refusal) != bool(more)
+    assert more or "--overwrite" in str(done.exception)
+    assert out.read_text() == "measured for hours"
+
+
+def test_what_is_replaced_is_replaced_at_once(monkeypatch, tmp_path):
+    path = tmp_path / "ledger.json"
+    files.replace(path, "old")
+
+    def broken(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", broken)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(path, "new")
+    assert path.read_bytes() == b"old"
 
 
 def test_null_launches_take_the_gpu_path_and_leave_no_trace():

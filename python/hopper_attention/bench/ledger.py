@@ -1,4 +1,4 @@
-"""What was seen on hardware of every compiled instance: `benchmarks/ledger.json`.
+"""What was seen on hardware of every instance of the library: `benchmarks/ledger.json`.
 
     numerics  date, commit, device, by: it was right; "by" a committed result, or tests on a GPU
     speed     date, commit, device, problem, mode, error, milliseconds of the fastest problem that
@@ -11,12 +11,13 @@ What is missing was seen on the simulator only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hopper_attention import files
 from hopper_attention.bench.results import Row, Run
 from hopper_attention.refusal import Refusal
 
@@ -47,10 +48,14 @@ def load_checks(folder: Path) -> list[Check]:
 
 
 def update(
-    ledger: Ledger, runs: Iterable[Run], checks: Iterable[Check], instances: Sequence[str]
+    ledger: Ledger, runs: Iterable[Run], checks: Iterable[Check], instances: Iterable[str]
 ) -> Ledger:
-    """One entry for each of `instances`, from the newest that saw it, else as it was."""
-    updated: Ledger = {name: dict(ledger.get(name, {})) for name in instances}
+    """An entry by name for each of `instances`, from the newest that saw it, else as it was.
+
+    What the ledger has of others remains: whoever takes an instance off the lists takes its entry
+    out by hand.
+    """
+    updated: Ledger = {name: dict(ledger.get(name, {})) for name in sorted({*ledger, *instances})}
     for check in checks:
         for name in set(check.instances) & updated.keys():
             seen = {"date": check.date, "commit": check.commit, "device": check.device}
@@ -97,9 +102,17 @@ def _speed(run: Run, row: Row, name: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> Ledger:
-    """Empty where there is none yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Empty where there is none yet.  Raises Refusal for what is not a ledger."""
+    if not path.exists():
+        return {}
+    try:
+        ledger = json.loads(path.read_text())
+    except ValueError as fault:
+        raise Refusal(f"{path} is damaged: {fault}") from None
+    if not isinstance(ledger, dict) or not all(isinstance(e, dict) for e in ledger.values()):
+        raise Refusal(f"{path} is not a ledger: {{instance: {{numerics, speed}}}}")
+    return ledger
 
 
 def write(path: Path, ledger: Ledger) -> None:
-    path.write_text(json.dumps(ledger, indent=1) + "\n")
+    files.replace(path, json.dumps(ledger, indent=1) + "\n")

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hopper_attention import files
 from hopper_attention.bench.statistics import Summary
 from hopper_attention.refusal import Refusal
 
@@ -138,9 +139,7 @@ def load(path: Path) -> Run:
 def save(path: Path, run: Run) -> None:
     """Replaces the file at once: a run that is interrupted leaves what it had measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"schema": SCHEMA, **asdict(run)}, indent=1) + "\n")
-    partial.replace(path)
+    files.replace(path, json.dumps({"schema": SCHEMA, **asdict(run)}, indent=1) + "\n")
 
 
 def load_folder(folder: Path) -> list[Run]:

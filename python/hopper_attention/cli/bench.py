@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hopper_attention import manifest
+from hopper_attention import files, manifest
 from hopper_attention.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def run(
         list[str] | None, typer.Option("--peer", "-p", help="Names, with wildcards.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Result to write, as it grows.")] = Path("bench.json"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Even if --out holds another result.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for PNGs.")] = None,
     quantisation: Annotated[
         bool, typer.Option("--quantisation", help="Also the kernels that quantise to FP8.")
@@ -71,6 +74,8 @@ def run(
         return
     modes = _select_modes(mode)
     device = require_gpu()
+    if out.exists() and not overwrite:
+        raise Refusal(f"{out} exists; move it, give another --out, or --overwrite")
     protocol = Protocol(
         repeats=repeats, load_seconds=load_seconds, idle_seconds=idle_seconds, modes=modes
     )
@@ -234,7 +239,10 @@ def report(
     ),
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/results.md"),
 ) -> None:
-    """Write the results page from the committed results, and the ledger of instances."""
+    """Write the results page from the committed results, and the ledger of instances.
+
+    The ledger's names are those of the library's lists, whichever of them this build has.
+    """
     from hopper_attention.bench import ledger as ledgers
     from hopper_attention.bench.report import markdown
     from hopper_attention.bench.results import load_folder
@@ -243,10 +251,12 @@ def report(
         if not path.is_dir():
             raise Refusal(f"{path} is not a folder; run this in the repository, or say where")
     runs, checks = load_folder(results), ledgers.load_checks(results / "checks")
-    entries = ledgers.update(ledgers.read(ledger), runs, checks, list(manifest.instances()))
+    entries = ledgers.update(ledgers.read(ledger), runs, checks, manifest.listed())
     ledgers.write(ledger, entries)
-    out.write_text(markdown(runs, entries))
+    files.replace(out, markdown(runs, entries))
     typer.echo(f"{out}: {len(runs)} results, {len(entries)} instances")
+    if gone := entries.keys() - manifest.listed().keys():
+        typer.echo(f"{ledger} has entries of no instance that is listed: {', '.join(sorted(gone))}")
 
 
 @bench.command()

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hopper_attention import files
 from hopper_attention.refusal import Refusal
 from hopper_attention.sass import model
 from hopper_attention.sass.control_flow import ControlFlow, Loop
@@ -271,4 +272,4 @@ def updated_budget(
 
 def write_budget(path: Path, budgets: dict[str, Budget]) -> None:
     entries = {name: asdict(budget) for name, budget in budgets.items()}
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    files.replace(path, json.dumps(entries, indent=1) + "\n")
