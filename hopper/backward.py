@@ -23,7 +23,7 @@ Pipelines  name    stages    full                         empty
            Q       4         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
            dO      2         the same, with delta         8 arrivals: dV of the block is done
            dS      2         8 arrivals, one a warp       by itself: see below
-           turn    1         barrier TURN                 barrier OVER, 256 + 32 threads
+           turn    1         TURN + w, 128 + 32 threads   OVER, 256 + 32 threads
 
            A warp writes dS(i) over dS(i - 2) when it has waited for dQ(i - 1), which was issued
            when all had written dS(i - 1), hence waited for dQ(i - 2).

@@ -29,17 +29,27 @@ from hopper_attention.hopper.tails import clear_tail
 from hopper_attention.hopper.tma import load_row, load_stage, partition, permute
 from hopper_attention.hopper.turns import consumer_warpgroup
 
-CONSUMER_THREADS = 256
-TURN_THREADS = CONSUMER_THREADS + 32
-"""The consumers and the warp that waits for their turns."""
+CONSUMERS = 2
+CONSUMER_THREADS = CONSUMERS * 128
 
 
 class TurnBarrier(IntEnum):
-    """Named barriers of both kernels, behind their own."""
+    """Named barriers of both kernels, behind their own.
+
+    Between the warp that waits for turns in global memory and the consumers.  Each consumer has
+    its own TURN: the two of hopper/backward_wide.py add dQ of a row block in different steps, and
+    one that waited for the other there could be waited for at another barrier of both.
+    """
 
     TURN = 4
-    """It is this block's turn to add to a block of dQ."""
-    OVER = 5
+    """TURN + w: it is this block's turn to add to a block of dQ; consumer w may."""
+    OVER = TURN + CONSUMERS
+    """Both consumers have added."""
+
+
+TURN_THREADS = 128 + 32
+"""A consumer and the warp that waits for turns."""
+OVER_THREADS = CONSUMER_THREADS + 32
 
 
 @dataclass(frozen=True)
@@ -326,10 +336,11 @@ class Parts:
                     earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
                     problem.turns.wait(place, work.n_block - earlier.first)
                 cute.arch.sync_warp()
-                cute.arch.barrier_arrive(
-                    barrier_id=TurnBarrier.TURN, number_of_threads=TURN_THREADS
-                )
-                cute.arch.barrier(barrier_id=TurnBarrier.OVER, number_of_threads=TURN_THREADS)
+                for consumer in cutlass.range_constexpr(CONSUMERS):
+                    cute.arch.barrier_arrive(
+                        barrier_id=TurnBarrier.TURN + consumer, number_of_threads=TURN_THREADS
+                    )
+                cute.arch.barrier(barrier_id=TurnBarrier.OVER, number_of_threads=OVER_THREADS)
                 if lane == 0:
                     problem.turns.give(place)
 
@@ -343,13 +354,14 @@ class Parts:
 
     @cute.jit
     def add_dq(self, acc: cute.Tensor, address: Int64, problem: Problem):
-        """By both consumers, from registers; in turns or not."""
+        """By each consumer its part, from registers; in turns or not."""
         if problem.turns.address != 0:
-            cute.arch.barrier(barrier_id=TurnBarrier.TURN, number_of_threads=TURN_THREADS)
+            own = consumer_warpgroup() + TurnBarrier.TURN
+            cute.arch.barrier(barrier_id=own, number_of_threads=TURN_THREADS)
         self.dq_tile.add(acc, address)
         if problem.turns.address != 0:
             cute.arch.fence_acq_rel_gpu()
-            cute.arch.barrier_arrive(barrier_id=TurnBarrier.OVER, number_of_threads=TURN_THREADS)
+            cute.arch.barrier_arrive(barrier_id=TurnBarrier.OVER, number_of_threads=OVER_THREADS)
 
     def note_keys(self, note: cute.Tensor, work: Work) -> None:
         keys = work.keys

@@ -20,7 +20,7 @@ Pipelines  name  stages  full                         empty
            P     1       barrier P_FULL, 256 threads  barrier P_EMPTY, 256 threads
            dS    2       4 arrivals, "keys"           by itself: "values" gives P(i + 1) when it
                                                       has waited for dQ(i - 1)
-           turn  1       barrier TURN                 barrier OVER, 256 + 32 threads
+           turn  1       TURN + w, 128 + 32 threads   OVER, 256 + 32 threads
 
 Timeline   of row block i ("|" where it waits):
 
