@@ -42,11 +42,17 @@ class Scores:
             self.multiply_by_slope(capped, problem.softcap[1])
 
     def to_probabilities(self, lse_of_columns: cute.Tensor, scale_log2: Float32) -> None:
+        """The scores become exp2(-|score * scale_log2 - LSE|).
+
+        A score never exceeds its row's LSE, but their rounded values differ by the digits that
+        float32 lacks: by 1 at 1e7, by hundreds at 1e10.  The magnitude keeps probabilities at
+        most 1 there; the exponential unit takes it and the sign with its operand, for nothing.
+        """
         scores = rows_and_columns(self.acc)
         for i in range(cute.size(scores, mode=[0])):
             for j in range(cute.size(scores, mode=[1])):
                 exponent = scores[i, j] * scale_log2 - lse_of_columns[j]
-                scores[i, j] = cute.math.exp2(exponent, fastmath=True)
+                scores[i, j] = cute.math.exp2(-cute.math.absf(exponent), fastmath=True)
 
     def multiply_by_slope(self, capped: cute.Tensor, outer: Float32) -> None:
         """Of `cap`, where it gave `capped`."""

@@ -21,6 +21,9 @@ from hopper_attention.cute_kernels.instructions import fmax
 LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 
+LOWEST = -1e30
+"""What row_max starts with.  Lower scores, -inf above all, weigh nothing; it is finite, times the
+greatest scale (1e6) as well, since -inf - -inf would be NaN."""
 CHAINS = 4
 """Independent chains of a row's reduction: one dependent chain would be bound by latency."""
 
@@ -101,7 +104,7 @@ class OnlineSoftmax:
 
     def reset(self) -> None:
         """No key was seen yet."""
-        self.row_max.fill(-Float32.inf)
+        self.row_max.fill(LOWEST)
         self.row_sum.fill(0.0)
 
     def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...], masked: bool) -> cute.Tensor:
@@ -128,7 +131,7 @@ class OnlineSoftmax:
     def begin(self, maxima: cute.Tensor) -> None:
         """row_max <- that of the first block.  By whole warps, as all that follows."""
         for i in range(cute.size(maxima)):
-            self.row_max[i] = quad_max(maxima[i])
+            self.row_max[i] = fmax(quad_max(maxima[i]), Float32(LOWEST))
 
     def exceeded_by(self, maxima: cute.Tensor, masked: bool) -> Boolean:
         """Whether a row of the warp may have a new maximum; NaN is one.
@@ -167,26 +170,20 @@ class OnlineSoftmax:
             self.settle(maxima, scores, parts)
         for i in cutlass.range_constexpr(cute.size(maxima)):
             row_max = quad_max(fmax(maxima[i], self.row_max[i]))
-            top = self.finite(row_max, masked)
-            factors[i] = cute.math.exp2(self.log2(self.row_max[i] - top), fastmath=True)
+            factors[i] = cute.math.exp2(self.log2(self.row_max[i] - row_max), fastmath=True)
             self.row_sum[i] = self.row_sum[i] * factors[i]
             self.row_max[i] = row_max
 
     @cute.jit
     def exponentiate(
-        self,
-        scores: cute.Tensor,
-        parts: cutlass.Constexpr,
-        first: cutlass.Constexpr,
-        masked: cutlass.Constexpr,
+        self, scores: cute.Tensor, parts: cutlass.Constexpr, first: cutlass.Constexpr
     ):
         """scores <- exp2((scores - row_max) * scale + headroom), and the sums of rows.
 
-        `parts` are all of the columns; the `first` block's sums replace row_sum.  With `masked`, a
-        row may be all -inf so far: its maximum is taken as 0, else -inf - -inf would give NaN.
+        `parts` are all of the columns; the `first` block's sums replace row_sum.
         """
         for i in cutlass.range_constexpr(cute.size(self.row_max)):
-            top = self.log2(self.finite(self.row_max[i], masked))
+            top = self.log2(self.row_max[i])
             for part in parts:
                 shift = top if part.headroom is None else top - part.headroom
                 row_sum = self.exponentials(scores, i, part, shift)
@@ -210,18 +207,11 @@ class OnlineSoftmax:
         return score if self.scale_log2 is None else score * self.scale_log2
 
     @cute.jit
-    def finite(self, row_max: Float32, masked: cutlass.Constexpr) -> Float32:
-        """Where a row may be all -inf, 0 for it."""
-        if const_expr(masked):
-            row_max = Float32(0.0) if row_max == -Float32.inf else row_max
-        return row_max
-
-    @cute.jit
     def finish(self, sinks_log2: cute.Tensor) -> cute.Tensor:
         """The factors that normalise the rows (rows,); turns row_max into their LSE (`lse`).
 
         `sinks_log2` (rows,): scores (times log2(e)) that join the sums without a value; -inf: none.
-        A row without keys or sink has row_sum 0 and row_max -inf: factor 0, LSE -inf.
+        A row without keys or sink has row_sum 0: factor 0, LSE -inf.
         """
         factors = cute.make_rmem_tensor_like(self.row_sum)
         for i in cutlass.range_constexpr(cute.size(self.row_sum)):
@@ -231,17 +221,16 @@ class OnlineSoftmax:
                 row_max = row_max - self.headroom
             sink_log2 = sinks_log2[i]
             top = cute.arch.fmax(row_max, sink_log2)
-            finite_top = Float32(0.0) if top == -Float32.inf else top
-            shrink = cute.math.exp2(row_max - finite_top, fastmath=True)
-            row_sum = row_sum * shrink + cute.math.exp2(sink_log2 - finite_top, fastmath=True)
+            shrink = cute.math.exp2(row_max - top, fastmath=True)
+            row_sum = row_sum * shrink + cute.math.exp2(sink_log2 - top, fastmath=True)
             inverse = shrink * cute.arch.rcp_approx(row_sum)
             factors[i] = Float32(0.0) if row_sum == 0.0 else inverse
-            self.row_max[i] = (finite_top + cute.math.log2(row_sum, fastmath=True)) * LN_2
+            self.row_max[i] = (top + cute.math.log2(row_sum, fastmath=True)) * LN_2
         return factors
 
     @property
     def lse(self) -> cute.Tensor:
-        """Natural log-sum-exp of the scaled scores (rows,): after `finish`, or where no key was."""
+        """Natural log-sum-exp of the scaled scores (rows,): after `finish`."""
         return self.row_max
 
 

@@ -604,7 +604,7 @@ class Forward:
         scores = self.masked_scores(acc_s, problem, parts, mask, last)
         softmax.begin(softmax.maxima(scores, parts, masked=True))
         k_state.advance()
-        softmax.exponentiate(scores, parts, first=True, masked=True)
+        softmax.exponentiate(scores, parts, first=True)
         fragments.p.convert(acc_s)
         if const_expr(cfg.varlen):
             self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
@@ -669,7 +669,7 @@ class Forward:
         factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
             softmax.raise_to(maxima, factors, scores, parts, masked)
-        softmax.exponentiate(scores, parts, first=False, masked=masked)
+        softmax.exponentiate(scores, parts, first=False)
         self.finish_pv(fragments, problem, n_block + 1)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)

@@ -397,7 +397,7 @@ class AmpereForward:
         factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
             softmax.raise_to(maxima, factors, scores, parts, masked)
-        softmax.exponentiate(scores, parts, first=False, masked=masked)
+        softmax.exponentiate(scores, parts, first=False)
         if grown:
             scale_rows(rows_and_columns(acc_o), factors)
         p = PackedFragment.like(acc_s, self.dtype)

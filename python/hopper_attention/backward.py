@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, dispatch, reference, runtime, selection
+from hopper_attention import arguments, dispatch, manifest, reference, runtime, selection
 from hopper_attention.dispatch import BackwardInstances
 from hopper_attention.plan import Inputs, Plan
 from hopper_attention.ranges import annotated
@@ -69,11 +69,13 @@ def workspace_bytes(
     """
     dtype = arguments.DTYPES[q.dtype]
     dims, target = (q.shape[-1], v.shape[-1]), selection.target_for(q)
-    found = dispatch.backward_instances(dtype, *dims, "full", False, False, target)
+    problem = (dtype, *dims, "full", False, False, target)
+    name = dispatch.or_listed(target, dispatch.main_backward_instance, *problem)
+    tile = manifest.listed()[name].config
     packed = cu_seqlens_q is not None
     sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     rows = math.prod(statistics_shape(q, sequences, packed))
-    return rows * 4 * (found.head_dim + 2) + (rows // found.tile_m * 4 if deterministic else 0)
+    return rows * 4 * (tile.head_dim + 2) + (rows // tile.tile_m * 4 if deterministic else 0)
 
 
 @annotated("backward")
@@ -175,7 +177,8 @@ def _run_kernels(
     launch(instances.postprocess, (blocks_of(instances.post_rows), _as_entry(dq, 4)))
     dsink = None
     if inputs.sink is not None:
-        probability = torch.exp2(inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse)
+        exponent = inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse
+        probability = torch.exp2(-exponent.abs())  # as the kernel's, cute_kernels/scores.py
         dsink = (probability * workspace.delta).sum(dim=(0, 2))
     return dq, dk, dv, dsink
 

@@ -171,11 +171,8 @@ def _one_sequence(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores.masked_fill_(~visible(mask, seqlen_q, seqlen_k, rows, q.device), -torch.inf)
-        row_lse = torch.logsumexp(scores, dim=-1)
-        if sink is not None:
-            row_lse = torch.logaddexp(row_lse, sink[:, None])
-        p = _grouped(_weights(scores, row_lse[..., None]), heads_kv)
-        out[:, rows], lse[:, rows] = _ungrouped(p @ v, heads), row_lse
+        p, lse[:, rows] = _softmax(scores, sink)
+        out[:, rows] = _ungrouped(_grouped(p, heads_kv) @ v, heads)
     return out.transpose(0, 1), lse
 
 
@@ -230,9 +227,28 @@ def _ungrouped(grouped: Tensor, heads: int) -> Tensor:
     return grouped.reshape(heads, heads_kv * rows // heads, n)
 
 
+def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities of scores (heads, rows, keys), and the rows' LSE.
+
+    `sink` (heads,) joins each row without a column.  A row without keys and sink: 0, LSE -inf.
+    """
+    heads, rows, _ = scores.shape
+    none = scores.new_full((heads, rows, 1), -torch.inf)
+    joined = torch.cat([scores, none if sink is None else sink[:, None, None].expand_as(none)], -1)
+    top = joined.amax(dim=-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    e = torch.exp(joined - top)
+    total = e.sum(dim=-1, keepdim=True)
+    p = torch.where(total == 0, 0.0, e[..., :-1] / total)
+    return p, (top + torch.log(total)).squeeze(-1)
+
+
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); a query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN."""
-    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse))
+    """exp(-|scores - lse|), which a rounded LSE cannot make more than 1: cute_kernels/scores.py.
+
+    A query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN.
+    """
+    return torch.exp(-(scores - torch.where(lse == -torch.inf, 0.0, lse)).abs())
 
 
 def visible(mask: Mask, seqlen_q: int, seqlen_k: int, rows: slice, device: torch.device) -> Tensor:

@@ -215,3 +215,21 @@ def test_written_out(simulated, out_dtype):
             assert torch.equal(out, expected)
             assert torch.equal(other_lse, lse)
             assert (space[..., 1::2, :] == 7.0).all()
+
+
+@both
+@pytest.mark.parametrize("sign", [1, -1], ids=["inf", "-inf"])
+@pytest.mark.parametrize("keys", [slice(0, 300), slice(0, 200), slice(130, 300)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_beyond_float32(head_dim, keys, sign):
+    """Those that overflow are weights of 0 or NaN, wherever their blocks lie, as on the CPU."""
+    q, k, v = random_inputs(Shape(1, 150, 300, 1, 1), head_dim, torch.bfloat16)
+    q, k = 1e20 * q.abs(), 1e-20 * k
+    k[:, keys] = sign * 1e20 * (1 + k[:, keys].abs())
+    for arguments in MASKS:
+        expected, expected_lse = flash_attn_func(q, k, v, return_lse=True, **arguments)
+        out, lse = dense(q, k, v, **arguments)
+        assert torch.equal(out.isnan(), expected.isnan()), arguments
+        assert torch.equal(lse.isnan(), expected_lse.isnan()), arguments
+        torch.testing.assert_close(lse, expected_lse, equal_nan=True, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, expected, equal_nan=True, rtol=2e-2, atol=2e-2)
