@@ -1,18 +1,41 @@
 """From a problem to the name of the compiled instance that solves it.
 
-The manifest that the build writes is the only list: what was not compiled is not supported.
+A build may have compiled only a part of what the lists of instances have: `NotCompiled`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from hopper_attention import manifest, selection
-from hopper_attention.manifest import CompiledInstance
 from hopper_attention.selection import Target
 
 HOPPER = selection.choose((9, 0))
+
+
+class NotCompiled(NotImplementedError):
+    """This build lacks an instance that the lists have; `instance` is its name."""
+
+    def __init__(self, instance: str, what: str):
+        self.instance = instance
+        super().__init__(
+            f"this build has no {what}; rebuild with "
+            f"HOPPER_ATTENTION_INSTANCES={manifest.selection_with(instance)}, or use CPU tensors "
+            "outside of the simulator, which need no kernel"
+        )
+
+
+def or_listed(target: Target, choose: Callable[..., str], *problem: Any) -> str:
+    """`choose(*problem)`; where `target` launches nothing, an instance that is listed will do."""
+    try:
+        return choose(*problem)
+    except NotCompiled as missing:
+        if target.launches:
+            raise
+        return missing.instance
 
 
 @functools.cache
@@ -46,19 +69,20 @@ def forward_fp8_instance(
     two_level: bool | None,
 ) -> str:
     """As `forward_instance`, for e4m3; `two_level` None: if there is an instance for it."""
+    refusals: list[NotImplementedError] = []
     for level in (True, False) if two_level is None else (two_level,):
         try:
             wanted = _by_mask("e4m3", mask, softcap, varlen, two_level=level)
             return _attention_instance("forward_fp8", wanted, head_dim, head_dim_v, HOPPER)
-        except NotImplementedError:
-            if two_level is not None or not level:
-                raise
-    raise AssertionError
+        except NotImplementedError as refusal:
+            refusals.append(refusal)
+    # What a rebuild would bring comes before what exists nowhere.
+    raise min(refusals, key=lambda refusal: not isinstance(refusal, NotCompiled))
 
 
 def is_two_level(instance: str) -> bool:
-    """Of an FP8 instance."""
-    return bool(manifest.instances()[instance].config["two_level"])
+    """Whether an FP8 instance, compiled or not, adds P V of each key block to O in float32."""
+    return bool(manifest.listed()[instance].config.two_level)
 
 
 @dataclass(frozen=True)
@@ -87,15 +111,12 @@ def backward_instances(
     target: Target = HOPPER,
 ) -> BackwardInstances:
     """As `forward_instance`, of backward."""
-    if target.backend == selection.AMPERE:
-        family, wanted = "ampere_backward", dict[str, str | bool](dtype=dtype)
-    else:
-        family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
-    main = _attention_instance(family, wanted, head_dim, head_dim_v, target)
+    main = main_backward_instance(dtype, head_dim, head_dim_v, mask, softcap, varlen, target)
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
     # Ampere's postprocessing serves all tiles.
     of_tile = {} if target.backend == selection.AMPERE else tile
+    family = manifest.instances()[main].family
     post = _helper_instance(f"{family}_postprocess", {"dtype": dtype, **of_tile}, target)
     return BackwardInstances(
         _helper_instance(f"{family}_preprocess", {"dtype": dtype}, target),
@@ -104,6 +125,23 @@ def backward_instances(
         **tile,
         post_rows=manifest.instances()[post].config["tile_m"],
     )
+
+
+@functools.cache
+def main_backward_instance(
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+    target: Target = HOPPER,
+) -> str:
+    """As `forward_instance`: the kernel that makes dK and dV and adds up dQ."""
+    family, wanted = "ampere_backward", {"dtype": dtype}
+    if target.backend != selection.AMPERE:
+        family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
+    return _attention_instance(family, wanted, head_dim, head_dim_v, target)
 
 
 @functools.cache
@@ -141,71 +179,112 @@ def arrange_instance(by_columns: bool) -> str:
     return _helper_instance("arrange", {"by_columns": by_columns})
 
 
-def _column_instance(family: str, wanted: dict[str, str | bool], head_dim: int) -> str:
-    columns = {
-        instance.config["columns"]
-        for instance in manifest.instances().values()
-        if instance.family == family and wanted.items() <= instance.config.items()
-    }
-    tile = min((n for n in columns if n >= head_dim), default=head_dim)
-    return _helper_instance(family, {**wanted, "columns": tile})
+def _column_instance(family: str, wanted: dict[str, Any], head_dim: int) -> str:
+    """The instance of `family` with the least tile that holds `head_dim` columns."""
+    for candidates in (_compiled(), _listed()):
+        columns = {c.config["columns"] for c in candidates if c.matches(family, wanted, HOPPER)}
+        if fitting := [n for n in columns if n >= head_dim]:
+            return _helper_instance(family, {**wanted, "columns": min(fitting)})
+    return _helper_instance(family, {**wanted, "columns": head_dim})
 
 
-def _helper_instance(family: str, wanted: dict[str, str | int], target: Target = HOPPER) -> str:
-    for name, instance in manifest.instances().items():
-        if (
-            instance.family == family
-            and instance.architecture == target.architecture
-            and wanted.items() <= instance.config.items()
-        ):
-            return name
+def _helper_instance(family: str, wanted: dict[str, Any], target: Target = HOPPER) -> str:
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
-    raise NotImplementedError(
-        f"this build has no {family} kernel for {kind}; rebuild with "
-        "HOPPER_ATTENTION_INSTANCES=full"
-    )
+    what = f"{family} kernel for {kind}"
+    for candidate in _compiled():
+        if candidate.matches(family, wanted, target):
+            return candidate.name
+    for candidate in _listed():
+        if candidate.matches(family, wanted, target):
+            raise NotCompiled(candidate.name, what)
+    raise NotImplementedError(f"there is no {what}")
 
 
 def _attention_instance(
-    family: str, wanted: dict[str, str | bool], head_dim: int, head_dim_v: int, target: Target
+    family: str, wanted: dict[str, Any], head_dim: int, head_dim_v: int, target: Target
 ) -> str:
     """The instance of `family` with the least tile that holds both head dims.
 
     Of several with the same head dims the one that makes most of the target's shared memory.
     """
-    tiles: dict[tuple[int, int], CompiledInstance] = {}
-    for instance in manifest.instances().values():
-        config = instance.config
-        if (
-            instance.family == family
-            and instance.architecture == target.architecture
-            and instance.shared_memory_bytes <= target.shared_memory
-            and wanted.items() <= config.items()
-        ):
-            dims = (config["head_dim"], config["head_dim_v"])
-            known = tiles.get(dims)
-            if known is None or known.shared_memory_bytes < instance.shared_memory_bytes:
-                tiles[dims] = instance
-    fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
-    if fitting:
-        return tiles[min(fitting, key=sum)].name
+    compiled = _tiles(_compiled(), family, wanted, target)
+    if fitting := _least(compiled, head_dim, head_dim_v):
+        return fitting
     kind = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    dims = f"head_dim {head_dim} with head_dim_v {head_dim_v}"
+    tiles = _tiles(_listed(), family, wanted, target)
+    if fitting := _least(tiles, head_dim, head_dim_v):
+        raise NotCompiled(fitting, f"{family} kernel for {kind}, {dims}")
     if not tiles:
-        raise NotImplementedError(
-            f"this build has no {family} kernel for {kind} on {target.architecture}; rebuild with "
-            "HOPPER_ATTENTION_INSTANCES=full"
-        )
+        raise NotImplementedError(f"there is no {family} kernel for {kind}")
     have = ", ".join(f"{d}/{dv}" for d, dv in sorted(tiles))
-    nearest = min(tiles, key=lambda dims: abs(dims[0] - head_dim) + abs(dims[1] - head_dim_v))
+    nearest = min(tiles, key=lambda tile: abs(tile[0] - head_dim) + abs(tile[1] - head_dim_v))
     raise NotImplementedError(
-        f"head_dim {head_dim} with head_dim_v {head_dim_v} has no {family} kernel for {kind}; have "
-        f"up to one of {have} (nearest: {nearest[0]}/{nearest[1]})"
+        f"{dims} has no {family} kernel for {kind}; have up to one of {have} (nearest: "
+        f"{nearest[0]}/{nearest[1]})"
     )
 
 
-def _by_mask(
-    dtype: str, mask: str, softcap: bool, varlen: bool, **more: bool
-) -> dict[str, str | bool]:
+@dataclass(frozen=True)
+class _Candidate:
+    """A compiled or listed instance, so far as the choice depends on it."""
+
+    name: str
+    family: str
+    architecture: str
+    config: Mapping[str, Any]
+    shared_memory_bytes: int
+
+    def matches(self, family: str, wanted: dict[str, Any], target: Target) -> bool:
+        return (
+            self.family == family
+            and self.architecture == target.architecture
+            and self.shared_memory_bytes <= target.shared_memory
+            and wanted.items() <= self.config.items()
+        )
+
+
+def _compiled() -> list[_Candidate]:
+    return [
+        _Candidate(i.name, i.family, i.architecture, i.config, i.shared_memory_bytes)
+        for i in manifest.instances().values()
+    ]
+
+
+def _listed() -> list[_Candidate]:
+    def values(config: Any) -> dict[str, Any]:
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+
+    return [
+        _Candidate(i.name, i.family, i.architecture, values(i.config), i.config.shared_memory_bytes)
+        for i in manifest.listed().values()
+    ]
+
+
+Tiles = dict[tuple[int, int], _Candidate]
+"""By head_dim and head_dim_v."""
+
+
+def _tiles(
+    candidates: Iterable[_Candidate], family: str, wanted: dict[str, Any], target: Target
+) -> Tiles:
+    tiles: Tiles = {}
+    for candidate in candidates:
+        if candidate.matches(family, wanted, target):
+            dims = (candidate.config["head_dim"], candidate.config["head_dim_v"])
+            known = tiles.get(dims)
+            if known is None or known.shared_memory_bytes < candidate.shared_memory_bytes:
+                tiles[dims] = candidate
+    return tiles
+
+
+def _least(tiles: Tiles, head_dim: int, head_dim_v: int) -> str:
+    """The name of the least that holds both head dims; empty if none does."""
+    fitting = [dims for dims in tiles if dims[0] >= head_dim and dims[1] >= head_dim_v]
+    return tiles[min(fitting, key=sum)].name if fitting else ""
+
+
+def _by_mask(dtype: str, mask: str, softcap: bool, varlen: bool, **more: bool) -> dict[str, Any]:
     """What Hopper's instances are told apart by, beside head dims."""
     mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
     return {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen, **more}

@@ -124,7 +124,7 @@ class Plan:
     target: Target
     """Whose kernels."""
     instance: str
-    """Empty: the reference was asked for."""
+    """Empty: the reference was asked for.  Compiled, if the target launches kernels."""
     scale: float
     mask: Mask
     softcap: float | None
@@ -206,7 +206,8 @@ def make_plan(
     if fp8 is not None:  # heads are not packed: the rows of a tile share Q's scale
         arguments.check_fp8_head_dims(q[-1], v[-1])
         if target.backend != selection.REFERENCE:
-            instance = dispatch.forward_fp8_instance(*kind, varlen, fp8.two_level)
+            choose = dispatch.forward_fp8_instance
+            instance = dispatch.or_listed(target, choose, *kind, varlen, fp8.two_level)
             if fp8.accumulate_every > 1 and not dispatch.is_two_level(instance):
                 raise NotImplementedError(
                     f"accumulate_every={fp8.accumulate_every}: head dims {q[-1]} and {v[-1]} have "
@@ -216,7 +217,10 @@ def make_plan(
         dtype = arguments.DTYPES[dtypes[0]]
         seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
         packs = dispatch.packs_heads(dtype, *kind, group, seqlen_q, options.pack_gqa, target)
-        instance = dispatch.forward_instance(dtype, *kind, varlen or packs, target)
+        indexed = varlen or packs
+        instance = dispatch.or_listed(
+            target, dispatch.forward_instance, dtype, *kind, indexed, target
+        )
     out_shape, lse_shape = result_shapes(q, v, packed_q)
     return Plan(
         target=target,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import manifest
+from hopper_attention import manifest, simulator
 from hopper_attention.cute_kernels.ampere.config import ARCHITECTURES, SHARED_MEMORY
 
 VARIABLE = "HOPPER_ATTENTION_BACKEND"
@@ -35,10 +35,14 @@ class Target:
     """Of the instances."""
     shared_memory: int = 0
     """Bytes that a block may have."""
+    launches: bool = True
+    """Whether kernels run; else the reference runs what there is a kernel for, compiled or not."""
 
 
 @functools.cache
-def choose(capability: tuple[int, int], forced: str | None = None) -> Target:
+def choose(
+    capability: tuple[int, int], forced: str | None = None, launches: bool = True
+) -> Target:
     """The kernels for a GPU of this compute capability.
 
         capability          by itself    may be forced
@@ -57,13 +61,13 @@ def choose(capability: tuple[int, int], forced: str | None = None) -> Target:
             f"{VARIABLE}={REFERENCE}, or CPU tensors, for the reference implementation"
         )
     if capability == (9, 0) and forced != AMPERE:
-        return Target(HOPPER, "sm_90a", SHARED_MEMORY[capability])
+        return Target(HOPPER, "sm_90a", SHARED_MEMORY[capability], launches)
     if forced == HOPPER:
         raise NotImplementedError(
             f"compute capability {number}; Hopper's kernels need 9.0 (H100, H200); use "
             f"{VARIABLE}={AMPERE}, or leave it unset"
         )
-    return Target(AMPERE, ARCHITECTURES[capability], SHARED_MEMORY[capability])
+    return Target(AMPERE, ARCHITECTURES[capability], SHARED_MEMORY[capability], launches)
 
 
 SIMULATED = {HOPPER: (9, 0), AMPERE: (8, 0)}
@@ -109,11 +113,14 @@ def restored(name: str | None) -> Iterator[None]:
 
 
 def target_for(tensor: Tensor) -> Target:
-    """What a call with `tensor` runs, here and now.  Raises NotImplementedError as `choose`."""
+    """What a call with `tensor` runs, here and now.  Raises NotImplementedError as `choose`.
+
+    CPU tensors launch kernels inside `simulator.enabled()` only.
+    """
     if tensor.is_cuda:
         return of_device(tensor.get_device(), forced())
     name = forced()
-    return choose(SIMULATED.get(name or _built(), (9, 0)), name)
+    return choose(SIMULATED.get(name or _built(), (9, 0)), name, simulator.is_enabled())
 
 
 @functools.cache
@@ -134,8 +141,13 @@ def of_device(index: int, forced: str | None) -> Target:
 
 
 def target_for_fp8(tensor: Tensor) -> Target:
-    """As `target_for`.  Raises NotImplementedError for Ampere's kernels too: they have no FP8."""
+    """As `target_for`.  Raises NotImplementedError for Ampere's kernels too: they have no FP8.
+
+    Not where they were only built: CPU tensors that launch nothing need no kernel.
+    """
     target = target_for(tensor)
+    if target.backend == AMPERE and not target.launches and forced() is None:
+        return choose(SIMULATED[HOPPER], HOPPER, launches=False)
     if target.backend == AMPERE:
         raise NotImplementedError(
             "FP8: only Hopper's kernels have it; use bfloat16 or float16, or backend "
