@@ -431,7 +431,11 @@ _scaled: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def _scaled_signs(device: torch.device, head_dim: int) -> Tensor:
-    """`signs` / sqrt(n), float32.  Kept, but for a graph that is being captured: it is its own."""
+    """`signs` / sqrt(n), float32.
+
+    It is kept, unless it belongs to a graph that is being captured or is no real tensor: the call
+    that makes a fake one fails later.
+    """
     on_gpu = device.type == "cuda"
     key = (device, runtime.current_stream(device.index) if on_gpu else 0, head_dim)
     if key in _scaled:
@@ -441,7 +445,8 @@ def _scaled_signs(device: torch.device, head_dim: int) -> Tensor:
     words = [torch.full((WORD,), word, device=device) for word in _sign_words(head_dim)]
     bits = torch.cat([word >> place & 1 for word in words])[:head_dim]
     table = (1 - 2 * bits).float() / (head_dim & -head_dim) ** 0.5
-    if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if not capturing and type(table) is Tensor:
         _scaled[key] = table
     return table
 

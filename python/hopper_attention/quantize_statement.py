@@ -7,7 +7,6 @@ head_dim), float32, zeros behind their last rows.
 from __future__ import annotations
 
 import enum
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -279,20 +278,26 @@ def rotated(x: Tensor) -> Tensor:
     return (parts @ hadamard_matrix(n).to(x)).flatten(-2)
 
 
-@functools.cache
 def hadamard_matrix(n: int) -> Tensor:
-    """Sylvester's, orthonormal; n a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    """Sylvester's, orthonormal, float64 on the CPU; n a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    pair = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64, device="cpu")
     while len(matrix) < n:
-        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), matrix)
+        matrix = torch.kron(pair, matrix)
     return matrix / n**0.5
 
 
-@functools.cache
 def signs(head_dim: int) -> Tensor:
-    """+-1 a column, always the same."""
-    generator = torch.Generator().manual_seed(0x4841)
-    return torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.float64) * 2 - 1
+    """+-1 a column, always the same, float64 on the CPU.
+
+    It is made anew at every call: one that was kept would remain what the first call's default
+    device, inference mode or dispatch mode made of it.
+    """
+    generator = torch.Generator("cpu").manual_seed(0x4841)
+    bits = torch.randint(
+        0, 2, (head_dim,), generator=generator, dtype=torch.float64, device="cpu"
+    )
+    return bits * 2 - 1
 
 
 def arranged_shape(v: Tensor, lengths: Lengths) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_cases import exists, lengths_of, poisoned
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hopper_attention import quantize as quantize_module
 from hopper_attention.arguments import WHOLE, Lengths
 from hopper_attention.quantize import (
     LEAST,
@@ -194,8 +197,30 @@ def test_hadamard_matrix(n):
 
 
 def test_signs_are_always_the_same_and_of_both_kinds():
-    assert torch.equal(signs(128), signs.__wrapped__(128))
+    assert torch.equal(signs(128), signs(128))
     assert 40 < int((signs(128) > 0).sum()) < 88
+
+
+@pytest.mark.parametrize("first", ["inference", "meta", "fake"])
+def test_the_first_rotation_says_nothing_of_later_ones(first, monkeypatch):
+    """Constants do not remain what the first call's modes made of them."""
+    monkeypatch.setattr(quantize_module, "_scaled", {})
+    expected = signs(64)
+    contexts = {
+        "inference": torch.inference_mode,
+        "meta": lambda: torch.device("meta"),
+        "fake": FakeTensorMode,
+    }
+    with contexts[first](), contextlib.suppress(Exception):  # a fake tensor has no data
+        rotated(torch.zeros(1, 64, 1, 64, device="cpu"))
+    with contexts[first](), contextlib.suppress(Exception):
+        quantize_module._scaled_signs(torch.device("cpu"), 64)
+    x = some(1, 64, 1, 64).requires_grad_()
+    rotated(x).sum().backward()
+    assert type(x.grad) is torch.Tensor
+    table = quantize_module._scaled_signs(torch.device("cpu"), 64)
+    assert type(table) is torch.Tensor
+    assert torch.equal(table, (expected / 8).float())
 
 
 def test_rotation_spreads_outliers():

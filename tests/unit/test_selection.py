@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -104,6 +106,55 @@ def test_a_choice_is_of_its_thread():
         thread.start()
         thread.join()
     assert seen == ["fwd_bf16_d64_0"]
+
+
+def in_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_threads_of_a_simulated_block_are_simulated():
+    """Else what a pool of threads launches would silently be the reference's."""
+
+    def launched_there() -> list[str]:
+        kernels: list[str] = []
+        with runtime.intercepted(lambda _, kernel, *__: kernels.append(kernel)):
+            flash_attn_func(Q, Q, Q)
+        return kernels
+
+    def options_of_its_own() -> int:
+        with simulator.enabled(seed=5):
+            return simulator.current_options().seed
+
+    assert in_thread(launched_there) == []
+    with simulator.enabled(seed=3):
+        assert in_thread(launched_there) == ["fwd_bf16_d64_0"]
+        assert in_thread(simulator.current_options).seed == 3
+        assert in_thread(options_of_its_own) == 5
+        with simulator.enabled(seed=4):
+            assert in_thread(simulator.current_options).seed == 4
+        assert in_thread(simulator.current_options).seed == 3
+    assert not in_thread(simulator.is_enabled)
+
+
+def test_tasks_beside_a_simulated_block_are_not_simulated():
+    """One thread runs both: only the context tells them apart."""
+
+    async def inside(entered: asyncio.Event, seen: asyncio.Event) -> None:
+        with simulator.enabled():
+            entered.set()
+            await seen.wait()
+
+    async def main() -> bool:
+        entered, seen = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(inside(entered, seen))
+        await entered.wait()
+        found = simulator.is_enabled()
+        seen.set()
+        await task
+        return found
+
+    assert not asyncio.run(main())
 
 
 def test_unknown_backend():

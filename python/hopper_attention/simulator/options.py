@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,23 +41,45 @@ _current: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
 )
 
 
+_open: list[tuple[int, Options]] = []
+"""Blocks that were entered and not left, with the thread that entered them."""
+
+
 @contextlib.contextmanager
 def enabled(
     seed: int = 0, hazards: str = "raise", fp8_accumulator_bits: int | None = None
 ) -> Iterator[Options]:
-    """Run launches on the simulator inside the ``with`` block; arguments as for Options."""
-    token = _current.set(Options(seed, hazards, fp8_accumulator_bits))
+    """Run launches on the simulator inside the ``with`` block; arguments as for Options.
+
+    The block is that of the thread or task that entered it.  Other threads have no part in its
+    context, but while it lasts those that entered none themselves take it, too: what a pool of
+    threads launches inside the block is simulated as well.
+    """
+    options = Options(seed, hazards, fp8_accumulator_bits)
+    scope = (threading.get_ident(), options)
+    token = _current.set(options)
+    _open.append(scope)
     try:
-        yield current_options()
+        yield options
     finally:
+        _open.remove(scope)
         _current.reset(token)
 
 
 def is_enabled() -> bool:
     """True inside ``enabled()`` or when the environment has HOPPER_ATTENTION_SIMULATOR=1."""
-    return _current.get() is not None or os.environ.get("HOPPER_ATTENTION_SIMULATOR") == "1"
+    return _entered() is not None or os.environ.get("HOPPER_ATTENTION_SIMULATOR") == "1"
 
 
 def current_options() -> Options:
     """The options of the innermost ``enabled()``, else the defaults."""
-    return _current.get() or Options()
+    return _entered() or Options()
+
+
+def _entered() -> Options | None:
+    """The innermost block of this thread or task, else the newest that another thread is in."""
+    options = _current.get()
+    if options is None and _open:
+        me = threading.get_ident()
+        return next((found for thread, found in reversed(_open) if thread != me), None)
+    return options
