@@ -3,6 +3,8 @@
 PYTHON ?= python3
 DEMO_INSTANCES ?= fwd_bf16_d128_causal
 TEST_INSTANCES ?= full
+N ?= 1000
+SEED ?= 0
 BIN := .venv/bin
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/python examples/train_gpt.py --device cpu
 
@@ -16,7 +18,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake hopper cute_kernels 
 # A build for the tests serves the demo as well, and is not shrunk to the demo's instances.
 DEMO_BUILD := $(if $(wildcard .venv/built-for-test),.venv/built-for-test,.venv/built-for-demo)
 
-.PHONY: demo train test zoo bench lint clean
+.PHONY: demo train test fuzz zoo bench lint clean
 
 demo: $(DEMO_BUILD)
 	$(BIN)/hopper-attention demo
@@ -31,6 +33,11 @@ train: $(DEMO_BUILD)
 # One thread for each of the two processes: with more they wait for one another, a tenth longer.
 test: .venv/built-for-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Random problems with gradients, on the simulator against FP64: N of them, others for every SEED.
+fuzz: .venv/built-for-test
+	HOPPER_ATTENTION_FUZZ=$(N) HOPPER_ATTENTION_FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal tests/simulator/test_random_problems.py
 
 # Every model class of transformers against eager attention, or refused; no kernel is needed.
 zoo: $(DEMO_BUILD)

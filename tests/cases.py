@@ -250,8 +250,8 @@ def expected_gradients(
 ) -> tuple[list[Tensor], list[Tensor], float]:
     """In float64, as PyTorch has them in the inputs' dtype, and below what nothing is judged.
 
-    dsink of the latter is off by what rounding out may cost, as every backward that is given out
-    must expect: written out, PyTorch's never rounds it.
+    Where PyTorch's are of the steps written out (sinks, softcap, lse), it never rounds out; every
+    backward that is given out must expect what that costs, so theirs are off by so much.
     """
     problem: dict[str, Any] = {
         "softmax_scale": softmax_scale or 1.0 / math.sqrt(q.shape[-1]),
@@ -263,11 +263,18 @@ def expected_gradients(
     float64 = {"compute_dtype": torch.float64}
     *exact, dsink = reference.gradients(q, k, v, dout, dlse, **problem, **float64)
     *torchs, _ = pytorch_gradients(q, k, v, dout, dlse, **problem)
-    if dsink is not None and learnable_sink is not None:
+    if dlse is not None or softcap or learnable_sink is not None:
         out, lse = reference.attention(q, k, v, **problem, **float64)
-        weight = torch.exp(learnable_sink.double()[None, :, None] - lse).nan_to_num(0.0)
         terms = (out * dout.double()).transpose(1, 2) * torch.finfo(q.dtype).eps / 2
-        spread = (weight[..., None] * terms).square().sum((0, 2, 3)).sqrt()
-        exact, torchs = [*exact, dsink], [*torchs, dsink + spread]
+        of_rows = terms.square().sum(-1).sqrt()
+        # Gradients are linear in that of lse, which enters as the sum over out does.
+        signs = torch.randint(0, 2, of_rows.shape, generator=torch.Generator().manual_seed(0))
+        moved = of_rows * (2.0 * signs.to(of_rows) - 1) + (0.0 if dlse is None else dlse.double())
+        *others, _ = reference.gradients(q, k, v, dout, moved, **problem, **float64)
+        torchs = [t.double() + (o - e) for t, o, e in zip(torchs, others, exact)]
+        if dsink is not None and learnable_sink is not None:
+            weight = torch.exp(learnable_sink.double()[None, :, None] - lse).nan_to_num(0.0)
+            spread = (weight * of_rows).square().sum((0, 2)).sqrt()
+            exact, torchs = [*exact, dsink], [*torchs, dsink + spread]
     floor = FLOOR + cancellation(q, k, v, dout, problem["softmax_scale"])
     return exact, torchs, floor

@@ -1,22 +1,27 @@
-"""Random forward problems for hypothesis, through the public functions, on simulator and GPU."""
+"""Random problems for hypothesis, through the public functions, on simulator and GPU."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import check_forward, offsets
+from cases import check_forward, expected_gradients, judge, mask_of, offsets
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hopper_attention import (
+    attention_fp8,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    reference,
 )
+from hopper_attention.arguments import Lengths
+from hopper_attention.quantize import Recipe, spread, stated
 
 EXAMPLES = os.environ.get("HOPPER_ATTENTION_EXAMPLES")
 """How many random problems a test tries; unset: a few, always the same ones."""
@@ -56,6 +61,9 @@ class Problem:
     magnitude: float
     seed: int
     """Of the values, and of the simulator's schedule."""
+    deterministic: bool = False
+    with_dlse: bool = False
+    """Whether the loss depends on lse, too."""
 
     @property
     def heads(self) -> int:
@@ -171,6 +179,8 @@ def problems(
         places=(draw(place), draw(place), draw(place)),
         magnitude=draw(st.sampled_from((1.0, 1.0, 0.1, 4.0))),
         seed=draw(st.integers(0, 1000)),
+        deterministic=draw(st.booleans()),
+        with_dlse=draw(st.integers(0, 3)) == 0,
     )
 
 
@@ -292,3 +302,211 @@ def check_varlen(problem: Problem, queries: Side, keys: Side, device: str) -> No
         rows = lse if queries.packed else lse.transpose(0, 1)  # heads first
         assert (out.cpu()[unused_q] == 0).all()
         assert (rows.cpu()[:, unused_q] == -torch.inf).all()
+
+
+def differentiable(problem: Problem) -> Problem:
+    """The same without what has no gradients."""
+    options = {name: x for name, x in problem.options.items() if name != "out_dtype"}
+    return replace(problem, options=options)
+
+
+def for_fp8(problem: Problem) -> Problem:
+    """The same with head dims that FP8 has, in its public function's arguments."""
+    head_dim, head_dim_v = (-(-n // 16) * 16 for n in (problem.head_dim, problem.head_dim_v))
+    return replace(differentiable(problem), head_dim=head_dim, head_dim_v=head_dim_v)
+
+
+def check_dense_gradients(problem: Problem, device: str) -> tuple[Tensor, ...]:
+    """flash_attn_func, forward and backward; returns the gradients."""
+    batch, (seqlen_q, seqlen_k) = len(problem.lengths), problem.lengths[0]
+    operands = problem.operands((batch, seqlen_q), (batch, seqlen_k), device)
+    arguments = problem.arguments(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        return flash_attn_func(q, k, v, **given)  # type: ignore[return-value]
+
+    unused = torch.zeros(batch, seqlen_q, dtype=torch.bool)
+    out, lse, dout, dlse, gradients = _differentiate(problem, attend, operands, unused)
+    q, k, v = operands
+    check_forward(q, k, v, out, lse, **arguments)
+    every = slice(None)
+    _judge_gradients([((every,), (every,))], operands, dout, dlse, gradients, arguments)
+    return gradients
+
+
+def check_varlen_gradients(
+    problem: Problem, queries: Side, keys: Side, device: str
+) -> tuple[Tensor, ...]:
+    """flash_attn_varlen_func, forward and backward; what no sequence uses is NaN in, 0 out.
+
+    Returns the gradients.
+    """
+    lengths_q, lengths_k = zip(*problem.lengths)
+    operands = problem.operands(queries.shape, keys.shape, device)
+    unused_q, unused_k = queries.unused(lengths_q), keys.unused(lengths_k)
+    for x, unused in zip(operands, (unused_q, unused_k, unused_k)):
+        x[unused.to(device)] = torch.nan
+    (cu_q, used_q, max_q), (cu_k, used_k, max_k) = (
+        queries.tensors(lengths_q, device),
+        keys.tensors(lengths_k, device),
+    )
+    arguments = problem.arguments(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        return flash_attn_varlen_func(  # type: ignore[return-value]
+            q, k, v, cu_q, cu_k, max_q, max_k, used_q, used_k, **given
+        )
+
+    out, lse, dout, dlse, gradients = _differentiate(problem, attend, operands, unused_q)
+    places = [
+        (queries.rows(b, length_q), keys.rows(b, length_k))
+        for b, (length_q, length_k) in enumerate(problem.lengths)
+    ]
+    q, k, v = operands
+    for at_q, at_k in places:
+        lse_rows = (slice(None), *at_q) if queries.packed else (at_q[0], slice(None), at_q[1])
+        one = (x[None] for x in (q[at_q], k[at_k], v[at_k], out[at_q], lse[lse_rows]))
+        check_forward(*one, **arguments)
+    for x, unused in zip(gradients, (unused_q, unused_k, unused_k)):
+        assert (x.cpu()[unused] == 0).all(), "rows of no sequence have a gradient"
+    _judge_gradients(places, operands, dout, dlse, gradients, arguments)
+    return gradients
+
+
+def _differentiate(
+    problem: Problem, attend: Callable[..., Any], operands: list[Tensor], unused: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """out, lse, their random gradients (NaN where `unused`), and those of the operands and sinks.
+
+    lse's gradient has lse's shape, or is None.
+    """
+    leaves = [x.detach().requires_grad_() for x in operands]
+    arguments = problem.arguments(operands[0].device.type)
+    if "learnable_sink" in arguments:
+        leaves.append(arguments["learnable_sink"].clone().requires_grad_())
+        arguments = {**arguments, "learnable_sink": leaves[3]}
+    out, lse = attend(
+        *leaves[:3], pack_gqa=problem.pack_gqa, deterministic=problem.deterministic,
+        return_lse=True, **arguments,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    dout = torch.randn(out.shape, generator=generator).to(out)
+    dout[unused.to(out.device)] = torch.nan
+    outputs, given, dlse = [out], [dout], None
+    if problem.with_dlse:
+        dlse = torch.randn(lse.shape, generator=generator).to(lse)
+        heads_last = dlse.T if dlse.ndim == 2 else dlse.transpose(1, 2)
+        heads_last[unused.to(out.device)] = torch.nan
+        outputs, given = [out, lse], [dout, dlse]
+    gradients = torch.autograd.grad(outputs, leaves, given)
+    return out.detach(), lse.detach(), dout, dlse, gradients
+
+
+def _judge_gradients(
+    places: list[tuple[Any, Any]],
+    operands: list[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: tuple[Tensor, ...],
+    arguments: dict[str, Any],
+) -> None:
+    """All sequences together, beside PyTorch's errors of each: many have only a few elements."""
+    expected, torchs, floor = [], [], 0.0
+    for x in gradients:
+        exact = x.new_zeros(x.shape, dtype=torch.float64)
+        expected.append(exact)
+        torchs.append(exact.clone())
+    q, k, v = operands
+    for at_q, at_k in places:
+        one = [x[at] if x[at].ndim == 4 else x[at][None] for x, at in
+               ((q, at_q), (k, at_k), (v, at_k), (dout, at_q))]  # fmt: skip
+        more = dict(arguments)
+        if dlse is not None:
+            heads_last = dlse.T if dlse.ndim == 2 else dlse.transpose(1, 2)
+            rows = heads_last[at_q]
+            rows = rows if rows.ndim == 3 else rows[None]
+            more["dlse"] = rows.transpose(1, 2)
+        best, others, least = expected_gradients(*one, **more)
+        floor = max(floor, least)
+        for results, parts in ((expected, best), (torchs, others)):
+            for number, (part, at) in enumerate(zip(parts, (at_q, at_k, at_k, None))):
+                if at is None:
+                    results[number] += part
+                else:
+                    results[number][at] = part.view_as(results[number][at]).to(torch.float64)
+    judge(gradients, expected, torchs, floor)
+
+
+def check_fp8(problem: Problem, queries: Side, keys: Side, device: str) -> None:
+    """attention_fp8 beside what the same quantisation gives in FP64; NaN in what is not used."""
+    lengths_q, lengths_k = zip(*problem.lengths)
+    q, k, v = problem.operands(queries.shape, keys.shape, device)
+    unused_q, unused_k = queries.unused(lengths_q), keys.unused(lengths_k)
+    for x, unused in ((q, unused_q), (k, unused_k), (v, unused_k)):
+        x[unused.to(device)] = torch.nan
+    (cu_q, used_q, _), (cu_k, used_k, _) = (
+        queries.tensors(lengths_q, device),
+        keys.tensors(lengths_k, device),
+    )
+    arguments = problem.arguments(device)
+    recipe = list(Recipe)[problem.seed % len(Recipe)]
+    out, lse = attention_fp8(  # type: ignore[misc]
+        q, k, v, recipe=recipe, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_q=used_q,
+        seqused_k=used_k, return_lse=True, **arguments,
+    )  # fmt: skip
+    sides = ((q, Lengths(cu_q, used_q)), (k, Lengths(cu_k, used_k)), (v, Lengths(cu_k, used_k)))
+    rounded = []
+    for number, (x, lengths) in enumerate(sides):
+        heads_kv = k.shape[-2] if number == 0 else None
+        values, descale = stated(
+            x.cpu(), recipe, heads_kv, octaves=number == 2, lengths=lengths_on_cpu(lengths)
+        )
+        scale = spread(descale, x.cpu(), lengths_on_cpu(lengths))
+        rounded.append((values.double() * scale.double()).nan_to_num(0.0))
+    for b, (length_q, length_k) in enumerate(problem.lengths):
+        at_q, at_k = queries.rows(b, length_q), keys.rows(b, length_k)
+        lse_rows = (slice(None), *at_q) if queries.packed else (b, slice(None), at_q[1])
+        one = (x[None] for x in (rounded[0][at_q], rounded[1][at_k], rounded[2][at_k]))
+        _check_fp8_sequence(*one, out.cpu()[at_q][None], lse.cpu()[lse_rows][None], arguments)
+    if device == "cpu" or used_q is not None:
+        assert (out.cpu()[unused_q] == 0).all()
+
+
+def lengths_on_cpu(lengths: Lengths) -> Lengths:
+    cu_seqlens, seqused = (
+        None if x is None else x.cpu() for x in (lengths.cu_seqlens, lengths.seqused)
+    )
+    return Lengths(cu_seqlens, seqused)
+
+
+def _check_fp8_sequence(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, arguments: dict[str, Any]
+) -> None:
+    """Rounding P to e4m3 costs at most 2^-4 of each summand, and exponentials in halves 2^-7.
+
+    Of a row: sum_j p_j |v_j| / 16; a wrong mask, scale or sequence costs far more.
+    """
+    mask = mask_of(
+        arguments.get("causal", False),
+        arguments.get("window_size", (-1, -1)),
+        arguments.get("attention_chunk", 0),
+    )
+    given: dict[str, Any] = {
+        "softmax_scale": arguments.get("softmax_scale") or q.shape[-1] ** -0.5,
+        "mask": mask,
+        "softcap": arguments.get("softcap") or None,
+        "sink": arguments.get("learnable_sink"),
+        "compute_dtype": torch.float64,
+    }
+    exact, exact_lse = reference.attention(q, k, v, **given)
+    magnitude, _ = reference.attention(q, k, v.abs(), **given)
+    largest = v.abs().amax() if v.numel() else 0.0
+    # P below 2^-9 of the row's greatest score is rounded to steps of 2^-18: all keys together.
+    allowed = magnitude * (2.0**-4 + 2.0**-7) + largest * k.shape[1] * 2.0**-17 + 1e-5
+    worst = ((out.double() - exact).abs() - allowed).amax() if out.numel() else torch.tensor(-1.0)
+    assert worst <= 0, f"out is off by {worst} more than rounding allows"
+    empty = exact_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    error = (lse.double() - exact_lse)[~empty].abs()
+    scale = exact_lse[~empty].abs().clamp(min=1.0)
+    assert (error <= 8e-3 + 1e-5 * scale).all(), f"lse is off by {error.amax()}"
