@@ -175,9 +175,7 @@ class OnlineSoftmax:
             self.row_max[i] = row_max
 
     @cute.jit
-    def exponentiate(
-        self, scores: cute.Tensor, parts: cutlass.Constexpr, first: cutlass.Constexpr
-    ):
+    def exponentiate(self, scores: cute.Tensor, parts: cutlass.Constexpr, first: cutlass.Constexpr):
         """scores <- exp2((scores - row_max) * scale + headroom), and the sums of rows.
 
         `parts` are all of the columns; the `first` block's sums replace row_sum.

@@ -294,9 +294,7 @@ def signs(head_dim: int) -> Tensor:
     device, inference mode or dispatch mode made of it.
     """
     generator = torch.Generator("cpu").manual_seed(0x4841)
-    bits = torch.randint(
-        0, 2, (head_dim,), generator=generator, dtype=torch.float64, device="cpu"
-    )
+    bits = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.float64, device="cpu")
     return bits * 2 - 1
 
 

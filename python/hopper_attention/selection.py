@@ -40,9 +40,7 @@ class Target:
 
 
 @functools.cache
-def choose(
-    capability: tuple[int, int], forced: str | None = None, launches: bool = True
-) -> Target:
+def choose(capability: tuple[int, int], forced: str | None = None, launches: bool = True) -> Target:
     """The kernels for a GPU of this compute capability.
 
         capability          by itself    may be forced
