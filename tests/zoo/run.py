@@ -58,6 +58,8 @@ def main(
     outcomes = [] if keep is None else _earlier(keep)
     known = {(o["module"], o["name"]) for o in outcomes}
     places = [p for p in places if p not in known]
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     sink = None if json_file is None else json_file.open("w")
     for outcome in outcomes if sink is not None else ():
         sink.write(json.dumps(outcome) + "\n")
