@@ -266,6 +266,7 @@ REFUSED = {
     "LEDModel": lambda: transformers.LEDConfig(vocab_size=64, d_model=32),
     "MvpModel": lambda: transformers.MvpConfig(vocab_size=64, d_model=32),
     "SpeechT5Model": lambda: transformers.SpeechT5Config(vocab_size=64),
+    "GitModel": lambda: transformers.GitConfig(**SMALL),  # looks its layers up in a table
 }
 
 

@@ -117,13 +117,33 @@ def _own_attention(model: type) -> str | None:
     """
     for ancestor in model.__mro__:
         if ancestor.__module__ == "transformers.modeling_utils":
-            return None
+            return _table_of_layers(model)
         for thing in vars(sys.modules[ancestor.__module__]).values():
             if not isinstance(thing, type) or not issubclass(thing, torch.nn.Module):
                 continue
             named = re.search("Attention|Attn", thing.__name__)
             if named and not hasattr(sys.modules[thing.__module__], "ALL_ATTENTION_FUNCTIONS"):
                 return thing.__name__
+    return None
+
+
+def _table_of_layers(model: type) -> str | None:
+    """A table without our name in which `model`, or a layer it refers to, looks its layers up."""
+    seen, left = {model}, [model]
+    while left:
+        layer = left.pop()
+        try:
+            source = inspect.getsource(layer)
+        except (OSError, TypeError):
+            continue
+        if table := re.search(r"(\w+ATTENTION_CLASSES)\[", source):
+            return table[1]
+        beside = vars(sys.modules[layer.__module__])
+        for name in set(re.findall(r"\b[A-Z]\w+", source)):
+            thing = beside.get(name)
+            if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing not in seen:
+                seen.add(thing)
+                left.append(thing)
     return None
 
 
