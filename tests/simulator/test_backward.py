@@ -375,16 +375,18 @@ LAYOUTS = ("packed", "queries padded", "keys padded", "both padded")
 
 
 def deterministic_cases():
-    """Every instance for bf16, with one grouping of heads and one layout, in turn.
+    """The wide kernels, whose consumers add dQ in different steps, and a few of the others.
 
-    fp16 and other architectures share all code that takes turns; with HOPPER_ATTENTION_FUZZ they
-    are there, too, and every instance has all groupings and layouts.
+    Each for bf16, with one grouping of heads and one layout, in turn: masks and dtypes share all
+    code that takes turns.  With HOPPER_ATTENTION_FUZZ every instance has all groupings and layouts.
     """
     every = bool(os.environ.get("HOPPER_ATTENTION_FUZZ"))
     instances = [name for varlen in (True, False) for name in backward_instances(varlen=varlen)]
     for architecture in ("sm_80", "sm_90") if every else ("sm_80",):
         instances += ampere_cases.instances("ampere_backward", architecture)
-    instances = [name for name in instances if every or "bf16" in name]
+    if not every:
+        wide = [name for name in instances if re.match(r"bwd_bf16_d(192|256)\S*_varlen", name)]
+        instances = wide + [name for name in instances if "bf16" in name and name not in wide][::6]
     for number, instance in enumerate(instances):
         dense = manifest.instances()[instance].config.get("varlen") is False
         layouts = ("dense",) if dense else LAYOUTS

@@ -29,7 +29,7 @@ COUNT = int(os.environ.get("HOPPER_ATTENTION_FUZZ") or 0)
 SEED = int(os.environ.get("HOPPER_ATTENTION_FUZZ_SEED") or 0)
 CHUNK = 25
 """Problems of one test, so that several processes share them and each says how far it is."""
-FEW = 6
+FEW = 4
 LONGEST = 150
 KINDS = ("dense", "sequences", "ampere-dense", "ampere-sequences", "fp8")
 
