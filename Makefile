@@ -34,10 +34,12 @@ train: $(DEMO_BUILD)
 test: .venv/built-for-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Random problems with gradients, on the simulator against FP64: N of them, others for every SEED.
+# Random problems with gradients, on the simulator against FP64: N of them, others for every SEED;
+# and deterministic backward of every instance, in every way of grouping heads and packing.
 fuzz: .venv/built-for-test
 	HOPPER_ATTENTION_FUZZ=$(N) HOPPER_ATTENTION_FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal tests/simulator/test_random_problems.py
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -k "random_problems or around_the_tile" \
+	  tests/simulator/test_random_problems.py tests/simulator/test_backward.py
 
 # Every model class of transformers against eager attention, or refused; no kernel is needed.
 zoo: $(DEMO_BUILD)
