@@ -274,7 +274,7 @@ def attention_forward(
     }
     if padding is not None:
         return _padded(query, key, value, padding, options), None
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:  # checked above: both or neither
         return flash_attn_func(query, key, value, **options), None  # type: ignore[return-value]
     bounds = (max_length_q, max_length_k)
     return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, bounds, options), None
@@ -413,12 +413,10 @@ def _packed(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
+    cu_seqlens_k: Tensor,
     bounds: tuple[int | Tensor | None, int | Tensor | None],
     options: dict[str, Any],
 ) -> Tensor:
-    if cu_seqlens_k is None:
-        raise ValueError("cu_seq_lens_q is given, cu_seq_lens_k is not")
     same = cu_seqlens_k is cu_seqlens_q
     cu_seqlens_q = cu_seqlens_q.to(torch.int32)
     cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.to(torch.int32)
