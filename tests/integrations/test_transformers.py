@@ -19,6 +19,7 @@ from hopper_attention import simulator
 
 transformers = pytest.importorskip("transformers")
 
+from hopper_attention.integrations import transformers_masks  # noqa: E402
 from hopper_attention.integrations.transformers import (  # noqa: E402
     NAME,
     attention_forward,
@@ -409,6 +410,27 @@ def test_compiles_without_graph_breaks(kind, backend):
         torch.testing.assert_close(compiled, eager, rtol=0.05, atol=0.05 * eager.abs().max().item())
 
 
+def test_a_graph_of_patterns_that_were_not_asked_for_before(monkeypatch):
+    """As in a new process, whose first call is compiled: between layers the table grows."""
+    monkeypatch.setattr(transformers_masks, "_codes", transformers_masks._codes[:2])
+    module, inputs = layer(causal=False), heads(1, 8)
+
+    def layers():
+        results = []
+        for window in (3, 5, 3):
+            mask = make_mask(1, 8, 8, allow_is_bidirectional_skip=True, local_size=window)
+            results.append(attention_forward(module, *inputs, mask)[0])
+        return torch.stack(results)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    first = compiled()
+    assert torch.equal(first, layers())
+    make_mask(1, 8, 8, local_size=7)  # of another model
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(first, compiled())
+
+
 @pytest.mark.parametrize("padding", ["left", "none"])
 @pytest.mark.parametrize("ahead", [True, False], ids=["mask made ahead", "mask made in the graph"])
 def test_a_step_with_a_static_cache_compiles(ahead, padding):
@@ -535,19 +557,35 @@ def test_both_mask_and_packing_are_refused():
         attention_forward(layer(), *heads(), mask, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
 
 
-def test_added_patterns_are_refused():
+@pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "packed"])
+@pytest.mark.parametrize("added", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
+def test_added_patterns_are_refused(added, packed):
+    values = {
+        "or_mask_function": lambda b, h, q, k: k == 0,
+        "and_mask_function": lambda b, h, q, k: k != 0,
+        "block_sequence_ids": torch.tensor([[-1, 0, 0, -1]]),
+    }
+    more = {"position_ids": torch.tensor([[0, 1, 2, 0]])} if packed else {}
+    with pytest.raises(NotImplementedError, match="adds to its mask"):
+        mask_of_llama(**{added: values[added]}, **more)
+
+
+def mask_of_llama(config=None, **more):
     from transformers.masking_utils import create_causal_mask
 
-    config = llama()
+    config = config or llama()
     config._attn_implementation = NAME
-    embeds, groups = torch.zeros(1, 4, 8), torch.tensor([[-1, 0, 0, -1]])
-    for added in (
-        {"or_mask_function": lambda b, h, q, k: k == 0},
-        {"and_mask_function": lambda b, h, q, k: k != 0},
-        {"block_sequence_ids": groups},
-    ):
-        with pytest.raises(NotImplementedError, match="adds to its mask"):
-            create_causal_mask(config, embeds, None, None, **added)
+    return create_causal_mask(config, torch.zeros(1, 4, 8), None, None, **more)
+
+
+def test_added_blocks_are_refused_in_a_graph():
+    """There transformers combines them with what may be packed, under one name."""
+    groups, places = torch.tensor([[-1, 0, 0, -1]]), torch.arange(4)[None]
+    torch._dynamo.reset()
+    make = torch.compile(mask_of_llama, backend="aot_eager", fullgraph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="adds to its mask"):
+        make(llama(), block_sequence_ids=groups, position_ids=places)
+    make(llama(), position_ids=places)
 
 
 def test_a_mask_that_came_as_it_was():

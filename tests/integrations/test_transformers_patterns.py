@@ -158,6 +158,16 @@ def test_keys_that_no_mask_was_asked_for_are_refused(queries, keys, padded):
         attention_forward(Layer(is_causal=True), *heads(queries, keys), mask)
 
 
+@pytest.mark.parametrize("padding", [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 1, 0]])
+def test_a_mask_of_one_row_is_for_every_row(padding):
+    one = torch.tensor([padding])
+    results = [
+        attention_forward(Layer(), *heads(), asked(True, batch=rows, attention_mask=mask))[0]
+        for rows, mask in ((1, one), (2, one.expand(2, -1)))
+    ]
+    assert torch.equal(*results)
+
+
 def test_rows_that_no_mask_was_asked_for_are_refused():
     with pytest.raises(NotImplementedError, match="2 rows"):
         attention_forward(Layer(), *heads(batch=4), asked(True))
@@ -303,6 +313,25 @@ def test_parts_of_larger_models_are_looked_at():
     )
     assert model.encoder.config._attn_implementation == NAME
     assert model.decoder.config._attn_implementation == "eager"
+
+
+class Pooling(torch.nn.Module):
+    """A user's own, beside a model of transformers whose attention it does not touch."""
+
+
+Pooling.__name__ = "AttentionPooling"
+
+
+class Classifier(transformers.LlamaModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooling = Pooling()
+        self.post_init()
+
+
+def test_attention_in_files_of_users_is_theirs():
+    small = transformers.LlamaConfig(**SMALL, intermediate_size=32)
+    Classifier._from_config(small, attn_implementation=NAME, dtype=torch.bfloat16)
 
 
 def test_attention_beside_layers_that_ask_is_looked_at():

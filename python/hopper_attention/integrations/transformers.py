@@ -89,8 +89,8 @@ def _check_classes_of(base: Any) -> None:
         return chosen
 
     @functools.wraps(finish)
-    def post_init(self: Any) -> None:
-        finish(self)
+    def post_init(self: Any, *arguments: Any, **options: Any) -> None:
+        finish(self, *arguments, **options)
         if self.config._attn_implementation == NAME:
             _check_class(type(self), _own_scores(self))
 
@@ -113,11 +113,15 @@ def _own_attention(model: type) -> str | None:
     """A class of attention beside `model` that does not know transformers' attention interface.
 
     The source decides, as in transformers' own test of whether attention can be set: whether the
-    file that defines the class refers to ALL_ATTENTION_FUNCTIONS.
+    file that defines the class refers to ALL_ATTENTION_FUNCTIONS.  Files of transformers and of the
+    hub hold one model each.  Users' files may hold anything: there, only what a class derives from
+    is looked at.
     """
     for ancestor in model.__mro__:
         if ancestor.__module__ == "transformers.modeling_utils":
             return _table_of_layers(model)
+        if not ancestor.__module__.startswith(("transformers.models.", "transformers_modules.")):
+            continue
         for thing in vars(sys.modules[ancestor.__module__]).values():
             if not isinstance(thing, type) or not issubclass(thing, torch.nn.Module):
                 continue
@@ -133,12 +137,11 @@ def _table_of_layers(model: type) -> str | None:
     while left:
         layer = left.pop()
         try:
-            source = inspect.getsource(layer)
-        except (OSError, TypeError):
+            source, beside = inspect.getsource(layer), vars(sys.modules[layer.__module__])
+        except (OSError, TypeError, KeyError):  # of a notebook, or a file that was only executed
             continue
         if table := re.search(r"(\w+ATTENTION_CLASSES)\[", source):
             return table[1]
-        beside = vars(sys.modules[layer.__module__])
         for name in set(re.findall(r"\b[A-Z]\w+", source)):
             thing = beside.get(name)
             if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing not in seen:

@@ -13,10 +13,11 @@ waiting for the device is in its dtype and shape, (batch, pattern, form, tokens)
     uint32, form 4 or more      cu_seqlens of sequences packed in rows, the last one repeated;
                                 (1, pattern, form, tokens of all rows + 1)
 
-Dimensions over which nothing varies are expanded and cost no memory.  No such shape broadcasts
-against scores (batch, heads, q, k), and the dtypes are nobody else's: a model that computes
-attention by itself with such a mask fails, where None would have let every token see every other.
-Most of these models are refused earlier, when they are built.
+Dimensions over which nothing varies are expanded and cost no memory until somebody copies the
+mask.  But for one query and one key, no such shape broadcasts against scores (batch, heads, q, k),
+and the dtypes are nobody else's: a model that computes attention by itself with such a mask fails,
+where None would have let every token see every other.  Most of these models are refused earlier,
+when they are built.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ import torch
 from torch import Tensor
 
 NAME = "hopper_attention"
+
+
+ADDED_TO = (
+    f"{NAME}: this model adds to its mask (or_mask_function, and_mask_function or "
+    'block_sequence_ids); use attn_implementation="sdpa" or "flex_attention"'
+)
 
 
 class Pattern(NamedTuple):
@@ -48,7 +55,8 @@ EVERYTHING = Pattern(causal=False)
 _codes = [(False, -1, -1, 0), (True, -1, -1, 0)]
 """(causal, left, right, chunk) of each pattern that was asked for.
 
-It only grows, so that a graph may take what it read here for constant.
+It only grows, so a graph may take an entry for constant.  Only functions that graphs do not trace
+touch the list: a graph that did would be bound to its length, and made anew whenever it grows.
 """
 _codes_grow = threading.Lock()
 FIRST_CODE = 2
@@ -64,9 +72,15 @@ def _code_of(causal: bool, left: int, right: int, chunk: int) -> int:
         return _codes.index(key) + FIRST_CODE
 
 
+@torch.compiler.assume_constant_result
+def _entry(code: int, place: int) -> int:
+    return _codes[code - FIRST_CODE][place]
+
+
 def _pattern_of(code: int) -> Pattern:
-    causal, left, right, chunk = _codes[code - FIRST_CODE]
-    return Pattern(causal, (left, right), chunk)
+    # Without int() a graph has something here whose type it cannot tell.
+    causal, left, right, chunk = (int(_entry(code, place)) for place in range(4))
+    return Pattern(bool(causal), (left, right), chunk)
 
 
 def make_mask(
@@ -157,10 +171,7 @@ def _asked(
     """
     name = getattr(mask_function, "__name__", "")
     if use_vmap or name == "or_mask":
-        raise NotImplementedError(
-            f"{NAME}: this model adds to its mask (or_mask_function, and_mask_function or "
-            'block_sequence_ids); use attn_implementation="sdpa" or "flex_attention"'
-        )
+        raise NotImplementedError(ADDED_TO)
     # Only bidirectional masks are asked about that.
     causal = allow_is_bidirectional_skip is None
     if local_size is None or name in ("causal_mask_function", "bidirectional_mask_function"):
@@ -220,15 +231,20 @@ def _packing(
 ) -> Tensor | None:
     """cu_seqlens of what transformers found packed.
 
-    A sequence (or chunk) begins where a token does not see the one before.
+    A sequence (or chunk) begins where a token does not see the one before.  Where one sees the next
+    one, blocks of tokens see one another, which transformers combines with packing under one name.
     """
     if mask_function is None or mask_function.__name__ == "causal_mask_function":
         return None
     row = torch.arange(batch, device=device)[:, None]
     query = torch.arange(1, seqlen, device=device)[None]
     restarts = ~mask_function(row, row, query, query - 1).expand(batch, -1)
+    ahead = mask_function(row, row, query - 1, query).any()
     if not in_graph():
+        if ahead:
+            raise NotImplementedError(ADDED_TO)
         return cu_seqlens_of(restarts)
+    torch._assert_async(~ahead, ADDED_TO)
     if local_size is None:  # windows and chunks may have such places, too
         assert_whole(restarts)
     return None
@@ -307,6 +323,7 @@ def read(mask: Tensor, q: Tensor, k: Tensor, module: torch.nn.Module) -> Made:
     if packed:
         cu_seqlens = saveable(mask.view(torch.int32)[0, 0, :-1, 0]).contiguous()
         return Made(pattern, cu_seqlens=cu_seqlens)
+    mask = mask.expand(q.shape[0], -1, -1, -1)  # one row may have been asked for all
     aligned = seqlen_q > 1 and pattern.hides  # which keys a query sees depends on which it is
     if form == 2:
         rows = mask.view(torch.int32)[:, 0, :, 0]
