@@ -165,7 +165,7 @@ CASES = {
     "vllm FP8 max_seqlen_q": Case(as_vllm_fp8, "max_seqlen_q", 130, True),
     "vllm FP8 max_seqlen_k": Case(as_vllm_fp8, "max_seqlen_k", 130, True),
     "vllm num_splits": Case(as_vllm, "num_splits", 3),
-    "vllm fa_version": Case(as_vllm, "fa_version", 3),
+    "vllm fa_version": Case(as_vllm, "fa_version", 3, none="same"),
     "vllm cp_world_size": Case(as_vllm, "cp_world_size", 1),
     "vllm cp_rank": Case(as_vllm, "cp_rank", 0),
     "quantize max_seqlen": Case(blocks, "max_seqlen", 130, True, "more blocks"),

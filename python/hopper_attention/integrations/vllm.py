@@ -42,7 +42,7 @@ def flash_attn_varlen_func(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     num_splits: int = 0,
-    fa_version: int = 3,
+    fa_version: int | None = 3,
     s_aux: Tensor | None = None,
     cp_world_size: int = 1,
     cp_rank: int = 0,
@@ -91,7 +91,8 @@ def flash_attn_varlen_func(
     for name, value in later.items():
         _refuse(value is not None, name, "leave it out")
     arguments.integer("num_splits", num_splits, 0)
-    arguments.integer("fa_version", fa_version, 2)
+    if fa_version is not None:
+        arguments.integer("fa_version", fa_version, 2)
     _check_tensor("scheduler_metadata", scheduler_metadata)
     descales = _descales(q, k, v, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     return functional.flash_attn_varlen_func(
