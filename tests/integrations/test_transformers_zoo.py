@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -9,11 +11,10 @@ transformers = pytest.importorskip("transformers")
 
 from zoo import outcomes  # noqa: E402
 from zoo.configs import WINDOW, tiny  # noqa: E402
-from zoo.inputs import LENGTH, Inputs  # noqa: E402
+from zoo.inputs import Inputs  # noqa: E402
 from zoo.outcomes import PARTLY, REFUSED, RIGHT, look_at  # noqa: E402
 
 from hopper_attention.integrations import transformers as integration  # noqa: E402
-from hopper_attention.integrations import transformers_masks  # noqa: E402
 from hopper_attention.integrations.transformers import register  # noqa: E402
 
 register()
@@ -117,6 +118,20 @@ def test_a_model_that_was_not_refused_fails_rather_than_lose_its_mask(nothing_is
             model(**Inputs(model).values)
 
 
-def test_windows_of_the_zoo_hide_something():
-    assert WINDOW < LENGTH
-    assert transformers_masks.FIRST_CODE > 1
+def test_the_zoo_sees_a_registration_that_fails(monkeypatch):
+    """What is no refusal of ours, where eager attention is built, is wrong."""
+
+    def broken(model):
+        raise KeyError("hopper_attention")
+
+    monkeypatch.setattr(integration, "_own_attention", broken)
+    assert look_at(transformers.LlamaForCausalLM).kind == outcomes.WRONG
+
+
+def test_the_zoo_sees_a_run_that_does_not_end(monkeypatch):
+    def never(*arguments, **options):
+        time.sleep(600)
+
+    monkeypatch.setattr(outcomes, "HANGS", 1.0)
+    monkeypatch.setattr(integration, "flash_attn_func", never)
+    assert look_at(transformers.LlamaForCausalLM, seconds=20).kind == outcomes.WRONG

@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,8 +30,11 @@ from zoo.configs import LENGTH, tiny
 from zoo.inputs import LEFT, PADDED, Inputs
 
 RIGHT, PARTLY, REFUSED = "right", "right in part", "refused"
+UNUSED = "does not use attention"
 UNBUILT, WRONG = "does not build", "WRONG"
 TOO_LARGE = 30_000_000
+HANGS = 20.0
+"""Seconds of one run with our attention, of the limit for a whole class."""
 
 
 @dataclasses.dataclass
@@ -117,10 +121,17 @@ def _judged(model_class: Any) -> tuple[str, str]:
             _built(model_class, config, NAME, torch.bfloat16)
         except TimeoutError:
             raise
-        except Exception as error:  # eager was built
-            return REFUSED, str(error) if _is_refusal(
-                error
-            ) else f"when it is built: {first_line(error)}"
+        except Exception as error:
+            if _is_refusal(error):
+                return REFUSED, str(error)
+            try:
+                _built(model_class, config, "eager", torch.bfloat16)
+            except TimeoutError:
+                raise
+            except Exception as peers:
+                reasons.append(first_line(peers))
+                continue
+            return WRONG, f"when it is built: {first_line(error)}"
         try:
             return _compared_with_luck(model_class, config)
         except Unrunnable as error:
@@ -157,6 +168,7 @@ def _compared(model_class: Any, config: Any, seed: int) -> tuple[str, str]:
     except Exception as error:
         raise Unrunnable(first_line(error)) from error
     done: list[str] = []
+    called = False
     refusals: list[str] = []
     problems: list[str] = []
     for name, run, valid in _runs(inputs, exact):
@@ -174,17 +186,22 @@ def _compared(model_class: Any, config: Any, seed: int) -> tuple[str, str]:
                 raise Unrunnable("no finite numbers in its outputs")
             continue
         calls: list[int] = []
+        began = time.monotonic()
         try:
             with _watched(calls):
                 result = _outputs(run(mine), valid)
         except TimeoutError:
-            raise
+            if time.monotonic() - began < HANGS:
+                raise
+            problems.append(f"{name}: does not end")
+            break
         except Exception as error:
             if _is_refusal(error):
                 refusals.append(f"{name}: {error}")
                 continue
             problems.append(f"{name}: {first_line(error)}")
             continue
+        called = called or bool(calls)
         fault = _fault(result, near, right)
         if fault:
             problems.append(f"{name}: {fault}")
@@ -201,7 +218,7 @@ def _compared(model_class: Any, config: Any, seed: int) -> tuple[str, str]:
         return WRONG, "; ".join(problems)
     if refusals:
         return (PARTLY, f"{', '.join(done)}; {refusals[0]}") if done else (REFUSED, refusals[0])
-    return RIGHT, ", ".join(done)
+    return RIGHT if called else UNUSED, ", ".join(done)
 
 
 def _runnable(model: Any) -> Inputs:

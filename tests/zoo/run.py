@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from zoo.outcomes import PARTLY, REFUSED, RIGHT, WRONG, Outcome, first_line, look_at
+from zoo.outcomes import PARTLY, REFUSED, RIGHT, UNUSED, WRONG, Outcome, first_line, look_at
 from zoo.table import classes, write_table
 
 
@@ -42,7 +42,7 @@ def _prepare() -> None:
 
 def _earlier(file: Path) -> list[dict[str, Any]]:
     outcomes = [json.loads(line) for line in file.read_text().splitlines()]
-    return [o for o in outcomes if o["kind"] in (RIGHT, PARTLY, REFUSED)]
+    return [o for o in outcomes if o["kind"] in (RIGHT, PARTLY, REFUSED, UNUSED)]
 
 
 def main(

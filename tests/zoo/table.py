@@ -9,10 +9,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from zoo.outcomes import PARTLY, REFUSED, RIGHT, UNBUILT, WRONG
+from zoo.outcomes import PARTLY, REFUSED, RIGHT, UNBUILT, UNUSED, WRONG
 
 BEGIN = "<!-- from here on written by `make zoo` -->"
-ORDER = (WRONG, PARTLY, REFUSED, RIGHT, UNBUILT)
+ORDER = (WRONG, PARTLY, REFUSED, RIGHT, UNUSED, UNBUILT)
 
 
 def classes() -> list[tuple[str, str]]:
