@@ -157,6 +157,22 @@ def test_tasks_beside_a_simulated_block_are_not_simulated():
     assert not asyncio.run(main())
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_blocks_of_threads_that_a_forked_process_lacks_are_over():
+    """There nobody would ever leave them."""
+
+    def seen_in_child() -> bool:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(simulator.is_enabled()))
+        return os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 1
+
+    with simulator.enabled():
+        assert seen_in_child()
+        assert not in_thread(seen_in_child)
+    assert not seen_in_child()
+
+
 def test_unknown_backend():
     with (
         pytest.raises(ValueError, match="backend 'volta'; choose one of hopper, ampere, ref"),

@@ -41,8 +41,24 @@ _current: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
 )
 
 
-_open: list[tuple[int, Options]] = []
-"""Blocks that were entered and not left, with the thread that entered them."""
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A ``with enabled()`` that was entered and not left; two with equal options are two."""
+
+    thread: int
+    options: Options
+
+
+_open: list[_Block] = []
+"""In the order in which they were entered."""
+
+
+def _keep_own_blocks() -> None:
+    """In a forked process only the thread that forked goes on; nobody leaves the others' blocks."""
+    _open[:] = [block for block in _open if block.thread == threading.get_ident()]
+
+
+os.register_at_fork(after_in_child=_keep_own_blocks)
 
 
 @contextlib.contextmanager
@@ -56,13 +72,13 @@ def enabled(
     threads launches inside the block is simulated as well.
     """
     options = Options(seed, hazards, fp8_accumulator_bits)
-    scope = (threading.get_ident(), options)
+    block = _Block(threading.get_ident(), options)
     token = _current.set(options)
-    _open.append(scope)
+    _open.append(block)
     try:
         yield options
     finally:
-        _open.remove(scope)
+        _open.remove(block)
         _current.reset(token)
 
 
@@ -81,5 +97,5 @@ def _entered() -> Options | None:
     options = _current.get()
     if options is None and _open:
         me = threading.get_ident()
-        return next((found for thread, found in reversed(_open) if thread != me), None)
+        return next((block.options for block in reversed(_open) if block.thread != me), None)
     return options
