@@ -323,7 +323,7 @@ NO_WINDOW = (-1, -1)
 """The functions' default: what is given instead is looked at, as (-1.0, -1) equals it."""
 MAX_SM_MARGIN = 100
 """An H100 or A100 has more multiprocessors; others may have fewer (`runtime.check_margin`)."""
-SCALE_RANGE = (1e-30, 1e6)
+SCALE_RANGE = (1e-20, 1e6)
 """Scores of inputs around 1 then stay below 1e8.  Beyond 1e9 rounding moves the exponent of a row's
 greatest score, which should be 0, so far that its exponential overflows or vanishes."""
 SOFTCAP_RANGE = (1e-6, 4096.0)

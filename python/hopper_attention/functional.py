@@ -53,8 +53,9 @@ def flash_attn_func(
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v as head_dim, and may differ from it.
             q, k and v may have any strides that are multiples of 16 bytes, with a contiguous last
             dimension.
-        softmax_scale: 1e-30 to 1e6; 1 / sqrt(head_dim) by default.  Scores, scaled, are float32:
-            beyond 1e7 gradients, beyond 1e9 results have no correct digits left.
+        softmax_scale: 1e-20 to 1e6; 1 / sqrt(head_dim) by default.  Scores, scaled, are float32:
+            beyond 1e7 gradients, beyond 1e9 results may have no correct digits left.  The kernels
+            take unscaled scores below -1e30 for -inf.
         causal: query i sees keys up to a.
         window_size: (left, right): query i sees keys from a - left to a + right.  -1 or None:
             unbounded.  With `causal`, right is 0.

@@ -232,15 +232,18 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
 
     `sink` (heads,) joins each row without a column.  A row without keys and sink: 0, LSE -inf.
     """
-    heads, rows, _ = scores.shape
-    none = scores.new_full((heads, rows, 1), -torch.inf)
-    joined = torch.cat([scores, none if sink is None else sink[:, None, None].expand_as(none)], -1)
-    top = joined.amax(dim=-1, keepdim=True)
+    heads, rows, keys = scores.shape
+    top = scores.new_full((heads, rows, 1), -torch.inf)
+    if keys > 0:
+        top = scores.amax(dim=-1, keepdim=True)
+    if sink is not None:
+        top = torch.maximum(top, sink[:, None, None])
     top = torch.where(top == -torch.inf, 0.0, top)
-    e = torch.exp(joined - top)
+    e = torch.exp(scores - top)
     total = e.sum(dim=-1, keepdim=True)
-    p = torch.where(total == 0, 0.0, e[..., :-1] / total)
-    return p, (top + torch.log(total)).squeeze(-1)
+    if sink is not None:
+        total = total + torch.exp(sink[:, None, None] - top)
+    return e / total.masked_fill(total == 0, 1.0), (top + torch.log(total)).squeeze(-1)
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
