@@ -71,11 +71,12 @@ def workspace_bytes(
     dims, target = (q.shape[-1], v.shape[-1]), selection.target_for(q)
     problem = (dtype, *dims, "full", False, False, target)
     name = dispatch.or_listed(target, dispatch.main_backward_instance, *problem)
-    tile = manifest.listed()[name].config
+    tile = manifest.config_of(name)
     packed = cu_seqlens_q is not None
     sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     rows = math.prod(statistics_shape(q, sequences, packed))
-    return rows * 4 * (tile.head_dim + 2) + (rows // tile.tile_m * 4 if deterministic else 0)
+    counters = rows // tile["tile_m"] if deterministic else 0
+    return rows * 4 * (tile["head_dim"] + 2) + 4 * counters
 
 
 @annotated("backward")

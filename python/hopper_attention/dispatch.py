@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hopper_attention import manifest, selection
@@ -82,7 +82,7 @@ def forward_fp8_instance(
 
 def is_two_level(instance: str) -> bool:
     """Whether an FP8 instance, compiled or not, adds P V of each key block to O in float32."""
-    return bool(manifest.listed()[instance].config.two_level)
+    return bool(manifest.config_of(instance)["two_level"])
 
 
 @dataclass(frozen=True)
@@ -252,11 +252,8 @@ def _compiled() -> list[_Candidate]:
 
 
 def _listed() -> list[_Candidate]:
-    def values(config: Any) -> dict[str, Any]:
-        return {field.name: getattr(config, field.name) for field in fields(config)}
-
     return [
-        _Candidate(i.name, i.family, i.architecture, values(i.config), i.config.shared_memory_bytes)
+        _Candidate(i.name, i.family, i.architecture, asdict(i.config), i.config.shared_memory_bytes)
         for i in manifest.listed().values()
     ]
 

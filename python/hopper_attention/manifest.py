@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ def instances() -> dict[str, CompiledInstance]:
 def listed() -> dict[str, Instance]:
     """Every instance of the library by its name, compiled or not."""
     return {instance.name: instance for instance in (*HOPPER, *AMPERE)}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The configuration of an instance, as this build compiled it, else as it is listed."""
+    compiled = instances().get(name)
+    return asdict(listed()[name].config) if compiled is None else compiled.config
 
 
 def selection_with(name: str) -> str:
