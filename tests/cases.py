@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -148,7 +148,11 @@ def check_forward(
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    """At most twice PyTorch's error in the same dtype, for out and for lse."""
+    """At most twice PyTorch's error in the same dtype, for out and for lse.
+
+    PyTorch's on CPU tensors is hardly more than the rounding of out, which may be exact by luck
+    where there are few elements: its greatest error counts as no less than that could be.
+    """
     mask = mask_of(causal, window_size, attention_chunk)
     problem: dict[str, Any] = {
         "softmax_scale": softmax_scale or 1.0 / math.sqrt(q.shape[-1]),
@@ -159,6 +163,7 @@ def check_forward(
     exact, exact_lse = reference.attention(q, k, v, **problem, compute_dtype=torch.float64)
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.dtype == (out_dtype or q.dtype)
     ours, torchs = Error.of(out, exact), Error.of(pytorch_attention(q, k, v, **problem), exact)
+    torchs = replace(torchs, maximum=max(torchs.maximum, greatest_rounding(exact, out.dtype)))
     assert ours.within_twice(torchs), f"error {ours}, PyTorch's {torchs}"
 
     assert lse.shape == exact_lse.shape and lse.dtype == torch.float32
@@ -171,6 +176,12 @@ def check_forward(
     allowed += 2**-22 * softcap  # tanh x as 1 - 2 / (1 + e^2x): digits of 1 are lost
     worst = Error.of(lse[~empty], exact_lse[~empty]).maximum
     assert worst <= allowed, f"lse error {worst}, allowed {allowed}"
+
+
+def greatest_rounding(exact: Tensor, dtype: torch.dtype) -> float:
+    """Half the distance between numbers of `dtype` at the largest of `exact`."""
+    largest = exact.abs().max().item() if exact.numel() > 0 else 0.0
+    return math.ldexp(torch.finfo(dtype).eps / 2, math.frexp(largest)[1] - 1) if largest else 0.0
 
 
 def check_packed(
