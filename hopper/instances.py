@@ -2,26 +2,21 @@
 
 from itertools import product
 
+from hopper_attention.cute_kernels.backward.config import PreprocessConfig
+from hopper_attention.cute_kernels.conventions import DTYPES
 from hopper_attention.cute_kernels.instance import Instance
-from hopper_attention.hopper.config import (
+from hopper_attention.hopper.backward.config import (
     BACKWARD_TILES,
-    DTYPES,
+    BackwardConfig,
+    PostprocessConfig,
+    WideBackwardConfig,
+)
+from hopper_attention.hopper.forward.config import (
     FORWARD_TILES,
     FP8_TILES,
     FP8_TWO_LEVEL_TILES,
-    QUANTIZE_COLUMNS,
-    AbsMaxConfig,
-    ArrangeConfig,
-    BackwardConfig,
-    ColumnMeansConfig,
-    ColumnSumsConfig,
     ForwardConfig,
     ForwardFp8Config,
-    NarrowConfig,
-    PostprocessConfig,
-    PreprocessConfig,
-    QuantizeConfig,
-    WideBackwardConfig,
 )
 
 # What changes the inner loop is an instance; scale, window, chunk, softcap's value, sinks, lengths
@@ -48,7 +43,7 @@ def _forward(dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen
     return Instance(
         name=_name("fwd", dtype, dims, mask, softcap, varlen),
         family="forward",
-        kernel="hopper_attention.hopper.forward:Forward",
+        kernel="hopper_attention.hopper.forward.kernel:Forward",
         config=ForwardConfig(dtype, *dims, mask, softcap, varlen, tile_m, tile_n),
     )
 
@@ -59,7 +54,7 @@ def _backward(
     return Instance(
         name=_name("bwd", dtype, dims, mask, softcap, varlen),
         family="backward",
-        kernel="hopper_attention.hopper.backward:Backward",
+        kernel="hopper_attention.hopper.backward.kernel:Backward",
         config=BackwardConfig(dtype, *dims, mask, softcap, varlen, BACKWARD_TILES[dims]),
         claims=("HGMMA", "UTMALDG", "REDG"),
     )
@@ -71,7 +66,7 @@ def _wide_backward(
     return Instance(
         name=_name("bwd", dtype, dims, mask, softcap, varlen),
         family="backward",
-        kernel="hopper_attention.hopper.backward_wide:BackwardWide",
+        kernel="hopper_attention.hopper.backward.kernel_wide:BackwardWide",
         config=WideBackwardConfig(dtype, *dims, mask, softcap, varlen),
         claims=("HGMMA", "UTMALDG", "REDG"),
     )
@@ -81,7 +76,7 @@ def _preprocess(dtype: str) -> Instance:
     return Instance(
         name=f"bwd_pre_{dtype}",
         family="backward_preprocess",
-        kernel="hopper_attention.hopper.preprocess:Preprocess",
+        kernel="hopper_attention.cute_kernels.backward.preprocess:Preprocess",
         config=PreprocessConfig(dtype),
         claims=("LDG",),
     )
@@ -91,7 +86,7 @@ def _postprocess(dtype: str, head_dim: int, tile_m: int) -> Instance:
     return Instance(
         name=f"bwd_post_{dtype}_d{head_dim}",
         family="backward_postprocess",
-        kernel="hopper_attention.hopper.postprocess:Postprocess",
+        kernel="hopper_attention.hopper.backward.postprocess:Postprocess",
         config=PostprocessConfig(dtype, head_dim, tile_m),
         claims=("LDG",),
     )
@@ -109,76 +104,9 @@ def _forward_fp8(
         name=_name("fwd", "e4m3", dims, mask, softcap, varlen)
         + ("_two_level" if two_level else ""),
         family="forward_fp8",
-        kernel="hopper_attention.hopper.forward_fp8:ForwardFp8",
+        kernel="hopper_attention.hopper.forward.kernel_fp8:ForwardFp8",
         config=ForwardFp8Config("e4m3", *dims, mask, softcap, varlen, *tile, two_level=two_level),
         claims=("QGMMA", "UTMALDG"),
-        group="fp8",
-    )
-
-
-def _quantize(dtype: str, columns: int, arranged: bool) -> Instance:
-    return Instance(
-        name=f"quantize_{dtype}_d{columns}" + ("_arranged" if arranged else ""),
-        family="quantize",
-        kernel="hopper_attention.cute_kernels.quantize:Quantize",
-        config=QuantizeConfig(dtype, columns, arranged),
-        claims=("LDG", "F2FP", "REDUX"),
-        group="fp8",
-    )
-
-
-def _abs_max(dtype: str, columns: int) -> Instance:
-    return Instance(
-        name=f"quantize_absmax_{dtype}_d{columns}",
-        family="quantize_absmax",
-        kernel="hopper_attention.cute_kernels.quantize:AbsMax",
-        config=AbsMaxConfig(dtype, columns),
-        claims=("LDG", "REDUX", "REDG"),
-        group="fp8",
-    )
-
-
-def _column_sums(dtype: str) -> Instance:
-    return Instance(
-        name=f"quantize_sums_{dtype}",
-        family="quantize_sums",
-        kernel="hopper_attention.cute_kernels.column_means:ColumnSums",
-        config=ColumnSumsConfig(dtype),
-        claims=("LDG",),
-        group="fp8",
-    )
-
-
-def _column_means() -> Instance:
-    return Instance(
-        name="quantize_means",
-        family="quantize_means",
-        kernel="hopper_attention.cute_kernels.column_means:ColumnMeans",
-        config=ColumnMeansConfig(),
-        claims=("LDG",),
-        group="fp8",
-    )
-
-
-def _narrow(columns: int, arranged: bool) -> Instance:
-    return Instance(
-        name=f"narrow_d{columns}" + ("_arranged" if arranged else ""),
-        family="narrow",
-        kernel="hopper_attention.cute_kernels.narrow:Narrow",
-        config=NarrowConfig(columns, arranged),
-        claims=("LDG", "F2FP", "REDUX"),
-        group="fp8",
-    )
-
-
-def _arrange(by_columns: bool) -> Instance:
-    kind = "Columns" if by_columns else "Rows"
-    return Instance(
-        name=f"arrange_{kind.lower()}",
-        family="arrange",
-        kernel=f"hopper_attention.cute_kernels.arrange:Arrange{kind}",
-        config=ArrangeConfig(by_columns),
-        claims=("LDG", "PRMT", "STG"),
         group="fp8",
     )
 
@@ -214,16 +142,6 @@ FP8 = tuple(
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
-# Recipe, rotation, centring and lengths are arguments.
-QUANTIZE = (
-    *(_quantize(*which) for which in product(DTYPES, QUANTIZE_COLUMNS, (False, True))),
-    *(_abs_max(*which) for which in product(DTYPES, QUANTIZE_COLUMNS)),
-    *(_column_sums(dtype) for dtype in DTYPES),
-    _column_means(),
-    # Heads of 64 take the next tile, at about 0.6 of a copy's speed.
-    *(_narrow(*which) for which in product((128, 256), (False, True))),
-    *(_arrange(by_columns) for by_columns in (False, True)),
-)
 INSTANCES = (
     *FORWARD,
     *FP8,
@@ -231,5 +149,4 @@ INSTANCES = (
     *WIDE,
     *(_preprocess(dtype) for dtype in DTYPES),
     *(_postprocess(dtype, *tile) for dtype in DTYPES for tile in DQ_TILES.items()),
-    *QUANTIZE,
 )

@@ -1,11 +1,12 @@
 """Backward attention on sm_80 and later: dK, dV and the sum that becomes dQ.
 
-The maths is hopper/backward.py's, and so are the arguments; the structure is FlashAttention-2's
-(arXiv 2307.08691, section 3.2).  A block takes `tile_n` keys of one key head, and for every query
-head of its group the blocks of `tile_m` query rows that see them: dK and dV stay in registers over
-all of these, so grouped heads cost no workspace and no atomics.  dQ is summed over the key blocks
-in a float32 workspace (dq_bands.py).  hopper/preprocess.py goes before, postprocess.py after.
-Everything but types and tile is decided at run time, as in forward.py.
+The maths is hopper/backward/kernel.py's, and so are the arguments; the structure is
+FlashAttention-2's (arXiv 2307.08691, section 3.2).  A block takes `tile_n` keys of one key head,
+and for every query head of its group the blocks of `tile_m` query rows that see them: dK and dV
+stay in registers over all of these, so grouped heads cost no workspace and no atomics.  dQ is
+summed over the key blocks in a float32 workspace (dq_bands.py).
+cute_kernels/backward/preprocess.py goes before, postprocess.py after.  Everything but types and
+tile is decided at run time, as in forward.py.
 
 Layouts    Q, dO (batch, seqlen_q, heads, d); K, V, dK, dV (batch, seqlen_k, heads_kv, d); 16 bits,
            last dimension contiguous, other strides any multiple of 16 bytes.
@@ -45,7 +46,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
-from hopper_attention.cute_kernels import workspace
 from hopper_attention.cute_kernels.ampere import dq_bands
 from hopper_attention.cute_kernels.ampere.config import AmpereBackwardConfig
 from hopper_attention.cute_kernels.ampere.forward import Limits
@@ -66,22 +66,27 @@ from hopper_attention.cute_kernels.ampere.shared_tile import (
     split,
     store_word,
 )
-from hopper_attention.cute_kernels.arithmetic import ceil_div, maximum, minimum, select
-from hopper_attention.cute_kernels.fragments import PackedFragment, opaque, rows_and_columns
-from hopper_attention.cute_kernels.mask import Mask
-from hopper_attention.cute_kernels.row_order import RowOrder
-from hopper_attention.cute_kernels.scores import Scores
-from hopper_attention.cute_kernels.semaphore import Semaphore
-from hopper_attention.cute_kernels.sequence import Lengths, Rows, Sequence
-from hopper_attention.cute_kernels.softmax import LOG2_E, cap
-from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, VarlenScheduler
-from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
+from hopper_attention.cute_kernels.backward import workspace
+from hopper_attention.cute_kernels.backward.dq_semaphore import Semaphore
+from hopper_attention.cute_kernels.backward.row_order import RowOrder
+from hopper_attention.cute_kernels.backward.scores import Scores
+from hopper_attention.cute_kernels.masks.apply import Mask
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum, minimum, select
+from hopper_attention.cute_kernels.primitives.fragments import (
+    PackedFragment,
+    opaque,
+    rows_and_columns,
+)
+from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
+from hopper_attention.cute_kernels.softmax.online import LOG2_E, cap
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """As passed: (batch, row, head, column); LSE, delta and dQ as cute_kernels/workspace.py."""
+    """As passed: (batch, row, head, column); LSE, delta and dQ as in backward/workspace.py."""
 
     q: cute.Tensor
     k: cute.Tensor

@@ -1,29 +1,12 @@
-"""Configurations of the Ampere kernels, the tiles chosen for them, and what devices have room for.
+"""Configurations of the Ampere kernels and the tiles chosen for them.
 
 Free of imports from the CuTe DSL; see `cute_kernels/instance.py`.
 """
 
 from dataclasses import dataclass
 
-DTYPES = ("bf16", "fp16")
-
-SHARED_MEMORY = {
-    (8, 0): 163 << 10,
-    (8, 6): 99 << 10,
-    (8, 7): 163 << 10,
-    (8, 9): 99 << 10,
-    (9, 0): 227 << 10,
-}
-"""Compute capability -> bytes of shared memory that one block may have."""
-
-ARCHITECTURES = {
-    (8, 0): "sm_80",
-    (8, 6): "sm_80",
-    (8, 7): "sm_80",
-    (8, 9): "sm_80",
-    (9, 0): "sm_90",
-}
-"""Compute capability -> architecture of the instances: machine code serves one major version."""
+from hopper_attention.cute_kernels.conventions import DTYPES
+from hopper_attention.cute_kernels.hardware import SHARED_MEMORY
 
 MATRIX = 16
 """Rows, and columns, of what one ldmatrix.x4 loads; rows of one mma.sync."""

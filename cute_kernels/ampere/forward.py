@@ -5,7 +5,7 @@ block of threads does one after another, usually one.  Everything but types and 
 run time: windows and chunks (which may hide nothing, or what a causal mask hides), softcap, packed
 or used lengths, sinks, heads that share tiles, the type of O.
 
-Layouts    As hopper/forward.py, and its arguments.
+Layouts    As hopper/forward/kernel.py, and its arguments.
 
 Warps      `warp_rows` query rows each, all keys; together they load.  Warps meet twice a key block.
 
@@ -48,15 +48,29 @@ from hopper_attention.cute_kernels.ampere.mma import (
 )
 from hopper_attention.cute_kernels.ampere.row_store import store_float32, store_rounded
 from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, TileCopy
-from hopper_attention.cute_kernels.arithmetic import minimum
-from hopper_attention.cute_kernels.fragments import PackedFragment, opaque, rows_and_columns
-from hopper_attention.cute_kernels.mask import Mask
-from hopper_attention.cute_kernels.memory import read
-from hopper_attention.cute_kernels.sequence import Lengths, Rows, Sequence
-from hopper_attention.cute_kernels.softmax import LOG2_E, OnlineSoftmax, Part, cap, scale_rows
-from hopper_attention.cute_kernels.tile_scheduler import DenseScheduler, Tile, VarlenScheduler
-from hopper_attention.cute_kernels.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.visibility import BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.apply import Mask
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arithmetic import minimum
+from hopper_attention.cute_kernels.primitives.fragments import (
+    PackedFragment,
+    opaque,
+    rows_and_columns,
+)
+from hopper_attention.cute_kernels.primitives.memory import read
+from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import (
+    DenseScheduler,
+    Tile,
+    VarlenScheduler,
+)
+from hopper_attention.cute_kernels.softmax.online import (
+    LOG2_E,
+    OnlineSoftmax,
+    Part,
+    cap,
+    scale_rows,
+)
 
 
 @dataclass(frozen=True)

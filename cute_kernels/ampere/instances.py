@@ -10,8 +10,8 @@ from hopper_attention.cute_kernels.ampere.config import (
     AmpereForwardConfig,
     AmperePostprocessConfig,
 )
+from hopper_attention.cute_kernels.backward.config import PreprocessConfig
 from hopper_attention.cute_kernels.instance import Instance
-from hopper_attention.hopper.config import PreprocessConfig
 
 # Masks, softcap, lengths, sinks and the type of the result are arguments, so few instances serve
 # everything: blocks that no mask touches go through a loop of their own whatever the mask is.
@@ -58,7 +58,7 @@ def _preprocess(dtype: str, architecture: str) -> Instance:
     return Instance(
         name=f"ampere_bwd_pre_{dtype}" + SUFFIXES[architecture],
         family="ampere_backward_preprocess",
-        kernel="hopper_attention.hopper.preprocess:Preprocess",
+        kernel="hopper_attention.cute_kernels.backward.preprocess:Preprocess",
         config=PreprocessConfig(dtype),
         architecture=architecture,
         group=GROUPS[architecture],

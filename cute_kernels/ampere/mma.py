@@ -2,7 +2,7 @@
 
 An accumulator of M x N is ((2, 2, N/8), M/16, 1): column pair, row half, column block; row block.
 Lane l holds rows l / 4 and l / 4 + 8 of each row block, columns 2 (l % 4) and the next of each
-column block, so all that fragments.py and mask.py say of WGMMA's accumulators holds.
+column block, so all that fragments.py and masks/apply.py say of WGMMA's accumulators holds.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.ampere.config import MATRIX
 from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, split
-from hopper_attention.cute_kernels.fragments import PackedFragment
+from hopper_attention.cute_kernels.primitives.fragments import PackedFragment
 
 PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16"}
 

@@ -11,14 +11,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
-from hopper_attention.cute_kernels import workspace
 from hopper_attention.cute_kernels.ampere.config import MATRIX, AmperePostprocessConfig
 from hopper_attention.cute_kernels.ampere.mma import Coordinates, accumulator
 from hopper_attention.cute_kernels.ampere.row_store import store_rounded
-from hopper_attention.cute_kernels.arithmetic import minimum
-from hopper_attention.cute_kernels.sequence import Lengths
-from hopper_attention.cute_kernels.tile_scheduler import VarlenScheduler
-from hopper_attention.cute_kernels.types import DTYPES, strided
+from hopper_attention.cute_kernels.backward import workspace
+from hopper_attention.cute_kernels.primitives.arithmetic import minimum
+from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import VarlenScheduler
 
 COLUMNS = 32
 """At a time."""

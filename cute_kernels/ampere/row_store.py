@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 from hopper_attention.cute_kernels.ampere.mma import Coordinates
-from hopper_attention.cute_kernels.fragments import PackedFragment, rows_and_columns
+from hopper_attention.cute_kernels.primitives.fragments import PackedFragment, rows_and_columns
 
 QUAD = 4
 

@@ -20,7 +20,7 @@ from cutlass import Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.ampere.config import MATRIX
-from hopper_attention.cute_kernels.fragments import opaque
+from hopper_attention.cute_kernels.primitives.fragments import opaque
 
 CHUNK = 8
 """Columns of 16 bytes."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 INSTANCE_MODULES = (
     "hopper_attention.hopper.instances",
+    "hopper_attention.cute_kernels.quantization.instances",
     "hopper_attention.cute_kernels.ampere.instances",
 )
 """Every module with a list of kernels to compile, `INSTANCES`."""

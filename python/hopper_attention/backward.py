@@ -1,7 +1,7 @@
 """Gradients by the reference, or by the kernels: workspace, three launches, the sinks' gradient.
 
 `Preprocess` reduces dO * O and clears the workspace for dQ, `Backward` makes dK and dV and adds up
-dQ, `Postprocess` scales and rounds it.  The workspace's layout: cute_kernels/workspace.py.
+dQ, `Postprocess` scales and rounds it.  The workspace's layout: cute_kernels/backward/workspace.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Of q, k, v and the sinks."""
 
 ROWS = 128
-"""A sequence's rows start at a multiple of it in the workspace (cute_kernels/workspace.py)."""
+"""A sequence's rows start at a multiple of it in the workspace."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """float32; as cute_kernels/workspace.py describes, beside the counters of the turns (int32)."""
+    """float32, laid out as in cute_kernels/backward/workspace.py; counters of turns are int32."""
 
     lse: Tensor
     delta: Tensor
@@ -179,7 +179,9 @@ def _run_kernels(
     dsink = None
     if inputs.sink is not None:
         exponent = inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse
-        probability = torch.exp2(-exponent.abs())  # as the kernel's, cute_kernels/scores.py
+        probability = torch.exp2(
+            -exponent.abs()
+        )  # as the kernels have it: cute_kernels/backward/scores.py
         dsink = (probability * workspace.delta).sum(dim=(0, 2))
     return dq, dk, dv, dsink
 

@@ -1,6 +1,6 @@
 """out and lse of quantised tensors by the kernel, or by the reference; descales as it takes them.
 
-How values are quantised: quantize.py; what the kernel does with them: hopper/forward_fp8.py.
+How values are quantised: quantize.py; what the kernel does with them: hopper/forward/kernel_fp8.py.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _query_scales(inputs: Inputs, scaling: Scaling) -> Tensor:
 
 
 def _key_scales(inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """`Scaling.keys` and `.v` of hopper/forward_fp8.py."""
+    """`Scaling.keys` and `.v` of hopper/forward/kernel_fp8.py."""
     sequences, heads_kv, bound = inputs.sequences, inputs.k.shape[-2], scaling.max_seqlen_k
     pairs = -(-bound // (2 * BLOCK))
     k, v = (_in_blocks(d, bound, heads_kv) for d in (scaling.k, scaling.v))

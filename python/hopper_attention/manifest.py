@@ -14,6 +14,7 @@ from typing import Any
 from hopper_attention import _simulator
 from hopper_attention.cute_kernels.ampere.instances import INSTANCES as AMPERE
 from hopper_attention.cute_kernels.instance import Instance
+from hopper_attention.cute_kernels.quantization.instances import INSTANCES as QUANTIZATION
 from hopper_attention.hopper.instances import INSTANCES as HOPPER
 
 
@@ -56,7 +57,7 @@ def instances() -> dict[str, CompiledInstance]:
 @functools.cache
 def listed() -> dict[str, Instance]:
     """Every instance of the library by its name, compiled or not."""
-    return {instance.name: instance for instance in (*HOPPER, *AMPERE)}
+    return {instance.name: instance for instance in (*HOPPER, *QUANTIZATION, *AMPERE)}
 
 
 def config_of(name: str) -> dict[str, Any]:

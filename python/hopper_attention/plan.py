@@ -16,7 +16,7 @@ from hopper_attention.selection import Target
 
 FP8_TENSORS = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn)
-"""By their number in the kernels (`Output.types` of hopper/forward_fp8.py)."""
+"""By their number in the kernels (`Output.types` of hopper/forward/kernel_fp8.py)."""
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
 
 

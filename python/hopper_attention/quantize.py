@@ -13,7 +13,7 @@ sequence's last have the scale of zeros.  A tensor on a GPU means the same as No
 GPU, values of rows that are in no sequence are not written; whatever lies there is not read either,
 be it NaN.
 
-On a GPU and in the simulator by the kernels of cute_kernels/quantize.py and arrange.py, else as
+On a GPU and in the simulator by the kernels of cute_kernels/quantization, else as
 quantize_statement.py says.  Both agree bit for bit without rotation and centring, signs of NaN
 aside; with them up to the rounding of sums: a value may be one step of the format off.  NaN and
 infinity reach all that shares their scale: dequantised it is NaN.

@@ -247,7 +247,7 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(-|scores - lse|), which a rounded LSE cannot make more than 1: cute_kernels/scores.py.
+    """exp(-|scores - lse|), which a rounded LSE cannot make more than 1, as in the kernels.
 
     A query without keys: exp(-inf - 0) = 0, not exp(-inf - -inf) = NaN.
     """

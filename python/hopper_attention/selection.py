@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention import manifest, simulator
-from hopper_attention.cute_kernels.ampere.config import ARCHITECTURES, SHARED_MEMORY
+from hopper_attention.cute_kernels.hardware import ARCHITECTURES, SHARED_MEMORY
 
 VARIABLE = "HOPPER_ATTENTION_BACKEND"
 HOPPER, AMPERE, REFERENCE = "hopper", "ampere", "reference"

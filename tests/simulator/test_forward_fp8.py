@@ -445,7 +445,7 @@ def test_blocks_without_scale():
 
 def test_order_of_keys():
     """V's columns are written as P lies in registers."""
-    fragments = pytest.importorskip("hopper_attention.cute_kernels.fragments")
+    fragments = pytest.importorskip("hopper_attention.cute_kernels.primitives.fragments")
     assert [fragments.interleaved(place) for place in range(16)] == INTERLEAVED
 
 

@@ -8,12 +8,12 @@ from hopper_attention.cute_kernels.ampere.config import (
     FORWARD_TILES,
     HOPPER_BACKWARD_TILES,
     HOPPER_FORWARD_TILES,
-    SHARED_MEMORY,
     AmpereBackwardConfig,
     AmpereForwardConfig,
 )
 from hopper_attention.cute_kernels.ampere.mma import Coordinates
 from hopper_attention.cute_kernels.ampere.shared_tile import CHUNK, SharedTile, TileCopy
+from hopper_attention.cute_kernels.hardware import SHARED_MEMORY
 
 TILES = [(rows, columns) for rows in (48, 64, 128) for columns in (64, 96, 128, 192, 256)]
 

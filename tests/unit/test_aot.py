@@ -246,13 +246,13 @@ class TestOutputs:
         assert self.fresh_hash([kernel]) != before
 
     def test_depfile(self, tree):
-        facts = {"sources": ["hopper/kernel.py", "cute_kernels/mask.py"]}
+        facts = {"sources": ["hopper/kernel.py", "cute_kernels/masks/apply.py"]}
         (tree / "fwd_b.json").write_text(json.dumps(facts))
         records = [tree / "fwd_a.json", tree / "fwd_b.json"]
         outputs.write_depfile(tree / "fwd_a.d", tree / "fwd_a.o", records)
         target, files = (tree / "fwd_a.d").read_text().replace("\\\n", "").split(": ")
         assert target == str(tree / "fwd_a.o")
-        sources_of_both = ("cute_kernels/mask.py", "hopper/instances.py", "hopper/kernel.py")
+        sources_of_both = ("cute_kernels/masks/apply.py", "hopper/instances.py", "hopper/kernel.py")
         assert files.split() == [str(tree / file) for file in sources_of_both]
 
     def test_prune_removes_unlisted_instances_only(self, tree):

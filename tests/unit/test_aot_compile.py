@@ -36,7 +36,7 @@ def test_compile_twice(root, tmp_path):
     assert facts["arguments"][0]["shape_divisibility"] == [1, 1, 1, 8]
     assert set(facts["opcodes"]) == set(facts["claims"])
     assert (facts["spill_stores"], facts["spill_loads"], facts["stack"]) == (0, 0, 0)
-    assert str(root / "hopper/forward.py") in (tmp_path / "a/d").read_text()
+    assert str(root / "hopper/forward/kernel.py") in (tmp_path / "a/d").read_text()
 
     # Up to date: not even the time in the JSON changes.
     assert compile_to(root, tmp_path / "a", NAME) == first
@@ -52,7 +52,7 @@ def test_list_names_its_sources(root, tmp_path):
     names = aot(root, "list", "--selection", f"{NAME}_[cv]*", "--sources", str(listed)).split()
     assert names == [f"{NAME}_varlen", f"{NAME}_causal", f"{NAME}_causal_varlen"]
     assert str(root / "hopper/instances.py") in listed.read_text().split()
-    assert str(root / "hopper/forward.py") not in listed.read_text().split()
+    assert str(root / "hopper/forward/kernel.py") not in listed.read_text().split()
 
 
 def test_list_in_batches(root):

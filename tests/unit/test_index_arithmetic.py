@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hopper_attention.cute_kernels.sequence import Rows
-from hopper_attention.cute_kernels.tile_scheduler import L2_BYTES, DenseScheduler
-from hopper_attention.cute_kernels.visibility import UNBOUNDED, BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.visible_range import UNBOUNDED, BlockRange, Visibility
+from hopper_attention.cute_kernels.scheduling.sequence import Rows
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import L2_BYTES, DenseScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,1 @@
+"""Which keys a query sees, and how scores of the others are hidden."""

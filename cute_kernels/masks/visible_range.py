@@ -1,0 +1,151 @@
+"""Which keys a query sees, and which blocks of keys a block of queries must visit; or transposed.
+
+Query i of a sequence is aligned with key i + seqlen_k - seqlen_q (bottom right: the last query with
+the last key).  It sees a contiguous range of keys; both ends never decrease from query to query.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hopper_attention.cute_kernels.primitives.arithmetic import (
+    ceil_div,
+    clamp,
+    maximum,
+    minimum,
+    select,
+)
+
+UNBOUNDED = 1 << 30
+"""A window side or a chunk that hides nothing; lengths must be smaller."""
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The mask of one sequence.  Sides and chunk are read for `kind` "local" only."""
+
+    kind: str
+    seqlen_q: Any
+    seqlen_k: Any
+    window_left: Any = UNBOUNDED
+    """Keys before the aligned one that are seen."""
+    window_right: Any = UNBOUNDED
+    chunk: Any = UNBOUNDED
+    """Keys are seen only within the aligned key's chunk: [n * chunk, (n + 1) * chunk)."""
+
+    bounds_end = True
+    """Whether `end` hides anything: what a mask must look at."""
+
+    @property
+    def bounds_begin(self) -> bool:
+        return self.kind == "local"
+
+    @property
+    def viewers(self) -> "Viewers":
+        """The same mask from the keys' side."""
+        return Viewers(self)
+
+    def begin(self, row):
+        """First key that query `row` sees."""
+        if self.kind != "local":
+            return 0
+        aligned = row + (self.seqlen_k - self.seqlen_q)
+        chunk = maximum(aligned, 0) // self.chunk * self.chunk
+        return maximum(aligned - self.window_left, chunk)
+
+    def end(self, row):
+        """One past the last key that query `row` sees; not above `begin` if it sees none."""
+        if self.kind == "full":
+            return self.seqlen_k
+        aligned = row + (self.seqlen_k - self.seqlen_q)
+        if self.kind == "causal":
+            return minimum(aligned + 1, self.seqlen_k)
+        chunk_end = (maximum(aligned, 0) // self.chunk + 1) * self.chunk
+        return minimum(minimum(aligned + self.window_right + 1, chunk_end), self.seqlen_k)
+
+
+@dataclass(frozen=True)
+class Viewers:
+    """Which queries see a key: a `Visibility` transposed, again a contiguous range.
+
+    `end` does not know seqlen_q: rows behind the last query are no concern of the mask.
+    """
+
+    visibility: Visibility
+
+    bounds_begin = True
+
+    @property
+    def bounds_end(self) -> bool:
+        return self.visibility.kind == "local"
+
+    def begin(self, key):
+        """First query that sees `key`; UNBOUNDED for keys that do not exist."""
+        seen = self.visibility
+        return select(key < seen.seqlen_k, self._first_viewer(key), UNBOUNDED)
+
+    def _first_viewer(self, key):
+        seen = self.visibility
+        if seen.kind == "full":
+            return 0
+        aligned = key - (seen.seqlen_k - seen.seqlen_q)
+        if seen.kind == "causal":
+            return aligned
+        # Queries aligned in front of the first key share its chunk.
+        chunk = key // seen.chunk * seen.chunk
+        chunk_first = select(chunk > 0, chunk - (seen.seqlen_k - seen.seqlen_q), 0)
+        return maximum(aligned - seen.window_right, chunk_first)
+
+    def end(self, key):
+        """One past the last query that sees `key`, if that is above `begin`."""
+        seen = self.visibility
+        if seen.kind != "local":
+            return UNBOUNDED
+        shift = seen.seqlen_k - seen.seqlen_q
+        chunk_end = (key // seen.chunk + 1) * seen.chunk
+        return minimum(key + seen.window_left + 1, chunk_end) - shift
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Key blocks [first, end) of `tile_n` keys; [unmasked_first, unmasked_end) need no mask."""
+
+    first: Any
+    end: Any
+    unmasked_first: Any
+    unmasked_end: Any
+
+    @staticmethod
+    def of(visibility: Visibility, m_block, tile_m: int, tile_n: int, group=1) -> "BlockRange":
+        """For the rows [m_block * tile_m, (m_block + 1) * tile_m), `group` of them a query."""
+        first_row = m_block * tile_m
+        top = first_row // group
+        bottom = minimum((first_row + tile_m - 1) // group, visibility.seqlen_q - 1)
+        any_begin = maximum(visibility.begin(top), 0)
+        any_end = maximum(visibility.end(bottom), 0)
+        all_begin = maximum(visibility.begin(bottom), 0)
+        all_end = maximum(visibility.end(top), 0)
+        first = any_begin // tile_n
+        end = maximum(ceil_div(any_end, tile_n), first)
+        unmasked_end = clamp(all_end // tile_n, first, end)
+        unmasked_first = clamp(ceil_div(all_begin, tile_n), first, unmasked_end)
+        return BlockRange(first, end, unmasked_first, unmasked_end)
+
+    @staticmethod
+    def of_viewers(viewers: Viewers, n_block, tile_n: int, tile_m: int) -> "BlockRange":
+        """Query blocks, for the keys [n_block * tile_n, (n_block + 1) * tile_n) of the sequence.
+
+        Pairs of blocks are the same as `of` has.  A block of which not all keys exist is masked
+        throughout: their scores are 0, and their probabilities would not be.
+        """
+        seqlen_q, seqlen_k = viewers.visibility.seqlen_q, viewers.visibility.seqlen_k
+        top = n_block * tile_n
+        bottom = minimum(top + tile_n, seqlen_k) - 1
+        any_begin = maximum(viewers.begin(top), 0)
+        any_end = clamp(viewers.end(bottom), 0, seqlen_q)
+        all_begin = maximum(viewers.begin(top + tile_n - 1), 0)
+        all_end = maximum(viewers.end(top), 0)
+        first = any_begin // tile_m
+        end = maximum(ceil_div(any_end, tile_m), first)
+        unmasked_end = clamp(all_end // tile_m, first, end)
+        unmasked_first = clamp(ceil_div(all_begin, tile_m), first, unmasked_end)
+        return BlockRange(first, end, unmasked_first, unmasked_end)

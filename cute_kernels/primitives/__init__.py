@@ -1,0 +1,1 @@
+"""Arithmetic, instructions, memory, types and register fragments."""

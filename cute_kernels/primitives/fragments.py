@@ -1,0 +1,160 @@
+"""WGMMA accumulator fragments: views, conversion, ties to a point of the program."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+from hopper_attention.cute_kernels.primitives.instructions import to_fp8, word
+
+
+def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
+    """((2, 2, N/8), M, N) accumulator as (rows of this thread, columns of this thread)."""
+    (c, r, v), m, n = acc.shape
+    (sc, sr, sv), sm, sn = acc.stride
+    layout = cute.make_layout(((r, m), (c, v, n)), stride=((sr, sm), (sc, sv, sn)))
+    return cute.make_tensor(acc.iterator, layout)
+
+
+def _convert_pair(low, high, dtype) -> cutlass.Int32:
+    ptx_type = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
+    return word(f"cvt.rn.{ptx_type}.f32 $0, $1, $2;", high, low)
+
+
+def converted_pair(low: cutlass.Float32, high: cutlass.Float32, dtype) -> cute.Tensor:
+    """Two elements of `dtype` in registers, as what is stored at once."""
+    if dtype is cutlass.Float32:
+        pair = cute.make_rmem_tensor((2,), dtype)
+        pair[0], pair[1] = low, high
+        return pair
+    packed = to_fp8(low, high) if dtype.width == 8 else _convert_pair(low, high, dtype)
+    pair = cute.make_rmem_tensor((1,), type(packed))
+    pair[0] = packed
+    return pair
+
+
+@dataclass(frozen=True)
+class PackedFragment:
+    """A 16-bit fragment kept in 32-bit registers.
+
+    A plain bf16 fragment that lives across loop iterations is converted and carried element by
+    element: twice the registers, and spills (nvidia-cutlass-dsl 4.8.1; fp16 is spared).
+    """
+
+    words: cute.Tensor
+    view: cute.Tensor
+    """The same registers with the accumulator's shape and the 16-bit type."""
+
+    @staticmethod
+    def like(acc: cute.Tensor, dtype) -> "PackedFragment":
+        words = cute.make_rmem_tensor((cute.size(acc) // 2,), cutlass.Int32)
+        iterator = cute.recast_tensor(words, dtype).iterator
+        return PackedFragment(words, cute.make_tensor(iterator, cute.make_layout(acc.shape)))
+
+    @property
+    def rows_and_pairs(self) -> cute.Tensor:
+        """(rows of this thread, pairs of columns): one word each."""
+        layout = cute.make_layout((2, cute.size(self.words) // 2))
+        return cute.make_tensor(self.words.iterator, layout)
+
+    def part(self, index: int, parts: int) -> "PackedFragment":
+        """The columns of one of `parts` equal shares: the same registers."""
+        size = cute.size(self.words) // parts
+        words = cute.make_tensor(self.words.iterator + index * size, cute.make_layout(size))
+        (c, r, v), m, n = self.view.shape
+        iterator = cute.recast_tensor(words, self.view.element_type).iterator
+        layout = cute.make_layout(((c, r, v // parts), m, n))
+        return PackedFragment(words, cute.make_tensor(iterator, layout))
+
+    def convert(self, acc: cute.Tensor) -> None:
+        """Round a float32 accumulator into this fragment, two elements an instruction."""
+        for i in range(cute.size(self.words)):
+            self.words[i] = _convert_pair(acc[2 * i], acc[2 * i + 1], self.view.element_type)
+
+
+def _convert_four(values) -> cutlass.Int32:
+    """To e4m3: four float32, or two registers of halves."""
+    kind, low, high = ("f32", "$2, $1", "$4, $3") if len(values) == 4 else ("f16x2", "$1", "$2")
+    code = (
+        f"{{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.{kind} low, {low}; "
+        f"cvt.rn.satfinite.e4m3x2.{kind} high, {high}; mov.b32 $0, {{low, high}}; }}"
+    )
+    return word(code, *values)
+
+
+@dataclass(frozen=True)
+class Fp8Fragment:
+    """A float32 accumulator as the e4m3 A operand of the next GEMM, of which it has the columns.
+
+    A thread holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t of every 16, where the operand wants 4t to
+    4t + 3.  Nothing is moved: the operand's column 4t + 2x + c is the accumulator's 8x + 2t + c,
+    and B's rows must lie in that order (`interleaved`).
+    """
+
+    words: cute.Tensor
+    """Four columns each: rows r and r + 8 of the first 16 columns, then of the second."""
+    in_halves: tuple[int, ...]
+    """Of a thread's groups of four columns, those that come as two registers of halves."""
+
+    @staticmethod
+    def like(acc: cute.Tensor, in_halves: tuple[int, ...]) -> "Fp8Fragment":
+        words = cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32)
+        return Fp8Fragment(words, in_halves)
+
+    def convert(self, acc: cute.Tensor) -> None:
+        for i in range(cute.size(self.words)):
+            group, row = divmod(i, 2)
+            start = 8 * group + 2 * row
+            if group in self.in_halves:
+                pairs = (acc[place].bitcast(cutlass.Int32) for place in (start, start + 1))
+                self.words[i] = _convert_four(list(pairs))
+            else:
+                places = (start, start + 1, start + 4, start + 5)
+                self.words[i] = _convert_four([acc[place] for place in places])
+
+
+def interleaved(column: int) -> int:
+    """Which column of the accumulator an e4m3 operand's column is (`Fp8Fragment`)."""
+    block, t, x, c = column // 16, column % 16 // 4, column // 2 % 2, column % 2
+    return 16 * block + 8 * x + 2 * t + c
+
+
+@dsl_user_op
+def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
+    """Tie a float32 fragment to this point of the program; costs no instruction.
+
+    `wgmma.wait_group` has no data dependency on the accumulators, so the compiler may move their
+    first use above it, and ptxas then waits after every WGMMA (remark C7514).  Call it after each
+    wait, as CUTLASS does with `warpgroup_fence_operand`.
+    """
+    n = cute.size(fragment)
+    values = [fragment[i].ir_value(loc=loc, ip=ip) for i in range(n)]
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([T.f32()] * n),
+        values,
+        "",
+        constraints,
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    for i in range(n):
+        fragment[i] = cutlass.Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip))
+
+
+@dsl_user_op
+def opaque(value, *, loc=None, ip=None):
+    """The same Int32 or Int64, kept in a register: ptxas cannot compute it again in a loop."""
+    kind, letter = {32: (T.i32(), "r"), 64: (T.i64(), "l")}[value.width]
+    copy = llvm.inline_asm(
+        kind,
+        [value.ir_value(loc=loc, ip=ip)],
+        f"mov.b{value.width} $0, $1;",
+        f"={letter},{letter}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    return type(value)(copy)

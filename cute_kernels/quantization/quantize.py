@@ -1,0 +1,269 @@
+"""Quantisation to FP8: x ~ values * descale, as quantize_statement.py states it.
+
+    ColumnSums, ColumnMeans   first, if the mean over a sequence is taken off (column_means.py)
+    AbsMax                    then, where all rows of a head or everything share a scale, or scales
+                              of blocks are powers of two below their head's largest
+    Quantize                  scale and cast; finds the scale of blocks in the same pass
+
+A block of 256 threads holds 128 rows of one head of a sequence in registers (rows.py); a
+block without rows says that its scale is that of zeros.  What is done to them is arguments:
+
+    load -> rotary embedding (rotary.py) -> - mean -> rotation (hadamard.py)
+         -> greatest magnitude -> / descale -> e4m3 -> store
+
+The greatest magnitude is that of a warp's 16 rows (redux on the bits: floats that are not negative
+compare as integers), then of four or eight warps through shared memory.  AbsMax ends with an atomic
+maximum of the bits into a table of zeros, which Quantize reads then.  NaN is greater than all, so
+NaN and infinity reach everything that shares their scale: dequantised it is NaN.
+
+Values are stored as x lies or, "arranged", as V's columns (store.py).
+
+What it costs beside the copy: docs/tuning.md.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.runtime import make_fake_tensor
+from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
+from hopper_attention.cute_kernels.primitives.memory import read
+from hopper_attention.cute_kernels.primitives.types import strided
+from hopper_attention.cute_kernels.quantization.config import AbsMaxConfig, QuantizeConfig
+from hopper_attention.cute_kernels.quantization.hadamard import Rotation
+from hopper_attention.cute_kernels.quantization.rotary import Rotary, example_rotary
+from hopper_attention.cute_kernels.quantization.rows import (
+    HALF,
+    Preparation,
+    Rows,
+    block_of,
+    greater,
+    one_of_each_warp,
+)
+from hopper_attention.cute_kernels.quantization.store import Divisor, Values
+from hopper_attention.cute_kernels.quantization.v_layout import ROWS, Block
+from hopper_attention.cute_kernels.quantization.vectors import LANES
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths
+
+LARGEST = 448.0
+"""Of e4m3."""
+LEAST = 1e-12
+"""Of a descale."""
+OCTAVES = 60
+"""That a block's descale may be below the largest of its head."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What values are divided by: run-time arguments."""
+
+    mDescale: cute.Tensor
+    """(sequences, heads / group, blocks or 1), written for each."""
+    tops: Int64
+    """Address of the greatest magnitudes' bits, (sequences, heads / group), from AbsMax; or 0."""
+    tops_stride: Int32
+    """From sequence to sequence."""
+    block_rows: Int32
+    """64 or 128 rows have a scale, a power of two below their head's largest if `tops` is given; 0:
+    all rows share that of `tops`."""
+    group: Int32
+    """Successive heads with one scale: one, if blocks have scales."""
+
+    @cute.jit
+    def descale(self, low: Float32, high: Float32, block: Block, thread: Int32) -> Float32:
+        """What this thread's values are divided by, which is stored as well.
+
+        low, high: the greatest magnitudes of the block's halves.
+        """
+        of_group, shared = block.head, Float32(0.0)
+        if self.tops != 0:
+            of_group = block.head // self.group
+            of_sequence = Int64(block.index) * self.tops_stride
+            shared = read(Float32, self.tops + 4 * (of_sequence + of_group), Int32(0))
+        top, place, writes = shared, Int32(0), block.number == 0 and thread == 0
+        if self.block_rows > 0:
+            top, place, writes = greater(low, high), block.number, thread == 0
+            if self.block_rows < ROWS:
+                half = thread // (HALF // 2 * LANES)
+                top = low if half == 0 else high
+                place = 2 * block.number + half
+                writes = thread % (HALF // 2 * LANES) == 0 and place < self.mDescale.shape[2]
+        descale = descale_of(top)
+        if self.block_rows > 0 and self.tops != 0:
+            descale = in_octaves(descale, descale_of(shared))
+        if writes:
+            self.mDescale[block.index, of_group, place] = descale
+        return descale
+
+
+@cute.jit
+def descale_of(top: Float32) -> Float32:
+    """An IEEE division by LARGEST, as `Divisor`'s; of what is tiny LEAST comes of it anyhow."""
+    quotient = Divisor(Float32(LARGEST), Float32(1 / LARGEST)).divide(top)
+    descale = top if top == Float32.inf else quotient
+    return Float32(LEAST) if descale < LEAST else descale
+
+
+def in_octaves(descale: Float32, largest: Float32) -> Float32:
+    """The least that is not smaller and a power of two, at most OCTAVES, below the largest.
+
+    The difference of the bits has that of the exponents in front, one less if mantissas borrow.
+    """
+    steps = minimum((largest.bitcast(Int32) - descale.bitcast(Int32)) >> 23, OCTAVES)
+    return largest * ((127 - steps) << 23).bitcast(Float32)
+
+
+class Quantize:
+    def __init__(self, config: QuantizeConfig):
+        self.cfg = config
+        self.rows = Rows(config.dtype, config.columns)
+        self.values = Values(config.columns, config.arranged)
+
+    def example_arguments(self) -> tuple:
+        shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
+        descale = make_fake_tensor(Float32, (*shape,), (*stride, 1), assumed_align=4)
+        scales = (Int64(0), Int32(0), Int32(64), Int32(1))
+        rows, values = strided(self.rows.dtype, 4), self.values.example_argument()
+        return (rows, values, descale, *scales, *example_rest())
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mValues: cute.Tensor,
+        mDescale: cute.Tensor,
+        tops: Int64,
+        tops_stride: Int32,
+        block_rows: Int32,
+        group: Int32,
+        rotary_cos: Int64,
+        rotary_sin: Int64,
+        rotary_dim: Int32,
+        rotary_interleaved: Int32,
+        rotary_positions: Int32,
+        rotary_offset: Int32,
+        rotary_offsets: Int64,
+        mean: Int64,
+        rotation_size: Int32,
+        signs: Int64,
+        cu_seqlens: Int64,
+        seqused: Int64,
+        max_seqlen: Int32,
+        stream: cuda.CUstream,
+    ):
+        """mX (batch, seqlen, heads, columns), or (1, total, ...) if packed.
+
+        mValues: the same, or arranged.  tops, tops_stride, block_rows, group: `Scales`.
+        rotary_...: `Rotary`; mean: `Preparation`; rotation_size, signs: `Rotation`.
+        cu_seqlens, seqused: `Lengths`, of at most max_seqlen rows.
+        """
+        scales = Scales(mDescale, tops, tops_stride, block_rows, group)
+        rotary = Rotary(
+            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
+            rotary_offsets,
+        )  # fmt: skip
+        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
+        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
+        self.kernel(mX, mValues, scales, preparation, lengths).launch(
+            grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mDescale.shape[0]],
+            block=[self.cfg.threads, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mValues: cute.Tensor,
+        scales: Scales,
+        preparation: Preparation,
+        lengths: Lengths,
+    ):
+        thread, block = cute.arch.thread_idx()[0], block_of(lengths)
+        allocator = SmemAllocator()
+        of_warps = one_of_each_warp(allocator)
+        low = high = Float32(0.0)
+        if block.rows > 0:
+            values = self.rows.load(mX, block, thread)
+            self.rows.prepare(values, mX, block, preparation, thread)
+            if scales.block_rows > 0:
+                low, high = self.rows.tops(values, block, mX.shape[3], of_warps, thread)
+            divisor = Divisor.of(scales.descale(low, high, block, thread))
+            self.values.store(values, divisor, mValues, block, thread, allocator)
+        else:
+            scales.descale(low, high, block, thread)
+
+
+class AbsMax:
+    def __init__(self, config: AbsMaxConfig):
+        self.cfg = config
+        self.rows = Rows(config.dtype, config.columns)
+
+    def example_arguments(self) -> tuple:
+        shape = tuple(cute.sym_int32() for _ in range(2))
+        tops = make_fake_tensor(Int32, shape, (cute.sym_int64(), cute.sym_int64()), assumed_align=4)
+        return (strided(self.rows.dtype, 4), tops, Int32(1), *example_rest())
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mTops: cute.Tensor,
+        group: Int32,
+        rotary_cos: Int64,
+        rotary_sin: Int64,
+        rotary_dim: Int32,
+        rotary_interleaved: Int32,
+        rotary_positions: Int32,
+        rotary_offset: Int32,
+        rotary_offsets: Int64,
+        mean: Int64,
+        rotation_size: Int32,
+        signs: Int64,
+        cu_seqlens: Int64,
+        seqused: Int64,
+        max_seqlen: Int32,
+        stream: cuda.CUstream,
+    ):
+        """mTops (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
+        rotary = Rotary(
+            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
+            rotary_offsets,
+        )  # fmt: skip
+        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
+        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
+        self.kernel(mX, mTops, group, preparation, lengths).launch(
+            grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mTops.shape[0]],
+            block=[self.cfg.threads, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mTops: cute.Tensor,
+        group: Int32,
+        preparation: Preparation,
+        lengths: Lengths,
+    ):
+        thread, block = cute.arch.thread_idx()[0], block_of(lengths)
+        of_warps = one_of_each_warp(SmemAllocator())
+        if block.rows > 0:
+            values = self.rows.load(mX, block, thread)
+            self.rows.prepare(values, mX, block, preparation, thread)
+            low, high = self.rows.tops(values, block, mX.shape[3], of_warps, thread)
+            if thread == 0:
+                target = cute.domain_offset((block.index, block.head // group), mTops).iterator
+                cute.arch.inline_ptx(
+                    "red.relaxed.gpu.global.max.s32 [{$r0}], {$r1};",
+                    read_only_args=[target.toint(), greater(low, high).bitcast(Int32)],
+                )
+
+
+def example_rest() -> tuple:
+    """rotary; mean; size and signs of the rotation; cu_seqlens, seqused, max_seqlen."""
+    rotation = (Int32(1), Int64(0))
+    return (*example_rotary(), Int64(0), *rotation, Int64(0), Int64(0), Int32(1))

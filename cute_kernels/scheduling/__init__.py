@@ -1,0 +1,1 @@
+"""Sequences of a batch, and which block computes which tile."""

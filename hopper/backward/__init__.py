@@ -1,0 +1,1 @@
+"""The backward kernels, and the one that finishes dQ."""

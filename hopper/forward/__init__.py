@@ -1,0 +1,1 @@
+"""The forward kernels: 16-bit and FP8."""

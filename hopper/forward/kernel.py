@@ -1,0 +1,791 @@
+"""Forward attention on sm_90a: O = softmax(softmax_scale * Q K^T) V and its log-sum-exp.
+
+FlashAttention-3's structure (arXiv 2407.08608); a tile is `tile_m` query rows of one head.  Blocks
+are persistent: each takes tile after tile from a counter (tile_queue.py).
+
+Layouts    Q, O (batch, seqlen_q, heads, d); K, V (batch, seqlen_k, heads_kv, d); bf16 or fp16, last
+           dimension contiguous, other strides any multiple of 16 bytes.  LSE (batch, heads,
+           seqlen_q) float32, natural log.  Query head h reads key head h // (heads / heads_kv).
+           Columns beyond a tensor's d are loaded as zeros and not stored.
+           Packed sequences (varlen) are the rows of one batch entry.  float32 O is passed as
+           pairs of 16-bit columns.  Where the heads of a group share tiles (`group`, varlen
+           instances only), a tile's rows are `group` heads of each position.
+
+Roles      warpgroup 0     producer; its first warp issues every load, the others idle
+           warpgroup 1..W  consumers, 64 query rows each; registers by `setmaxnreg` (config.py)
+
+Pipelines  name  stages  full                   empty: 4 W arrivals, one a consumer warp
+           Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been read by its store
+           K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
+           tile  2       1 arrival              at the end of the tile that it describes
+
+Timeline   of consumer w and tile, key blocks j from last to first ("token": named_barriers.py)
+
+             wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
+             for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
+                     wait S, release K(j) | mask, maxima | if one has grown: the quads', factors
+                     exponentials | wait O, release V(j+1) | P | rescale O, if one has grown
+             issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
+
+           Q is released at the end, or, if it has two stages, during the next tile's first GEMM.
+
+           The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
+           Within a consumer, maxima of block j run under O += P V(j+1), the exponentials behind
+           it: ptxas moves the wait up.  Held above the wait they made forward 2 to 5 % slower at
+           16k keys, up to 20 % at 1k (H100); the wait before the factors, 3 to 7 % (H200).
+           Between tiles nothing stops: the producer is ahead with the next tile's Q and K.
+
+Store      each warp writes its 16 rows of O where its 16 rows of Q were (only its own WGMMAs read
+           them, and it has waited for those) and stores them by TMA: no barrier.  Where O is wider
+           than Q it has a buffer of its own.  From registers are stored: rows at the end of a
+           packed sequence (TMA would overwrite the next one), rows of several heads, and float32.
+           Rows of several heads are also loaded without TMA, by the consumers.
+
+Shared memory: barriers, what tiles are, `q_stages` Q (O), `stages` K and V;
+`ForwardConfig.shared_memory_bytes`.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, Optional
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+from hopper_attention.cute_kernels.masks.apply import Mask
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arithmetic import minimum
+from hopper_attention.cute_kernels.primitives.fragments import (
+    PackedFragment,
+    opaque,
+    pin,
+    rows_and_columns,
+)
+from hopper_attention.cute_kernels.primitives.memory import read
+from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
+from hopper_attention.cute_kernels.scheduling.sequence import EqualLengths, Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.tile_queue import STAGES as TILE_STAGES
+from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
+from hopper_attention.cute_kernels.softmax.online import (
+    LOG2_E,
+    OnlineSoftmax,
+    Part,
+    cap,
+    scale_rows,
+)
+from hopper_attention.hopper.forward.config import ForwardConfig
+from hopper_attention.hopper.forward.output import Output
+from hopper_attention.hopper.forward.roles import (
+    NO_MORE,
+    WORDS,
+    Fragments,
+    Mmas,
+    Pipelines,
+    Problem,
+    Tensors,
+    Tiles,
+    Tma,
+    Work,
+    coordinates_of,
+    state_after,
+)
+from hopper_attention.hopper.primitives import wgmma
+from hopper_attention.hopper.primitives.named_barriers import (
+    Barrier,
+    GemmTurns,
+    NoTurns,
+    consumer_warpgroup,
+)
+from hopper_attention.hopper.primitives.tma import load_stage, partition, permute
+from hopper_attention.hopper.primitives.zero_fill import clear_tail
+
+GATHERS = 4
+"""Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
+
+
+class Forward:
+    """The kernel of one `ForwardConfig`: `__call__` on the host, `kernel` and roles on a GPU."""
+
+    def __init__(self, config: ForwardConfig):
+        self.cfg = config
+        self.dtype = DTYPES[config.dtype]
+        self.output = Output(config, self.dtype)
+
+    def example_arguments(self) -> tuple:
+        """What `__call__` is compiled for, without the stream."""
+        softcap = Float32(1.0) if self.cfg.softcap else None
+        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
+        lengths = (Int64(0),) * 4 + (Int32(1),) * 2 if self.cfg.varlen else (None,) * 6
+        operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
+        rest = (Int32(0), Int64(0), Int32(1))
+        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *rest)
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        softmax_scale: Float32,
+        learnable_sink: Int64,
+        softcap: Optional[Float32],
+        window_left: Optional[Int32],
+        window_right: Optional[Int32],
+        attention_chunk: Optional[Int32],
+        cu_seqlens_q: Optional[Int64],
+        cu_seqlens_k: Optional[Int64],
+        seqused_q: Optional[Int64],
+        seqused_k: Optional[Int64],
+        num_sequences: Optional[Int32],
+        qheads_per_tile: Optional[Int32],
+        output_type: Int32,
+        tile_counter: Int64,
+        max_blocks: Int32,
+        stream: cuda.CUstream,
+    ):
+        mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
+        mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
+        self.launch(
+            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
+            (window_left, window_right, attention_chunk), lengths, qheads_per_tile,
+            output_type, (tile_counter, max_blocks), None, stream,
+        )  # fmt: skip
+
+    def launch(
+        self,
+        tensors: tuple,
+        scales: tuple,
+        learnable_sink: Int64,
+        window: tuple,
+        lengths: tuple,
+        qheads_per_tile: Optional[Int32],
+        output_type: Int32,
+        queue: tuple,
+        scaling: Any,
+        stream: cuda.CUstream,
+    ) -> None:
+        """`__call__` with Q, K, O as (seqlen, d, heads, batch), V as (d, seqlen, heads, batch)."""
+        cfg = self.cfg
+        (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap) = tensors, scales
+        seqlen_q, _, heads, entries = mQ.shape
+        seqlen_k, _, heads_kv, _ = mK.shape
+        group = qheads_per_tile if cfg.packs_heads else Int32(1)
+        if cfg.varlen:
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences = lengths
+            queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+            keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
+            rows = entries * seqlen_q * group
+            scheduler = VarlenScheduler(
+                queries, num_sequences, heads // group, rows, cfg.tile_m, group
+            )
+        else:
+            queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
+            key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
+            scheduler = DenseScheduler.create(
+                seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
+            )
+        capped, scale = self.capped(softmax_scale, softcap)
+        problem = Problem(
+            queries=queries,
+            keys=keys,
+            group=group,
+            tiles_per_kvhead=heads // heads_kv // group,
+            scale_log2=scale * LOG2_E,
+            softcap=capped,
+            window=window if cfg.mask == "local" else None,
+            sink=learnable_sink,
+            scaling=scaling,
+            output_type=output_type,
+        )
+        tensors = Tensors(mQ if cfg.packs_heads else None, mO, mLSE)
+        tma, (tile_counter, max_blocks) = self.tma(mQ, mK, mV, mO), queue
+        self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
+            grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
+        )
+
+    def tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor) -> Tma:
+        """Of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
+        cfg = self.cfg
+        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
+        return Tma(
+            make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
+            make(load, mK, layout_k, (cfg.tile_n, cfg.head_dim)),
+            make(load, mV, layout_v, (cfg.head_dim_v, cfg.tile_n)),
+            self.output.tma(mO),
+        )
+
+    def capped(self, softmax_scale: Float32, softcap: Optional[Float32]) -> tuple:
+        """Factors of `softmax.cap`, if there is one, and of the scores after it."""
+        if self.cfg.softcap:
+            return (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
+        return None, softmax_scale
+
+    def tiled_mmas(self) -> Mmas:
+        cfg, dtype, k, mn = self.cfg, self.dtype, OperandMajorMode.K, OperandMajorMode.MN
+        make, warpgroups = sm90.make_trivial_tiled_mma, (self.cfg.warpgroups, 1, 1)
+        registers = warpgroup.OperandSource.RMEM
+        return Mmas(
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_n)),
+            make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim_v), registers),
+        )
+
+    def shared_layouts(self) -> tuple:
+        """Swizzled layouts of Q, K, V and O with their stages."""
+        cfg, row, column = self.cfg, LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
+        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
+        q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
+        k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
+        v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
+        return q, k, v, self.output.layout()
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma: Tma,
+        tensors: Tensors,
+        problem: Problem,
+        scheduler: Any,
+        tile_counter: Int64,
+        mmas: Mmas,
+    ):
+        cfg = self.cfg
+        storage_type = self.shared_storage()
+        assert storage_type.__sizeof__() == cfg.shared_memory_bytes, storage_type.__sizeof__()
+        storage = SmemAllocator().allocate(storage_type)
+        layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
+        output = storage.q if cfg.output_over_q else storage.o
+        scales = None
+        if const_expr(cfg.scale_bytes > 0):
+            scales = storage.scales.get_tensor(cute.make_layout((cfg.scale_bytes // 4, cfg.stages)))
+        tiles = Tiles(
+            storage.q.get_tensor(layout_q.outer, swizzle=layout_q.inner),
+            storage.k.get_tensor(layout_k.outer, swizzle=layout_k.inner),
+            storage.v.get_tensor(layout_v.outer, swizzle=layout_v.inner),
+            output.get_tensor(layout_o.outer, swizzle=layout_o.inner),
+            scales,
+        )
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_index == 0:
+            for info in (tma.q, tma.k, tma.v, tma.o):
+                cpasync.prefetch_descriptor(info.atom)
+        pipelines = self.make_pipelines(storage, tile_counter)
+        if warp_index < 4:
+            cute.arch.setmaxregister_decrease(cfg.registers.producer)
+            if warp_index == 0:
+                self.produce(tma, tiles, pipelines, problem, scheduler)
+        else:
+            cute.arch.setmaxregister_increase(cfg.registers.consumer)
+            v_start = storage.v.data_ptr()
+            turns = GemmTurns.start(cfg.warpgroups) if cfg.turns else NoTurns()
+            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, turns)
+
+    # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv, rescale,
+    # clear_tail.
+
+    def statistics(self, problem: Problem) -> OnlineSoftmax:
+        return OnlineSoftmax.create(2, scale_log2=problem.scale_log2, integer_maxima=True)
+
+    def fragment_p(self, acc_s: cute.Tensor) -> PackedFragment:
+        return PackedFragment.like(acc_s, self.dtype)
+
+    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
+        return acc_o
+
+    def load_scales(
+        self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
+    ) -> None:
+        """What comes to shared memory beside a block of K, in the same stage."""
+
+    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Any:
+        """What `parts` has to know of a tile."""
+
+    def read_scales(self, scales: Any, stage: Int32, n_block: Int32) -> Any:
+        """Of a key block in a stage of K."""
+
+    def parts(self, problem: Problem, scales: Any, of_block: Any) -> tuple[Part, ...]:
+        """Of a key block, by what its scores are scaled; `of_block`: from `read_scales`."""
+        inner = problem.softcap[0] if self.cfg.softcap else None
+        return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
+
+    def values_offset(self, problem: Problem, work: Work) -> Int32:
+        """V's column of a sequence's first key."""
+        return work.keys.offset
+
+    def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work) -> None:
+        """Scales of V, into the factors of O's rows."""
+
+    @cute.jit
+    def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
+        """By the producer warp."""
+        cfg = self.cfg
+        tile = scheduler.tile(number)
+        batch = tile.batch
+        if const_expr(cfg.varlen):
+            batch = minimum(batch, scheduler.batch - 1)
+        queries, keys = problem.queries.of(batch), problem.keys.of(batch)
+        if const_expr(cfg.varlen):
+            # A number left over: no rows.
+            rows = queries.length if tile.batch < scheduler.batch else Int32(0)
+            queries = Sequence(queries.batch, queries.offset, rows)
+        visibility = self.visibility(problem, queries, keys)
+        group = self.group(problem)
+        blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n, group)
+        if const_expr(cfg.varlen):
+            end = blocks.end if queries.length > 0 else blocks.first
+            blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
+        rows = Rows(group, tile.head * group, tile.m_block * cfg.tile_m)
+        return Work(tile, queries, keys, blocks, rows)
+
+    def visibility(self, problem: Problem, queries: Sequence, keys: Sequence) -> Visibility:
+        window = problem.window if self.cfg.mask == "local" else ()
+        return Visibility(self.cfg.mask, queries.length, keys.length, *window)
+
+    def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
+        """By consumers, of their tile number `count`: what the producer has found."""
+        words = queue.words(state_after(count, TILE_STAGES))
+        work = Work.of(words, self.group(problem), self.cfg.tile_m)
+        if self.cfg.mask == "local":
+            return work
+        first = Int32(0)  # known, it needs no register
+        blocks = BlockRange(first, work.blocks.end, first, work.blocks.unmasked_end)
+        return replace(work, blocks=blocks)
+
+    def shared_storage(self):
+        cfg = self.cfg
+        layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
+
+        def buffer(layout, dtype=self.dtype, used=True):
+            size = cute.cosize(layout) if used else 0
+            return cute.struct.Align[cute.struct.MemRange[dtype, size], 1024]
+
+        @cute.struct
+        class Storage:
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.q_stages]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
+            v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
+            tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
+            tile_words: cute.struct.MemRange[Int32, WORDS * TILE_STAGES]
+            scales: cute.struct.Align[
+                cute.struct.MemRange[Float32, cfg.scale_bytes // 4 * cfg.stages], 16
+            ]
+            q: buffer(layout_q)
+            k: buffer(layout_k)
+            v: buffer(layout_v)
+            o: buffer(layout_o, self.output.dtype, not cfg.output_over_q)
+
+        return Storage
+
+    def make_pipelines(self, storage, tile_counter: Int64) -> Pipelines:
+        cfg, element_bytes = self.cfg, self.dtype.width // 8
+        group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
+
+        def make(barriers, stages, elements, last=False, more_bytes=0):
+            return pipeline.PipelineTmaAsync.create(
+                num_stages=stages,
+                producer_group=group(thread),
+                consumer_group=group(thread, 4 * cfg.warpgroups),
+                tx_count=elements * element_bytes + more_bytes,
+                barrier_storage=barriers.data_ptr(),
+                defer_sync=not last,  # the last one fences and synchronises for all
+            )
+
+        k_elements = cfg.tile_n * cfg.head_dim
+        words = storage.tile_words.get_tensor(cute.make_layout((WORDS, TILE_STAGES)))
+        queue = TileQueue.create(
+            tile_counter, words, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
+        )
+        return Pipelines(
+            make(storage.q_barriers, cfg.q_stages, cfg.tile_m * cfg.head_dim),
+            make(storage.k_barriers, cfg.stages, k_elements, more_bytes=cfg.scale_bytes),
+            make(storage.v_barriers, cfg.stages, cfg.tile_n * cfg.head_dim_v, last=True),
+            queue,
+        )
+
+    @cute.jit
+    def produce(
+        self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, scheduler: Any
+    ):
+        """Producer warp: the loads of tile after tile, and what each tile is for the consumers."""
+        q_state, k_state, tile_state = (
+            pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+            for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
+        )
+        number = cute.arch.block_idx()[0]
+        while number < scheduler.tiles:
+            following = pipelines.tiles.take()
+            work = self.find_work(problem, scheduler, number)
+            pipelines.tiles.publish(tile_state, work.words())
+            q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
+            tile_state.advance()
+            number = following
+        pipelines.tiles.publish(tile_state, [Int32(NO_MORE)])
+        tile_state.advance()
+        # All that was loaded and published has been consumed before the block counts as finished.
+        pipelines.q.producer_tail(q_state)
+        pipelines.k.producer_tail(k_state.clone())
+        pipelines.v.producer_tail(k_state)
+        pipelines.tiles.pipe.producer_tail(tile_state)
+        pipelines.tiles.finish()
+
+    @cute.jit
+    def load(
+        self,
+        tma: Tma,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+    ):
+        """One tile: K(last), Q, then K(j), V(j + 1) downwards, then V(first); the states of Q, K.
+
+        Q is loaded for a tile without keys, too: its buffer is where O is staged.
+        """
+        cfg, queries, keys = self.cfg, work.queries, work.keys
+        head_kv = work.tile.head // problem.tiles_per_kvhead
+        mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
+        mK = tma.k.tma_tensor[None, None, head_kv, keys.batch]
+        mV = tma.v.tma_tensor[None, None, head_kv, keys.batch]
+        mQ = cute.domain_offset((queries.offset, 0), mQ)
+        mK = cute.domain_offset((keys.offset, 0), mK)
+        mV = cute.domain_offset((0, self.values_offset(problem, work)), mV)
+        gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (work.tile.m_block, 0))
+        gK = cute.local_tile(mK, (cfg.tile_n, cfg.head_dim), (None, 0))
+        gV = cute.local_tile(mV, (cfg.head_dim_v, cfg.tile_n), (0, None))
+        sQ, gQ = partition(tma.q, tiles.q, gQ)
+        sK, gK = partition(tma.k, tiles.k, gK)
+        sV, gV = partition(tma.v, tiles.v, gV)
+        k, v, last = pipelines.k, pipelines.v, work.blocks.end - 1
+        v_state = k_state.clone()
+        if last >= work.blocks.first:
+            load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
+            self.load_scales(problem, work, tiles, k, k_state, last)
+            k_state.advance()
+        if self.group(problem) == 1:
+            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
+            q_state.advance()
+        for i in cutlass.range(last - work.blocks.first, unroll=1):
+            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
+            self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
+            k_state.advance()
+            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
+            v_state.advance()
+        if last >= work.blocks.first:
+            load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
+        return q_state, k_state
+
+    @cute.jit
+    def consume(
+        self,
+        mmas: Mmas,
+        tma_o: cpasync.TmaInfo,
+        tensors: Tensors,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        v_start: cute.Pointer,
+        turns: GemmTurns | NoTurns,
+    ):
+        """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
+        cfg = self.cfg
+        # Descriptors from the warpgroup's first thread: warp-uniform, so in uniform registers.
+        first = consumer_warpgroup() * 128
+        uniform_qk, uniform_pv = mmas.qk.get_slice(first), mmas.pv.get_slice(first)
+        shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
+        shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim_v))
+        acc_s = cute.make_rmem_tensor(shape_s, Float32)
+        acc_o = cute.make_rmem_tensor(shape_o, Float32)
+        fragments = Fragments(
+            q=wgmma.Operand.of(uniform_qk.partition_A(tiles.q)),
+            k=wgmma.Operand.of(uniform_qk.partition_B(tiles.k)),
+            v=wgmma.Operand.of(uniform_pv.partition_B(tiles.v)),
+            p=self.fragment_p(acc_s),
+            acc_s=acc_s,
+            acc_o=acc_o,
+            acc_pv=self.accumulator_pv(acc_o),
+        )
+        softmax = self.statistics(problem)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
+        queue, count = pipelines.tiles, Int32(0)
+        late = Boolean(False)  # whether the Q of the tile before is still to be released
+        queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
+        while queue.words(state_after(count, TILE_STAGES))[0] != NO_MORE:
+            q_state = state_after(count, cfg.q_stages)
+            work = self.current_work(problem, queue, count)
+            softmax.reset()
+            fragments.acc_o.fill(0.0)
+            fragments.acc_pv.fill(0.0)
+            group = self.group(problem)
+            if const_expr(cfg.packs_heads):
+                if group != 1:
+                    self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
+            if group == 1:
+                pipelines.q.consumer_wait(q_state)
+            if work.blocks.end > work.blocks.first:
+                k_state = self.attend(
+                    mmas, fragments, tiles, pipelines, softmax, turns, problem, work, v_start,
+                    count, k_state, late,
+                )  # fmt: skip
+            else:
+                if late:
+                    self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
+                softmax.finish(self.read_sinks(mmas, problem, work))
+
+            # Looked up again, and not kept in registers that the main loop needs.
+            work, q_state = (
+                self.current_work(problem, queue, count),
+                state_after(count, cfg.q_stages),
+            )
+            self.output.store_lse(softmax.lse, tensors.lse, mmas, work)
+            sO = tiles.o[None, None, q_state.index if cfg.output_over_q else 0]
+            self.output.store(fragments.acc_o, mmas.pv, sO, tma_o, tensors.o, problem, work)
+            if const_expr(cfg.releases_late):
+                late = group == 1
+            elif group == 1:
+                self.release_queries(pipelines.q, q_state)
+            queue.release(state_after(count, TILE_STAGES))
+            count += 1
+            queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
+        queue.release(state_after(count, TILE_STAGES))
+        if late:
+            self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
+        if const_expr(not cfg.output_over_q):  # else the last release has waited
+            self.output.finish()  # shared memory is not the block's any more when it ends
+
+    @cute.jit
+    def attend(
+        self,
+        mmas: Mmas,
+        fragments: Fragments,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        softmax: OnlineSoftmax,
+        turns: GemmTurns | NoTurns,
+        problem: Problem,
+        work: Work,
+        v_start: cute.Pointer,
+        count: Int32,
+        k_state: pipeline.PipelineState,
+        late: Boolean,
+    ):
+        """All key blocks, last to first; leaves the normalised O in acc_o, the LSE in softmax.
+
+        `late`: the Q of the tile before is still to be released.
+        Returns the state of K, and of V, behind the last block.
+        """
+        cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
+        v_state = k_state.clone()  # one block behind: V uses the stage that K used before
+        q_block = fragments.q.stage(state_after(count, cfg.q_stages).index)
+        visibility = self.visibility(problem, work.queries, work.keys)
+        coordinates = coordinates_of(mmas.qk, (cfg.tile_m, cfg.tile_n))
+        mask = Mask(visibility, coordinates, work.rows, cfg.tile_n)
+
+        last = blocks.end - 1
+        scales = self.scales(tiles, problem, work)
+        pipelines.k.consumer_wait(k_state)
+        k_block = fragments.k.stage(k_state.index)
+        wgmma.issue(acc_s, q_block, k_block, accumulate=False)
+        if late:
+            self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
+        of_block = self.read_scales(scales, k_state.index, last)
+        warpgroup.wait_group(0)
+        pin(acc_s)
+        parts = self.parts(problem, scales, of_block)
+        pipelines.k.consumer_release(k_state)
+        scores = self.masked_scores(acc_s, problem, parts, mask, last)
+        softmax.begin(softmax.maxima(scores, parts, masked=True))
+        k_state.advance()
+        softmax.exponentiate(scores, parts, first=True)
+        fragments.p.convert(acc_s)
+        if const_expr(cfg.varlen):
+            self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
+
+        step = partial(self.step, fragments, q_block, pipelines, softmax, turns, problem, scales)
+        unmasked_end = minimum(blocks.unmasked_end, last)
+        unmasked_first = minimum(blocks.unmasked_first, last)
+        if const_expr(cfg.mask != "full"):
+            for i in cutlass.range(opaque(last - unmasked_end), unroll=1):
+                k_state, v_state = step(k_state, v_state, mask, last - 1 - i)
+        for i in cutlass.range(opaque(unmasked_end - unmasked_first), unroll=1):
+            k_state, v_state = step(k_state, v_state, None, unmasked_end - 1 - i)
+        if const_expr(cfg.mask == "local"):
+            blocks = self.current_work(problem, pipelines.tiles, count).blocks
+            for i in cutlass.range(opaque(unmasked_first - blocks.first), unroll=1):
+                k_state, v_state = step(k_state, v_state, mask, unmasked_first - 1 - i)
+
+        pipelines.v.consumer_wait(v_state)
+        self.issue_pv(fragments, fragments.v.stage(v_state.index), problem, blocks.first)
+        work = self.current_work(problem, pipelines.tiles, count)
+        factors = softmax.finish(self.read_sinks(mmas, problem, work))
+        self.finish_pv(fragments, problem, Int32(0))
+        pipelines.v.consumer_release(v_state)
+        self.descale_output(factors, problem, work)
+        scale_rows(rows_and_columns(acc_o), factors)
+        return k_state
+
+    @cute.jit
+    def step(
+        self,
+        fragments: Fragments,
+        q_block: cute.Tensor,
+        pipelines: Pipelines,
+        softmax: OnlineSoftmax,
+        turns: GemmTurns | NoTurns,
+        problem: Problem,
+        scales: Any,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        mask: Optional[Mask],
+        n_block: Int32,
+    ):
+        """S and softmax of one key block beside O += P V of the block before; states advanced."""
+        acc_s, masked = fragments.acc_s, mask is not None
+        k_block = fragments.k.stage(k_state.index)
+        v_block = fragments.v.stage(v_state.index)
+        k_ready = pipelines.k.consumer_try_wait(k_state)  # beside V's: either takes a while
+        v_ready = pipelines.v.consumer_try_wait(v_state)
+        pipelines.k.consumer_wait(k_state, k_ready)
+        turns.wait()
+        of_block = self.read_scales(scales, k_state.index, n_block)
+        wgmma.issue(acc_s, q_block, k_block, accumulate=False)
+        pipelines.v.consumer_wait(v_state, v_ready)
+        self.issue_pv(fragments, v_block, problem, n_block + 1)
+        turns.give()
+        warpgroup.wait_group(1)
+        pin(acc_s)
+        parts = self.parts(problem, scales, of_block)
+        pipelines.k.consumer_release(k_state)
+        scores = self.masked_scores(acc_s, problem, parts, mask, n_block)
+        maxima = softmax.maxima(scores, parts, masked)
+        factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
+        if grown:
+            softmax.raise_to(maxima, factors, scores, parts, masked)
+        softmax.exponentiate(scores, parts, first=False)
+        self.finish_pv(fragments, problem, n_block + 1)
+        pipelines.v.consumer_release(v_state)
+        fragments.p.convert(acc_s)
+        if grown:
+            self.rescale(fragments, factors)
+        following = k_state.clone()
+        following.advance()
+        return following, k_state
+
+    @cute.jit
+    def issue_pv(
+        self, fragments: Fragments, v_block: wgmma.Operand, problem: Problem, n_block: Int32
+    ):
+        wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
+
+    @cute.jit
+    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+        """Waits for the last group, P V of `n_block`; O has it then."""
+        warpgroup.wait_group(0)
+        pin(fragments.acc_pv)
+
+    @cute.jit
+    def rescale(self, fragments: Fragments, factors: cute.Tensor):
+        """What was added up so far, when a maximum has grown."""
+        scale_rows(rows_and_columns(fragments.acc_o), factors)
+
+    @cute.jit
+    def masked_scores(
+        self,
+        acc_s: cute.Tensor,
+        problem: Problem,
+        parts: tuple[Part, ...],
+        mask: Optional[Mask],
+        n_block: Int32,
+    ) -> cute.Tensor:
+        """S of one key block, capped and masked in place, as (rows, columns)."""
+        scores = rows_and_columns(acc_s)
+        if const_expr(self.cfg.softcap):
+            for part in parts:
+                cap(part.of(scores), part.inner, problem.softcap[1])
+        if const_expr(mask is not None):
+            mask.apply(scores, n_block)
+        return scores
+
+    @cute.jit
+    def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):
+        """Rows of a stage of V behind the last key, of which P is 0."""
+        cfg = self.cfg
+        tile = (cfg.tile_n, cfg.head_dim_v)
+        if valid < cfg.tile_n:
+            pipe.consumer_wait(state)
+            start = v_start + state.index * (tile[0] * tile[1])
+            thread, threads = cute.arch.thread_idx()[0] - 128, 128 * cfg.warpgroups
+            clear_tail(start, tile, self.output.span, valid, thread, threads, Barrier.CONSUMERS)
+
+    @cute.jit
+    def read_sinks(self, mmas: Mmas, problem: Problem, work: Work) -> cute.Tensor:
+        """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
+        sinks_log2 = cute.make_rmem_tensor((2,), Float32)
+        sinks_log2.fill(-Float32.inf)
+        if problem.sink != 0:
+            coordinates = coordinates_of(mmas.qk, (self.cfg.tile_m, self.cfg.tile_n))
+            for i in cutlass.range_constexpr(2):
+                head = work.rows.head(coordinates[i, 0][0])
+                sinks_log2[i] = read(Float32, problem.sink, head) * LOG2_E
+        return sinks_log2
+
+    @cute.jit
+    def release_queries(self, pipe, state: pipeline.PipelineState):
+        """By each warp, when the store of the O that it staged there has read it."""
+        if const_expr(self.cfg.output_over_q):
+            self.output.finish()
+        pipe.consumer_release(state)
+
+    def group(self, problem: Problem) -> Int32:
+        """Heads that share tiles; where there is one, TMA loads and stores them."""
+        return problem.group if self.cfg.packs_heads else Int32(1)
+
+    @cute.jit
+    def gather_queries(self, mQ: cute.Tensor, sQ: cute.Tensor, work: Work):
+        """Rows of a group's heads to where TMA would put a tile of Q; each warp its own 16."""
+        cfg = self.cfg
+        warpgroup_threads = partial(
+            cute.arch.barrier,
+            barrier_id=Barrier.QUERIES + consumer_warpgroup(),
+            number_of_threads=128,
+        )
+        warpgroup_threads()  # the GEMMs that read the tile before are done
+        chunks = cfg.head_dim // 8  # of 16 bytes
+        first_row = 16 * (cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4)
+        vectors = cute.zipped_divide(sQ, (1, 8))
+        lane = opaque(cute.arch.lane_idx())  # as `consumer_thread`
+        for start in cutlass.range_constexpr(0, 16 * chunks, 32 * GATHERS):
+            places = [start + 32 * i for i in range(GATHERS) if start + 32 * i < 16 * chunks]
+            places = [place + lane for place in places]
+            places = [(first_row + place // chunks, place % chunks) for place in places]
+            loaded = [self.load_query(mQ, work, row, 8 * chunk) for row, chunk in places]
+            for place, values in zip(places, loaded):
+                cute.autovec_copy(values, vectors[(None, place)])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        warpgroup_threads()
+
+    @cute.jit
+    def load_query(self, mQ: cute.Tensor, work: Work, row: Int32, column: Int32) -> cute.Tensor:
+        """16 bytes of a tile's row, zeros where there are none."""
+        queries, position = work.queries, work.rows.position(row)
+        values = cute.make_rmem_tensor((8,), self.dtype)
+        values.fill(0.0)
+        if position < queries.length and column < mQ.shape[1]:
+            gQ = mQ[queries.offset + position, None, work.rows.head(row), queries.batch]
+            place = (gQ.iterator + column).align(16)
+            cute.autovec_copy(cute.make_tensor(place, cute.make_layout(8)), values)
+        return values

@@ -1,0 +1,269 @@
+"""Forward attention of FP8 tensors on sm_90a: `kernel.py` with QGMMA for both GEMMs.
+
+Roles, pipelines and timeline are those of kernel.py.  Otherwise:
+
+Layouts    Q (batch, seqlen_q, heads, d), K (batch, seqlen_k, heads_kv, d) e4m3; V transposed,
+           (batch, heads_kv, dv, keys), keys a multiple of 16 and zeros behind the last, since FP8
+           WGMMA reads operands with contiguous K only; and in every 16 keys interleaved as P lies
+           in registers (`Fp8Fragment`), so that P needs no shuffles.  Packed sequences start there
+           at multiples of 128 (`values_offset`), with zeros behind each of them, too.  O bf16,
+           fp16, float32, or e4m3 divided by a scale.
+
+Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  A consumer has
+           64 rows of Q, so its factor is one number.  Those of 64 keys go into the factor in exp2's
+           argument.  V's is split: the largest of a head normalises O, and how far theirs is below
+           it is taken from their P (exp2's argument again); row sums take it back.  So no scale
+           costs an instruction an element, but where P comes in halves one for two: the sums need
+           those before V's scale.  The producer loads scales with the
+           block of K: read from global memory by consumers, they held up their GEMMs.
+
+P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
+           offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
+
+           Up to d128 half of the exponentials are computed in half precision, without MUFU
+           (`exp2_f16x2.py`): there MUFU would take as long as both GEMMs.
+
+Turns      are not taken: GEMMs take half as long as those of 16 bits, softmax as long.
+
+Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
+           section 3.3.2).  Then P V of each key block, or of 2, 4, ... successive ones, goes to
+           accumulators of its own, which are added to O in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from hopper_attention.cute_kernels.primitives.arithmetic import minimum
+from hopper_attention.cute_kernels.primitives.fragments import Fp8Fragment, pin, rows_and_columns
+from hopper_attention.cute_kernels.primitives.memory import read
+from hopper_attention.cute_kernels.primitives.types import key_scales, row_statistics, strided
+from hopper_attention.cute_kernels.softmax.online import Part, scale_rows
+from hopper_attention.cute_kernels.softmax.online_fp8 import Fp8Softmax
+from hopper_attention.hopper.forward.config import ForwardFp8Config
+from hopper_attention.hopper.forward.kernel import Forward
+from hopper_attention.hopper.forward.output import Output
+from hopper_attention.hopper.forward.roles import Fragments, Mmas, Problem, Tiles, Work
+from hopper_attention.hopper.primitives import wgmma
+from hopper_attention.hopper.primitives.named_barriers import consumer_warpgroup
+from hopper_attention.hopper.primitives.tma import load_row, permute
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What quantised values must be multiplied by, and when sums become float32."""
+
+    q: cute.Tensor
+    """(sequences, heads, ceil(seqlen_q / 64))"""
+    keys: cute.Tensor
+    """(sequences, heads_kv, ceil(seqlen_k / 128), 4): for each half of the keys, K's descale and
+    how far V's is below the largest of its head, log2(descale / largest)."""
+    v: cute.Tensor
+    """(sequences, heads_kv, 1): the largest."""
+    out: Int64
+    """Address of what O is divided by, a float32; or 0."""
+    accumulate_every: Any
+    """Key blocks whose P V is summed by the tensor cores, a power of two; None: all."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of one tile and consumer."""
+
+    q: Float32
+    """With what all scores are multiplied by."""
+    keys: cute.Tensor
+    """(4, stages of K), in shared memory."""
+
+
+BLOCK = 64
+"""Rows that share a scale."""
+SEQUENCE = 128
+"""Columns of V that a packed sequence has multiples of."""
+HEADROOM = 8.0
+"""log2 of the greatest P."""
+
+
+class ForwardFp8(Forward):
+    """The kernel of one `ForwardFp8Config`."""
+
+    def __init__(self, config: ForwardFp8Config):
+        super().__init__(config)
+        self.output = Output(config, BFloat16, (Float32, Float16, self.dtype))
+
+    def example_arguments(self) -> tuple:
+        """What `__call__` is compiled for, without the stream."""
+        operands = (*(strided(self.dtype, 4) for _ in range(3)), strided(BFloat16, 4))
+        table = row_statistics(strided_rows=True)
+        descales = (table, key_scales(), table)
+        softcap = Float32(1.0) if self.cfg.softcap else None
+        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
+        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
+        every = Int32(1) if self.cfg.two_level else None
+        return (
+            *(*operands, row_statistics(), *descales),
+            *(Float32(1.0), Int64(0), softcap, *window, *lengths),
+            *(every, Int32(0), Int64(0), Int64(0), Int32(1)),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mVt: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        q_descale: cute.Tensor,
+        key_descales: cute.Tensor,
+        v_descale: cute.Tensor,
+        softmax_scale: Float32,
+        learnable_sink: Int64,
+        softcap: Optional[Float32],
+        window_left: Optional[Int32],
+        window_right: Optional[Int32],
+        attention_chunk: Optional[Int32],
+        cu_seqlens_q: Optional[Int64],
+        cu_seqlens_k: Optional[Int64],
+        seqused_q: Optional[Int64],
+        seqused_k: Optional[Int64],
+        num_sequences: Optional[Int32],
+        accumulate_every: Optional[Int32],
+        output_type: Int32,
+        out_descale: Int64,
+        tile_counter: Int64,
+        max_blocks: Int32,
+        stream: cuda.CUstream,
+    ):
+        mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
+        mV = permute(mVt, (2, 3, 1, 0))  # (d, s, h, b): N and K of the second GEMM
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
+        descales = (q_descale, key_descales, v_descale, out_descale)
+        self.launch(
+            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
+            (window_left, window_right, attention_chunk), lengths, None, output_type,
+            (tile_counter, max_blocks), Scaling(*descales, accumulate_every), stream,
+        )  # fmt: skip
+
+    def tiled_mmas(self) -> Mmas:
+        cfg, dtype, k = self.cfg, self.dtype, OperandMajorMode.K
+        make, warpgroups = sm90.make_trivial_tiled_mma, (self.cfg.warpgroups, 1, 1)
+        registers = warpgroup.OperandSource.RMEM
+        return Mmas(
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_n)),
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.head_dim_v), registers),
+        )
+
+    def shared_layouts(self) -> tuple:
+        """Swizzled layouts of Q, K, V and O with their stages."""
+        cfg, row = self.cfg, LayoutEnum.ROW_MAJOR
+        qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
+        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
+        q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
+        k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
+        v = sm90.make_smem_layout_b(row, pv, self.dtype, cfg.stages)
+        return q, k, v, self.output.layout()
+
+    def statistics(self, problem: Problem) -> Fp8Softmax:
+        halves = self.cfg.in_halves
+        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, in_halves=halves)
+
+    def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
+        return Fp8Fragment.like(acc_s, self.cfg.in_halves)
+
+    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
+        return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o
+
+    @cute.jit
+    def values_offset(self, problem: Problem, work: Work) -> Int32:
+        """Of packed keys, sequence b begins in block offset // 128 + b: room enough for each."""
+        offset = Int32(0)
+        if const_expr(self.cfg.varlen):
+            if problem.keys.cu_seqlens != 0:
+                offset = (work.keys.offset // SEQUENCE + work.tile.batch) * SEQUENCE
+        return offset
+
+    def clear_tail(self, pipe, state, v_start: cute.Pointer, valid: Int32) -> None:
+        """V has zeros behind the last key."""
+
+    @cute.jit
+    def load_scales(
+        self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
+    ):
+        """Of the 128 keys that the tile is, or is half of."""
+        head_kv = work.tile.head // problem.tiles_per_kvhead
+        pair = n_block * self.cfg.tile_n // (2 * BLOCK)
+        source = problem.scaling.keys[work.tile.batch, head_kv, pair, None]
+        load_row(source, tiles.scales[None, state.index], pipe.producer_get_barrier(state))
+
+    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Scales:
+        descales, batch, head = problem.scaling, work.tile.batch, work.tile.head
+        block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
+        last = descales.q.shape[2] - 1
+        scale = problem.softcap[0] if self.cfg.softcap else problem.scale_log2
+        return Scales(scale * descales.q[batch, head, minimum(block, last)], tiles.scales)
+
+    def read_scales(self, scales: Scales, stage: Int32, n_block: Int32) -> cute.Tensor:
+        """(2, blocks of 64 keys in the tile) in registers."""
+        values = cute.make_rmem_tensor((2, self.cfg.tile_n // BLOCK), Float32)
+        first = 0 if self.cfg.tile_n == 2 * BLOCK else n_block % 2 * 2
+        source = (scales.keys[None, stage].iterator + first).align(self.cfg.tile_n // 8)
+        cute.autovec_copy(cute.make_tensor(source, values.layout), values)
+        return values
+
+    def parts(self, problem: Problem, scales: Scales, of_block: cute.Tensor) -> tuple[Part, ...]:
+        pin(of_block)  # else ptxas multiplies them, and waits for them, between the WGMMAs of P V
+        columns, found = BLOCK // 4, []
+        for i in range(cute.size(of_block, mode=[1])):
+            factor, shift = scales.q * of_block[0, i], of_block[1, i]
+            scale_log2, inner = (problem.scale_log2, factor) if self.cfg.softcap else (factor, None)
+            weight = cute.math.exp2(-shift, fastmath=True)
+            own = range(i * columns, (i + 1) * columns)
+            found.append(Part(own, scale_log2, HEADROOM + shift, weight, inner))
+        return tuple(found)
+
+    @cute.jit
+    def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work):
+        scaling = problem.scaling
+        factor = scaling.v[work.tile.batch, work.tile.head // problem.tiles_per_kvhead, 0]
+        if scaling.out != 0:
+            factor = factor / read(Float32, scaling.out, Int32(0))
+        for i in cutlass.range_constexpr(cute.size(factors)):
+            factors[i] = factors[i] * factor
+
+    @cute.jit
+    def issue_pv(
+        self, fragments: Fragments, v_block: wgmma.Operand, problem: Problem, n_block: Int32
+    ):
+        if const_expr(self.cfg.two_level):
+            # Of the block after, which came before; the first one finds zeros.
+            begun = not self.sums_end(problem, n_block + 1)
+            wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=begun)
+        else:
+            wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
+
+    @cute.jit
+    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+        """Waits for the last group, P V of `n_block`; O has it then, or when the sums end."""
+        warpgroup.wait_group(0)
+        pin(fragments.acc_pv)
+        if const_expr(self.cfg.two_level):
+            if self.sums_end(problem, n_block):
+                for i in cutlass.range_constexpr(cute.size(fragments.acc_o)):
+                    fragments.acc_o[i] = fragments.acc_o[i] + fragments.acc_pv[i]
+
+    @cute.jit
+    def rescale(self, fragments: Fragments, factors: cute.Tensor):
+        scale_rows(rows_and_columns(fragments.acc_o), factors)
+        if const_expr(self.cfg.two_level):
+            scale_rows(rows_and_columns(fragments.acc_pv), factors)
+
+    def sums_end(self, problem: Problem, n_block: Int32) -> Boolean:
+        """Whether P V of this key block is the last of those that are summed together."""
+        return n_block & (problem.scaling.accumulate_every - 1) == 0

@@ -1,0 +1,1 @@
+"""Hopper's instructions, and the small pieces that several kernels are made of."""
