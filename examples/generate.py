@@ -19,7 +19,7 @@ from gpt import checkpoint as checkpoints
 from gpt.data import BOUNDARY, Packing
 from gpt.model import GPT, GPTConfig
 from hopper_attention import flash_attn_func
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 
 class CachedAttention:

@@ -31,8 +31,8 @@ from gpt.data import Batch, Corpus, TokenStream, read_documents, split
 from gpt.model import GPT, SIZES, GPTConfig
 from gpt.report import Report
 from gpt.stopwatch import TimedAttention
-from hopper_attention import runtime
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import target
+from hopper_attention.errors import Refusal
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.1
@@ -333,7 +333,7 @@ def choose_device(attention: Kind) -> str:
         return "cpu"
     if attention is Kind.HOPPER:
         try:
-            runtime.check_gpu(torch.device("cuda", torch.cuda.current_device()))
+            target.check_gpu(torch.device("cuda", torch.cuda.current_device()))
         except NotImplementedError as reason:
             raise Refusal(f"{reason}; or give --device cpu, or --attention sdpa") from None
     return "cuda"

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from cases import WINDOWS
 
-from hopper_attention import backend, manifest, runtime, selection
+from hopper_attention import backend
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.launch import runtime
 
 VARIANTS = ("full", "causal", "local", "softcap")
 """Ways through one instance."""
@@ -39,7 +41,7 @@ def device_of(monkeypatch: pytest.MonkeyPatch, instance: str) -> Iterator[None]:
     """Calls inside run on the GPU that the instance is for."""
     sm90 = manifest.instances()[instance].architecture == "sm_90"
     capability = (9, 0) if sm90 else (8, 6) if "_small" in instance else (8, 0)
-    monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+    monkeypatch.setitem(target.SIMULATED, "ampere", capability)
     with backend("ampere"):
         yield
 

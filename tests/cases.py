@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention import manifest, reference
-from hopper_attention.arguments import UNBOUNDED, Mask
-from hopper_attention.numerics import (
+from hopper_attention import reference
+from hopper_attention.dispatch import manifest
+from hopper_attention.problem.values import UNBOUNDED, Mask
+from hopper_attention.reference.error import (
     FLOOR,
     Error,
     cancellation,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopper_attention import selection
+from hopper_attention.dispatch import target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ _import_aot()
 
 def _runs_on(capability: tuple[int, int] | None, kernels: str) -> bool:
     try:
-        return capability is not None and selection.choose(capability, kernels).backend == kernels
+        return capability is not None and target.choose(capability, kernels).backend == kernels
     except NotImplementedError:
         return False
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from cases import WINDOWS, Shape, offsets, random_inputs
 
-from hopper_attention import fp8, manifest, reference
-from hopper_attention.arguments import WHOLE, Lengths, Options, resolve_mask
-from hopper_attention.numerics import Error, pytorch_attention
+from hopper_attention import reference
+from hopper_attention.dispatch import manifest
+from hopper_attention.problem.values import WHOLE, Lengths, Options, resolve_mask
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
+from hopper_attention.reference.error import Error, pytorch_attention
 
 INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
 DENSE = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
@@ -50,9 +52,15 @@ def outliers(q, k, v):
     return q, k, v
 
 
+class Operands(NamedTuple):
+    q: Quantized
+    k: Quantized
+    v: Quantized
+
+
 def quantized(q, k, v, recipe, *, queries=WHOLE, keys=WHOLE, **how):
     lengths = ({"lengths": queries}, {"lengths": keys})
-    return fp8.Operands(
+    return Operands(
         stated(q, recipe, heads_kv=k.shape[-2], **lengths[0], **how),
         stated(k, recipe, **lengths[1], **how),
         stated(v, recipe, octaves=True, **lengths[1]),
@@ -61,7 +69,7 @@ def quantized(q, k, v, recipe, *, queries=WHOLE, keys=WHOLE, **how):
 
 def unscaled(q, k, v):
     """FP8 values that stand for themselves."""
-    return fp8.Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
+    return Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
 
 
 def of_sequence(operands, number, rows, keys):
@@ -74,7 +82,7 @@ def of_sequence(operands, number, rows, keys):
             block = block_rows(descale.shape[2], values.shape[0])
             descale = descale[:, :, : -(-(at.stop - at.start) // block)]
         found.append(Quantized(values[at][None], descale))
-    return fp8.Operands(*found)
+    return Operands(*found)
 
 
 def exact(operands):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.problem.values import WHOLE, Lengths
 from hopper_attention.quantize import Quantized
-from hopper_attention.quantize_statement import Sequences
+from hopper_attention.reference.quantize import Sequences
 
 HEAD_DIMS = (8, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16)

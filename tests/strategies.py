@@ -20,7 +20,7 @@ from hopper_attention import (
     flash_attn_varlen_func,
     reference,
 )
-from hopper_attention.arguments import Lengths
+from hopper_attention.problem.values import Lengths
 from hopper_attention.quantize import Recipe, spread, stated
 
 EXAMPLES = os.environ.get("HOPPER_ATTENTION_EXAMPLES")

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hopper_attention.bench import environment
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 from .kernel import Case
 from .measure import Figure, Gpu

@@ -9,8 +9,8 @@ from statistics import median
 import numpy as np
 import torch
 
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling import driver
-from hopper_attention.refusal import Refusal
 
 from .kernel import KERNEL, MAX_GROUPS, Case
 

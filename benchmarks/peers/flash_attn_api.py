@@ -17,9 +17,10 @@ from hopper_attention.benchmarks.peers.common import (
 )
 from torch import Tensor
 
-from hopper_attention import backend, selection
+from hopper_attention import backend
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.runner import Prepared
+from hopper_attention.dispatch import target
 
 REFUSALS = (ValueError, TypeError, AssertionError)
 """What these packages raise for shapes and arguments that they do not have."""
@@ -89,6 +90,6 @@ def _instance(inputs: Inputs, forced: str | None) -> str:
     """The one that dispatch takes; empty where no instance of ours would be timed."""
     with backend(forced) if forced else nullcontext():
         try:
-            return inputs.problem.instance(selection.target_for(inputs.q))
+            return inputs.problem.instance(target.target_for(inputs.q))
         except NotImplementedError:
             return ""

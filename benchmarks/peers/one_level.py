@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from hopper_attention.benchmarks.peers.common import refuse_if, without_support
 
-from hopper_attention import forward_fp8, plan
-from hopper_attention.arguments import Options
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.runner import Prepared
+from hopper_attention.dispatch import plan
+from hopper_attention.launch import forward_fp8
+from hopper_attention.problem import values
+from hopper_attention.problem.values import Options
 from hopper_attention.quantize import columns_of
 
 
@@ -28,8 +30,8 @@ class OneLevel:
             None, problem.causal, window if problem.window >= 0 else (-1, -1), 0, problem.softcap,
             None, None, None, 0, False,
         )  # fmt: skip
-        tensors = plan.Inputs(inputs.q, inputs.k, inputs.v)
-        call = plan.prepare(tensors, options, plan.Fp8(two_level=False))
+        tensors = values.Inputs(inputs.q, inputs.k, inputs.v)
+        call = plan.prepare(tensors, options, values.Fp8(two_level=False))
         one = torch.ones(1, device=inputs.q.device)
         columns = columns_of(inputs.v) if self.arranged else None
         scaling = forward_fp8.Scaling(

@@ -19,7 +19,7 @@ from hopper_attention.bench.protocol import Protocol
 from hopper_attention.bench.results import OURS
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.cli.bench import select_peers
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 from . import run as running
 from .build import Variant

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 SEPARATOR = "__"
 """Between an instance's name and its variant's."""

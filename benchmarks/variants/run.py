@@ -11,14 +11,15 @@ from unittest import mock
 
 import torch
 
-from hopper_attention import manifest, runtime
 from hopper_attention.bench.correctness import judge
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.protocol import Call, Timer
 from hopper_attention.bench.runner import Peer, Unsupported, one_line
 from hopper_attention.bench.statistics import Summary
 from hopper_attention.bench.workloads import Problem
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import manifest
+from hopper_attention.errors import Refusal
+from hopper_attention.launch import runtime
 
 from .build import FAMILY, SEPARATOR
 

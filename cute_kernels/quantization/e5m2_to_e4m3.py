@@ -1,4 +1,4 @@
-"""e5m2 to e4m3 by powers of two: x = values * factor, as quantize_statement.py states it.
+"""e5m2 to e4m3 by powers of two: x = values * factor, as reference/quantize.py states it.
 
 64 rows of a head share a factor, 2^k.  The greatest of them, 2^E to 2^(E + 1), comes to lie below
 e4m3's 448 = 1.75 * 2^8: k = E - 8.  e4m3 has a bit more than e5m2 and steps of 2^-9 where it has no

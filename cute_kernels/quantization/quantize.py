@@ -1,4 +1,4 @@
-"""Quantisation to FP8: x ~ values * descale, as quantize_statement.py states it.
+"""Quantisation to FP8: x ~ values * descale, as reference/quantize.py states it.
 
     ColumnSums, ColumnMeans   first, if the mean over a sequence is taken off (column_means.py)
     AbsMax                    then, where all rows of a head or everything share a scale, or scales

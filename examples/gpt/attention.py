@@ -16,8 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from gpt.data import Packing
 from gpt.model import Attend
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, reference, runtime
-from hopper_attention.arguments import CAUSAL, Lengths
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, reference
+from hopper_attention.dispatch import target
+from hopper_attention.problem.values import CAUSAL, Lengths
 
 # torch 2.11 takes grouped heads without being told.
 GROUPED: dict[str, Any] = (
@@ -53,11 +54,11 @@ def describe(kind: Kind, backend: SdpaBackend, device: torch.device, full: bool)
     """What will run, in words."""
     if kind is Kind.HOPPER:
         return {
-            runtime.Backend.CUDA: "hopper_attention's kernels on the GPU",
-            runtime.Backend.SIMULATOR: "hopper_attention's kernels on the simulator (very slow)",
-            runtime.Backend.REFERENCE: "flash_attn_varlen_func, which on a CPU is the reference "
+            target.Backend.CUDA: "hopper_attention's kernels on the GPU",
+            target.Backend.SIMULATOR: "hopper_attention's kernels on the simulator (very slow)",
+            target.Backend.REFERENCE: "flash_attn_varlen_func, which on a CPU is the reference "
             "(HOPPER_ATTENTION_SIMULATOR=1: the kernels on the simulator)",
-        }[runtime.backend_for(torch.empty(0, device=device))]
+        }[target.backend_for(torch.empty(0, device=device))]
     if kind is Kind.REFERENCE:
         return f"hopper_attention.reference, plain PyTorch in float32, on {device}"
     if packs(backend, device, full):

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gpt.model import GPT, GPTConfig
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 PROGRESS = "progress.json"
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 BOUNDARY = 0
 """The byte before and after every document."""

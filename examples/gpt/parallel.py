@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gpt.model import GPT
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt.report import Record
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 SMOOTHED = 9
 """Steps in a mean.  Centred: a running mean would lag behind a falling loss."""

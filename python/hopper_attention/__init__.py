@@ -2,18 +2,18 @@
 
 Tensors on such a GPU go to the compiled kernels; tensors on the CPU go to the reference
 implementation, or, inside `simulator.enabled()`, to the same kernels on a functional simulator.
-Which kernels: selection.
+Which kernels: dispatch/target.py.
 
-The way of a call: functional (signatures, arguments), ops (operator, or past it: watched), plan
-(what is checked and kept for all calls of one kind; dispatch names the instance), forward and
-backward (results, workspace, launches; or reference), runtime (the extension).  Of FP8 it is fp8,
-ops_fp8, quantize, forward_fp8.
+The way of a call leads from one folder to the next, and a feature has files of the same name in
+each of them: functional, fp8 and quantize (signatures) call torch_ops (the operator, or past it),
+which asks dispatch for the plan of all calls of one kind (what problem checks, and the instance),
+and launch runs that: results, workspaces, the extension.  Without kernels reference computes it.
 """
 
 from importlib.metadata import version
 
-from hopper_attention import ops_fp8 as ops_fp8  # registers the operators
 from hopper_attention import simulator
+from hopper_attention.dispatch.target import backend
 from hopper_attention.fp8 import attention_fp8
 from hopper_attention.functional import (
     flash_attn_func,
@@ -21,7 +21,7 @@ from hopper_attention.functional import (
     flash_attn_varlen_func,
 )
 from hopper_attention.integrations.sdpa import disable_sdpa, enable_sdpa
-from hopper_attention.selection import backend
+from hopper_attention.launch.backward import workspace_bytes
 
 __version__ = version("hopper-attention")
 
@@ -35,4 +35,5 @@ __all__ = [
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "simulator",
+    "workspace_bytes",
 ]

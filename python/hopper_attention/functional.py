@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, fp8, ops
-from hopper_attention.arguments import WHOLE, Lengths, Options
-from hopper_attention.plan import FP8_TENSORS
+from hopper_attention.problem import checks, scalars, values
+from hopper_attention.problem.values import FP8_TENSORS, WHOLE, Lengths, Options
+from hopper_attention.torch_ops import attention, fp8
 
 WindowSize = Sequence[int | None]
 Result = Tensor | tuple[Tensor, Tensor]
@@ -25,7 +25,7 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = arguments.NO_WINDOW,
+    window_size: WindowSize = values.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -92,7 +92,7 @@ def flash_attn_func(
         TypeError, ValueError: an argument is wrong by itself or does not fit the others.
         NotImplementedError: a valid combination that is not supported (yet): other dtypes and head
             dims, qv, num_splits > 1, gradients of float32 results; FP8 on Ampere; a GPU without
-            kernels (`selection.choose`).
+            kernels (`dispatch.target.choose`).
         Nothing is launched and nothing written in any of these cases.
 
     FlashAttention-3, arXiv 2407.08608.
@@ -110,7 +110,7 @@ def flash_attn_func(
     else:
         if not (q_descale is k_descale is v_descale is out_descale is None):
             _check_descales(descales)
-        result, lse = ops.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
+        result, lse = attention.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
     return (result, lse) if with_lse else result
 
 
@@ -130,7 +130,7 @@ def flash_attn_varlen_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = arguments.NO_WINDOW,
+    window_size: WindowSize = values.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -173,11 +173,11 @@ def flash_attn_varlen_func(
     """
     _check_unsupported(qv, num_splits)
     with_lse = _with_lse(return_attn_probs, return_lse)
-    bound_q = arguments.bound("max_seqlen_q", max_seqlen_q)
-    bound_k = arguments.bound("max_seqlen_k", max_seqlen_k)
+    bound_q = scalars.bound("max_seqlen_q", max_seqlen_q)
+    bound_k = scalars.bound("max_seqlen_k", max_seqlen_k)
     options = Options.of(
         softmax_scale, causal, window_size, attention_chunk, softcap,
-        arguments.packing_bound(bound_q), pack_gqa, out_dtype, sm_margin, deterministic,
+        values.packing_bound(bound_q), pack_gqa, out_dtype, sm_margin, deterministic,
     )  # fmt: skip
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
     descales = (q_descale, k_descale, v_descale, out_descale)
@@ -187,7 +187,7 @@ def flash_attn_varlen_func(
         )
     else:
         _check_descales(descales)
-        result, lse = ops.attend(q, k, v, learnable_sink, queries, keys, options, out)
+        result, lse = attention.attend(q, k, v, learnable_sink, queries, keys, options, out)
     return (result, lse) if with_lse else result
 
 
@@ -198,7 +198,7 @@ def flash_attn_qkvpacked_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: WindowSize = arguments.NO_WINDOW,
+    window_size: WindowSize = values.NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -227,7 +227,7 @@ def flash_attn_qkvpacked_func(
             )
         q, k, v = qkv.unbind(dim=2)
     else:
-        num_heads_q = arguments.integer("num_heads_q", num_heads_q, 1)
+        num_heads_q = scalars.integer("num_heads_q", num_heads_q, 1)
         heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2) if qkv.dim() == 4 else (0, 1)
         if rest or heads_kv < 1:
             raise ValueError(
@@ -258,10 +258,10 @@ def flash_attn_qkvpacked_func(
 
 def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
     """Arguments of flash-attn 3 that no kernel here serves yet."""
-    if arguments.integer("num_splits", num_splits, 0) > 1:
+    if scalars.integer("num_splits", num_splits, 0) > 1:
         raise NotImplementedError(f"num_splits={num_splits}: not supported yet; use 0 or 1")
     if qv is not None:
-        arguments.check_unsupported(qv=qv)
+        checks.check_unsupported(qv=qv)
 
 
 def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
@@ -272,5 +272,5 @@ def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
 
 
 def _with_lse(return_attn_probs: bool, return_lse: bool) -> bool:
-    probs = arguments.flag("return_attn_probs", return_attn_probs)
-    return arguments.flag("return_lse", return_lse) or probs
+    probs = scalars.flag("return_attn_probs", return_attn_probs)
+    return scalars.flag("return_lse", return_lse) or probs

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 from train_gpt import main
 
 RUN = ("--tokens", "64", "--context", "32", "--steps", "2", "--device", "cpu")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from gpt.data import BOUNDARY, Corpus, Packing, TokenStream, read_documents, split
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 documents = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=6)
 

@@ -17,7 +17,7 @@ from gpt.data import read_documents
 from gpt.model import GPTConfig
 from gpt.plot import Curve, max_difference
 from hopper_attention import simulator
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 from train_gpt import Settings, draw, train
 
 

@@ -17,7 +17,7 @@ from cases import (
 )
 
 from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, simulator
-from hopper_attention.numerics import Error
+from hopper_attention.reference.error import Error
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,9 @@ from cases import offsets
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from hopper_attention import enable_sdpa, flash_attn_func, flash_attn_varlen_func, forward
-from hopper_attention.numerics import Error
+from hopper_attention import enable_sdpa, flash_attn_func, flash_attn_varlen_func
+from hopper_attention.launch import forward
+from hopper_attention.reference.error import Error
 
 pytestmark = pytest.mark.gpu
 

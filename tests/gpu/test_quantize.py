@@ -17,7 +17,7 @@ from quantize_cases import (
     some,
 )
 
-from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.problem.values import WHOLE, Lengths
 from hopper_attention.quantize import Quantized, Recipe, columns_of, quantize, stated
 
 pytestmark = pytest.mark.gpu

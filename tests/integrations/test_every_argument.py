@@ -23,14 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 
-from hopper_attention import (
-    enable_sdpa,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    forward,
-    reference,
-)
+from hopper_attention import enable_sdpa, flash_attn_func, flash_attn_varlen_func, reference
 from hopper_attention.integrations import sdpa, transformers, vllm, xformers
+from hopper_attention.launch import forward
 
 aten = torch.ops.aten
 Arguments = dict[str, Any]

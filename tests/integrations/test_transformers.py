@@ -20,12 +20,7 @@ from hopper_attention import simulator
 transformers = pytest.importorskip("transformers")
 
 from hopper_attention.integrations import transformers_masks  # noqa: E402
-from hopper_attention.integrations.transformers import (  # noqa: E402
-    NAME,
-    attention_forward,
-    make_mask,
-    register,
-)
+from hopper_attention.integrations.transformers import NAME, attention_forward, make_mask, register  # noqa: E402
 
 register()
 SMALL = {

@@ -23,12 +23,7 @@ from transformers.masking_utils import (  # noqa: E402
     create_sliding_window_causal_mask,
 )
 
-from hopper_attention.integrations.transformers import (  # noqa: E402
-    NAME,
-    attention_forward,
-    make_mask,
-    register,
-)
+from hopper_attention.integrations.transformers import NAME, attention_forward, make_mask, register  # noqa: E402
 
 register()
 TOKENS = 9

@@ -20,12 +20,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 
 from hopper_attention.integrations import transformers as integration  # noqa: E402
-from hopper_attention.integrations.transformers import (  # noqa: E402
-    NAME,
-    attention_forward,
-    make_mask,
-    register,
-)
+from hopper_attention.integrations.transformers import NAME, attention_forward, make_mask, register  # noqa: E402
 
 register()
 LENGTH = 12

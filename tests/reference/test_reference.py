@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hopper_attention import reference
-from hopper_attention.arguments import CAUSAL, FULL, Lengths, Mask
+from hopper_attention.problem.values import CAUSAL, FULL, Lengths, Mask
 
 
 def attention(q, k, v, **arguments):
@@ -89,7 +89,7 @@ def test_query_blocks_do_not_show(monkeypatch):
     problem = {"softmax_scale": 0.2, "mask": CAUSAL}
     whole = attention(q, k, v, **problem)
     gradients = reference.gradients(q, k, v, q, **problem)
-    monkeypatch.setattr(reference, "SCORES", 7 * 50)
+    monkeypatch.setattr("hopper_attention.reference.exact.SCORES", 7 * 50)
     torch.testing.assert_close(attention(q, k, v, **problem), whole)
     torch.testing.assert_close(reference.gradients(q, k, v, q, **problem), gradients)
 

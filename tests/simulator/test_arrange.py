@@ -7,8 +7,9 @@ import torch
 from quantize_cases import check_columns, lengths_of, poisoned
 from torch import Tensor
 
-from hopper_attention import manifest, simulator
-from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention import simulator
+from hopper_attention.dispatch import manifest
+from hopper_attention.problem.values import WHOLE, Lengths
 from hopper_attention.quantize import columns_of
 
 pytestmark = [

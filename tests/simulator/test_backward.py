@@ -28,13 +28,9 @@ from cases import (
 )
 from strategies import Problem, Side, check_dense_gradients, check_varlen_gradients
 
-from hopper_attention import (
-    backward,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    manifest,
-    simulator,
-)
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention.dispatch import manifest
+from hopper_attention.launch import backward
 
 pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")

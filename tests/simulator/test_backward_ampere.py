@@ -21,16 +21,11 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import (
-    backend,
-    backward,
-    flash_attn_func,
-    manifest,
-    selection,
-    simulator,
-)
+from hopper_attention import backend, flash_attn_func, simulator
 from hopper_attention import flash_attn_varlen_func as varlen_func
-from hopper_attention.arguments import Options
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.launch import backward
+from hopper_attention.problem.values import Options
 
 pytestmark = pytest.mark.simulator
 
@@ -129,7 +124,7 @@ CAPABILITIES = {(8, 0): "", (8, 6): "_small", (8, 7): "", (8, 9): "_small", (9, 
 def test_devices_get_tiles_that_fit(monkeypatch, dtype, capability):
     suffix = CAPABILITIES[capability]
     architecture = "_sm90" if capability == (9, 0) else ""
-    monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+    monkeypatch.setitem(target.SIMULATED, "ampere", capability)
     inputs = leaves(random_inputs(DENSE[1], 128, TORCH_DTYPES[dtype]))
     with backend("ampere"), simulator.enabled():
         found = launched(lambda: flash_attn_func(*inputs).sum().backward())

@@ -18,16 +18,11 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import (
-    flash_attn_func,
-    flash_attn_varlen_func,
-    manifest,
-    reference,
-    runtime,
-    simulator,
-)
-from hopper_attention.arguments import CAUSAL
-from hopper_attention.numerics import Error
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, reference, simulator
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.launch import runtime
+from hopper_attention.problem.values import CAUSAL
+from hopper_attention.reference.error import Error
 
 pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")
@@ -213,7 +208,7 @@ def test_blocks_take_tile_after_tile(monkeypatch, head_dim, causal):
     """More tiles than blocks, some without keys; the counter ends as the next launch needs it."""
     counter = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(runtime, "simulated_counter", lambda _device: counter)
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 3)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 3)
     q, k, v = random_inputs(Shape(2, 420, 130, 2, 1), head_dim, torch.bfloat16)
     for seed in SEEDS:
         out, lse = simulate(q, k, v, seed, causal=causal)
@@ -247,7 +242,7 @@ def test_heads_that_share_tiles(instance):
 
 def test_gathered_rows_beside_gemms_of_others(monkeypatch):
     """One consumer gathers its rows while the other's GEMM reads its own, which lie between."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     q, k, v = packed_inputs("fwd_bf16_d128_varlen", ((127, 1),), heads=4, heads_kv=2)
     out, lse = simulate_packed(q, k, v, ((127, 1),), 0, pack_gqa=True)
     check_packed(q, k, v, out, lse, ((127, 1),))
@@ -256,7 +251,7 @@ def test_gathered_rows_beside_gemms_of_others(monkeypatch):
 @both
 @pytest.mark.parametrize("shape", [Shape(2, 5, 300, 8, 1), Shape(1, 70, 70, 6, 2)], ids=str)
 def test_dense_heads_that_share_tiles(monkeypatch, shape):
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 2)
     q, k, v = random_inputs(shape, 120, torch.bfloat16)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     out, lse = simulate(q, k, v, pack_gqa=True, causal=True)

@@ -20,18 +20,11 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import (
-    backend,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    manifest,
-    reference,
-    runtime,
-    selection,
-    simulator,
-)
-from hopper_attention.arguments import CAUSAL
-from hopper_attention.numerics import Error
+from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, reference, simulator
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.launch import runtime
+from hopper_attention.problem.values import CAUSAL
+from hopper_attention.reference.error import Error
 
 pytestmark = pytest.mark.simulator
 
@@ -141,7 +134,7 @@ def test_columns_that_blocks_without_mask_lack(monkeypatch, instance):
 @pytest.mark.parametrize("instance", instances(FAMILY, dtype="bf16"))
 def test_blocks_do_several_tiles(monkeypatch, instance):
     """With a margin there are as many blocks as run together; some tiles are without keys."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 2)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 2)
     q, k, v = inputs_for(instance, Shape(1, 389, 70, 1, 1))
     arguments = {"causal": True, "sm_margin": 1}
     grids = []
@@ -169,7 +162,7 @@ def test_what_hopper_runs(monkeypatch, instance):
 def test_devices_with_less_memory_get_smaller_tiles(monkeypatch, dtype):
     q, k, v = random_inputs(FEW[1], 256, TORCH_DTYPES[dtype])
     for capability, suffix in (((8, 0), ""), ((8, 7), ""), ((8, 6), "_small"), ((8, 9), "_small")):
-        monkeypatch.setitem(selection.SIMULATED, "ampere", capability)
+        monkeypatch.setitem(target.SIMULATED, "ampere", capability)
         with backend("ampere"), simulator.enabled():
             kernels = launched(lambda: flash_attn_func(q, k, v))
         assert kernels == [f"ampere_fwd_{dtype}_d256{suffix}"]

@@ -36,13 +36,14 @@ from hopper_attention import (
     flash_attn_func,
     flash_attn_varlen_func,
     reference,
-    runtime,
     simulator,
 )
-from hopper_attention.arguments import Mask
-from hopper_attention.numerics import Error
+from hopper_attention.dispatch import target
+from hopper_attention.launch import runtime
+from hopper_attention.problem.values import Mask
 from hopper_attention.quantize import Quantized, Recipe
-from hopper_attention.quantize_statement import INTERLEAVED
+from hopper_attention.reference.error import Error
+from hopper_attention.reference.quantize import INTERLEAVED
 
 pytestmark = pytest.mark.simulator
 
@@ -93,7 +94,7 @@ def test_packed_sequences_match_model(instance):
 
 def test_several_tiles_a_block(monkeypatch):
     """More tiles than blocks, GQA, sinks, fp16 in and out."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 3)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 3)
     q, k, v = outliers(*random_inputs(Shape(2, 300, 200, 4, 2), 128, torch.float16))
     sink = torch.randn(4)
     with simulator.enabled(seed=2):
@@ -205,7 +206,7 @@ def test_negated_views():
 
 def test_partly_used_sequences(monkeypatch):
     """What lies behind their last rows is not a number.  One block has all of them."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ([70, 0, 3], [129, 40, 0]))
     q, k, v = random_inputs(Shape(3, 80, 200, 2, 1), 64, torch.bfloat16)
     for tensors, used in (((q,), used_q), ((k, v), used_k)):

@@ -17,20 +17,21 @@ from strategies import (
     sides,
 )
 
-from hopper_attention import runtime, simulator
+from hopper_attention import simulator
+from hopper_attention.dispatch import target
 
 pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")
 
 LONGEST = 200
 
-multiprocessors = st.sampled_from((1, 2, runtime.SIMULATED_SMS))
+multiprocessors = st.sampled_from((1, 2, target.SIMULATED_SMS))
 """Few of them: each block has several tiles."""
 
 
 @contextmanager
 def simulated(problem, count):
-    with patch.object(runtime, "SIMULATED_SMS", count), simulator.enabled(seed=problem.seed):
+    with patch.object(target, "SIMULATED_SMS", count), simulator.enabled(seed=problem.seed):
         yield
 
 

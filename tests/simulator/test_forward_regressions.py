@@ -20,13 +20,8 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import (
-    flash_attn_func,
-    flash_attn_varlen_func,
-    manifest,
-    runtime,
-    simulator,
-)
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention.dispatch import manifest, target
 
 pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")
@@ -145,7 +140,7 @@ BF16 = [
 @pytest.mark.parametrize("instance", BF16)
 def test_every_instance_takes_tile_after_tile(monkeypatch, instance):
     """Q of the next tile must not meet O, staged over a Q, before it has been stored."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     config = manifest.instances()[instance].config
     rows, keys, arguments = 2 * config["tile_m"] + 9, 110, arguments_for(instance, 0)
     q, k, v = inputs_for(instance, Shape(1, rows, keys, 1, 1))

@@ -252,13 +252,14 @@ def test_forward_kernel(monkeypatch, name):
     """
     import torch
 
-    from hopper_attention import manifest
+    from hopper_attention.dispatch import manifest
 
     if name not in manifest.instances():
         pytest.skip(f"{name} is not built")
-    from hopper_attention import flash_attn_func, runtime
+    from hopper_attention import flash_attn_func
+    from hopper_attention.dispatch import target
 
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 1)
+    monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     text = manifest.ptx_path(name).read_text()
     kinds = [r"cp\.async\.bulk\.wait_group[^;]*;"]
     causal = name.endswith("causal")

@@ -17,8 +17,9 @@ from quantize_cases import (
 )
 from torch import Tensor
 
-from hopper_attention import manifest, simulator
-from hopper_attention.arguments import WHOLE
+from hopper_attention import simulator
+from hopper_attention.dispatch import manifest
+from hopper_attention.problem.values import WHOLE
 from hopper_attention.quantize import (
     LEAST,
     Quantized,
@@ -29,7 +30,7 @@ from hopper_attention.quantize import (
     spread,
     stated,
 )
-from hopper_attention.quantize_statement import Sequences
+from hopper_attention.reference.quantize import Sequences
 
 pytestmark = [
     pytest.mark.simulator,

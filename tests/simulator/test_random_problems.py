@@ -23,7 +23,8 @@ from strategies import (
     sides,
 )
 
-from hopper_attention import backend, runtime, simulator
+from hopper_attention import backend, simulator
+from hopper_attention.dispatch import target
 
 COUNT = int(os.environ.get("HOPPER_ATTENTION_FUZZ") or 0)
 SEED = int(os.environ.get("HOPPER_ATTENTION_FUZZ_SEED") or 0)
@@ -46,12 +47,12 @@ def chunks() -> list[tuple[str, int, int]]:
 
 def check(kind: str, data: st.DataObject) -> None:
     """One problem; several tiles a block where multiprocessors are few."""
-    count = data.draw(st.sampled_from((1, 2, runtime.SIMULATED_SMS)), "multiprocessors")
+    count = data.draw(st.sampled_from((1, 2, target.SIMULATED_SMS)), "multiprocessors")
     kernels, _, kind = kind.rpartition("-")
     dense = kind == "dense"
     problem = data.draw(problems(LONGEST, sequences=2 if dense else 4, same_lengths=dense))
     with (
-        patch.object(runtime, "SIMULATED_SMS", count),
+        patch.object(target, "SIMULATED_SMS", count),
         simulator.enabled(seed=problem.seed),
         backend(kernels) if kernels else nullcontext(),
     ):

@@ -20,10 +20,10 @@ from hopper_attention.accuracy.inputs import (
     draw,
 )
 from hopper_attention.accuracy.measure import Accumulation, Variant
-from hopper_attention.arguments import CAUSAL
 from hopper_attention.cli import app, main
-from hopper_attention.fp8_emulation import Cut
+from hopper_attention.problem.values import CAUSAL
 from hopper_attention.quantize import Recipe
+from hopper_attention.reference.fp8 import Cut
 
 command = importlib.import_module("hopper_attention.cli.accuracy")
 """The module: `cli` has its Typer under the same name."""

@@ -10,9 +10,10 @@ from hopper_attention import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     reference,
-    runtime,
     simulator,
 )
+from hopper_attention.dispatch import target
+from hopper_attention.launch import runtime
 
 
 def tensors(batch=1, seqlen=16, heads=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16):
@@ -275,7 +276,7 @@ def test_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with pytest.raises(NotImplementedError, match=r"cuda:7.*T4.*7\.5.*9\.0.*reference"):
-        runtime.check_gpu(torch.device("cuda", 7))
+        target.check_gpu(torch.device("cuda", 7))
 
 
 def test_equal_calls_are_checked_anew():

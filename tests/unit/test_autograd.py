@@ -7,15 +7,15 @@ import torch
 from cases import PACKED, Shape, check_backward, offsets, random_inputs
 
 from hopper_attention import (
-    backward,
-    dispatch,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     reference,
 )
-from hopper_attention.arguments import UNBOUNDED, Lengths, Mask
-from hopper_attention.autograd import Attention
+from hopper_attention.dispatch import instances
+from hopper_attention.launch import backward
+from hopper_attention.problem.values import UNBOUNDED, Lengths, Mask
+from hopper_attention.torch_ops.autograd import Attention
 
 MASKS = {
     "full": Mask(),
@@ -197,4 +197,4 @@ def test_workspace_bytes():
 
 def test_backward_that_does_not_exist_is_refused():
     with pytest.raises(NotImplementedError, match="no backward kernel"):
-        dispatch.backward_instances("bf16", 64, 256 + 8, "full", False, False)
+        instances.backward_instances("bf16", 64, 256 + 8, "full", False, False)

@@ -15,7 +15,7 @@ import torch
 from hopper_attention.benchmarks.peers import PEERS
 from typer.testing import CliRunner
 
-from hopper_attention import cli, files, manifest, runtime, selection
+from hopper_attention import cli, files
 from hopper_attention.bench import (
     baselines,
     environment,
@@ -34,7 +34,10 @@ from hopper_attention.bench.results import CUBLAS_BF16, DEVICE_COPY, OURS, Row, 
 from hopper_attention.bench.runner import Prepared, Unsupported, run_problem
 from hopper_attention.bench.statistics import Ratio, Summary
 from hopper_attention.bench.workloads import Problem, unmasked_pairs
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import manifest, plan
+from hopper_attention.dispatch.target import Backend, choose
+from hopper_attention.errors import Refusal
+from hopper_attention.launch import runtime
 
 SAMPLES = Path(__file__).parent / "bench_samples"
 CPU = torch.device("cpu")
@@ -111,7 +114,7 @@ def test_every_attention_kernel_has_a_problem():
     """That leads to it: by itself, forced to Ampere's, or without two-level sums."""
     problems = workloads.of_instances()
     assert len({p.name for p in problems}) == len(problems)
-    targets = (selection.choose((9, 0)), selection.choose((9, 0), "ampere"))
+    targets = (choose((9, 0)), choose((9, 0), "ampere"))
     reached = set()
     for p, target, two_level in itertools.product(problems, targets, (False, True)):
         with contextlib.suppress(NotImplementedError):
@@ -727,15 +730,15 @@ def test_what_is_replaced_is_replaced_at_once(monkeypatch, tmp_path):
 
 
 def test_null_launches_take_the_gpu_path_and_leave_no_trace():
-    before = (runtime.backend_for, runtime._cuda, runtime.current_stream)
+    before = (plan.backend_for, runtime._cuda, runtime.current_stream)
     q = torch.randn(1, 128, 8, 128, dtype=torch.bfloat16)
     with overhead.null_launches():
         from hopper_attention import flash_attn_func
 
         out, lse = flash_attn_func(q, q, q, causal=True, return_lse=True)
-        assert runtime.backend_for(q) is runtime.Backend.CUDA
+        assert plan.backend_for(q) is Backend.CUDA
     assert (out.shape, lse.shape) == (q.shape, (1, 8, 128))
-    assert (runtime.backend_for, runtime._cuda, runtime.current_stream) == before
+    assert (plan.backend_for, runtime._cuda, runtime.current_stream) == before
 
 
 def test_overhead_command(monkeypatch):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hopper_attention import backend
 from hopper_attention.cli import app
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 SMALL = ["demo", "--tokens", "20", "--json"]
 

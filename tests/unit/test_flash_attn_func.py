@@ -17,11 +17,7 @@ from cases import (
     random_inputs,
 )
 
-from hopper_attention import (
-    flash_attn_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-)
+from hopper_attention import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 OPTIONS = ("window_size", "attention_chunk", "softcap")
 DESCALES = ("q_descale", "k_descale", "v_descale")

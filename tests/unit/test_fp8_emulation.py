@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hopper_attention import reference
-from hopper_attention.arguments import CAUSAL, FULL, Mask
-from hopper_attention.fp8_emulation import (
+from hopper_attention.problem.values import CAUSAL, FULL, Mask
+from hopper_attention.quantize import Quantized, Recipe, quantize
+from hopper_attention.reference.fp8 import (
     EXACT,
     HOPPER,
     PLAIN,
@@ -24,7 +25,6 @@ from hopper_attention.fp8_emulation import (
     exactly,
     gemm,
 )
-from hopper_attention.quantize import Quantized, Recipe, quantize
 from hopper_attention.simulator.instructions import wgmma
 
 NO_ROUNDING = replace(EXACT, p_dtype=None)
@@ -120,7 +120,7 @@ def test_queries_without_keys():
 def test_blocks_of_queries_do_not_matter(monkeypatch):
     operands = quantized(*qkv(100, 200), Recipe.BLOCK128)
     whole = attention(*operands, softmax_scale=0.1, mask=CAUSAL)
-    monkeypatch.setattr("hopper_attention.fp8_emulation.ELEMENTS", 2 * 128 * 16)
+    monkeypatch.setattr("hopper_attention.reference.fp8.ELEMENTS", 2 * 128 * 16)
     assert_close(attention(*operands, softmax_scale=0.1, mask=CAUSAL)[0], whole[0], 0)
 
 
@@ -180,7 +180,7 @@ def test_gemm_splits_rows_without_a_trace(monkeypatch):
     a, b = coarse(2, 9, 64, seed=1), coarse(2, 64, 5, seed=2)
     arithmetic = Arithmetic(bits=6, cut=Cut.PRODUCTS)
     whole = gemm(a, b, None, arithmetic)
-    monkeypatch.setattr("hopper_attention.fp8_emulation.PRODUCTS", 2 * b.numel())
+    monkeypatch.setattr("hopper_attention.reference.fp8.PRODUCTS", 2 * b.numel())
     assert torch.equal(gemm(a, b, None, arithmetic), whole)
 
 

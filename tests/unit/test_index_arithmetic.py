@@ -9,7 +9,7 @@ from hopper_attention.cute_kernels.scheduling.tile_scheduler import L2_BYTES, De
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hopper_attention import arguments
+from hopper_attention.problem import values
 
 TILE_M, TILE_N = 12, 5
 
@@ -105,7 +105,7 @@ def test_extreme_lengths_keep_a_section(seqlen_k):
 
 
 def test_the_kernels_and_the_package_mean_the_same_by_unbounded():
-    assert UNBOUNDED == arguments.UNBOUNDED
+    assert UNBOUNDED == values.UNBOUNDED
 
 
 def test_sections_fit_32_bits():

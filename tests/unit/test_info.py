@@ -6,8 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hopper_attention import backend, manifest
+from hopper_attention import backend
 from hopper_attention.cli import app
+from hopper_attention.dispatch import manifest
 
 
 def test_info_shows_every_instance():

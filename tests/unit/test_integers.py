@@ -15,17 +15,16 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hopper_attention import (
-    arguments,
     attention_fp8,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
-    fp8,
-    ops,
 )
-from hopper_attention.arguments import Lengths
 from hopper_attention.integrations import vllm
+from hopper_attention.problem import scalars, values
+from hopper_attention.problem.values import Lengths
 from hopper_attention.quantize import columns_of, means_of, narrowed, quantize
+from hopper_attention.torch_ops import attention, fp8
 
 
 class Index:
@@ -268,15 +267,15 @@ def test_every_integer_of_the_public_functions_has_a_case():
 def test_a_bound_reaches_the_plan(kind, monkeypatch):
     """It decides whether the heads of a group share tiles."""
     seen = []
-    attend = ops.attend
+    attend = attention.attend
     monkeypatch.setattr(
-        ops, "attend", lambda *args: (seen.append(args[6].max_seqlen_q), attend(*args))[1]
+        attention, "attend", lambda *args: (seen.append(args[6].max_seqlen_q), attend(*args))[1]
     )
     packed(max_seqlen_q={"int": int, **INTEGERS, **TENSORS}[kind](150))
     assert seen == [150]
     packed(max_seqlen_q=None)
     packed(max_seqlen_q=10**6)
-    assert seen[1:] == [arguments.LONG] * 2
+    assert seen[1:] == [values.LONG] * 2
 
 
 @pytest.mark.parametrize("kind", {"int": int, **INTEGERS, **TENSORS})
@@ -303,7 +302,7 @@ def test_a_bound_reaches_the_scales(kind, monkeypatch):
 )
 def test_what_a_bound_means(value, meaning):
     """Of a tensor on another device nothing is known without waiting for it."""
-    found = arguments.bound("max_seqlen", value)
+    found = scalars.bound("max_seqlen", value)
     assert found == meaning and type(found) in (int, type(None))
 
 
@@ -345,8 +344,8 @@ TRACERS = {
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_a_tensor_is_no_constant_of_what_is_traced(tracer, monkeypatch):
     """There it is no bound: what was traced may be called with longer sequences."""
-    seen, packing_bound = [], arguments.packing_bound
-    monkeypatch.setattr(arguments, "packing_bound", lambda n: (seen.append(n), packing_bound(n))[1])
+    seen, packing_bound = [], values.packing_bound
+    monkeypatch.setattr(values, "packing_bound", lambda n: (seen.append(n), packing_bound(n))[1])
 
     def call(n):
         return flash_attn_varlen_func(**{**PACKED, "max_seqlen_q": n, "max_seqlen_k": n})

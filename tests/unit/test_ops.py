@@ -16,8 +16,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from hopper_attention import flash_attn_func, flash_attn_varlen_func, ops, sharding, simulator
-from hopper_attention.arguments import Options
+from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
+from hopper_attention.problem.values import Options
+from hopper_attention.torch_ops import dtensor
+from hopper_attention.torch_ops.attention import forward
 
 FORWARD = torch.ops.hopper_attention.forward.default
 BACKWARD = torch.ops.hopper_attention.backward.default
@@ -170,8 +172,8 @@ def test_activation_checkpointing(qkv, reentrant):
 @pytest.mark.parametrize(("kept", "runs"), [([], 2), ([FORWARD], 1)])
 def test_selective_checkpointing(monkeypatch, qkv, kept, runs):
     """Where attention is kept, its forward runs once."""
-    count, run = [], ops.forward.run
-    monkeypatch.setattr(ops.forward, "run", lambda *args: (count.append(0), run(*args))[1])
+    count, run = [], forward.run
+    monkeypatch.setattr(forward, "run", lambda *args: (count.append(0), run(*args))[1])
     contexts = functools.partial(create_selective_checkpoint_contexts, kept)
     loss = checkpoint(attention_loss, *qkv, use_reentrant=False, context_fn=contexts)
     gradients = torch.autograd.grad(loss, qkv)
@@ -278,8 +280,8 @@ def test_what_is_traced_is_the_operator(monkeypatch, qkv, watcher):
     """Not what an eager call does instead, of which kernels are no part."""
     inputs = [x.detach() for x in qkv]
     expected = flash_attn_func(*inputs)
-    count, run = [], ops.forward.run
-    monkeypatch.setattr(ops.forward, "run", lambda *args: (count.append(0), run(*args))[1])
+    count, run = [], forward.run
+    monkeypatch.setattr(forward, "run", lambda *args: (count.append(0), run(*args))[1])
 
     def attention(q, k, v):
         return flash_attn_func(q, k, v)
@@ -374,5 +376,5 @@ def test_heads_that_a_whole_mesh_would_tear_apart(heads_kv, split):
         return SimpleNamespace(shape=shape, ndim=len(shape), mesh=mesh)
 
     kv = spec(2, 9, heads_kv, 64)
-    found = sharding._forward(spec(2, 9, 24, 64), kv, kv, *DENSE, *options())
+    found = dtensor._forward(spec(2, 9, 24, 64), kv, kv, *DENSE, *options())
     assert (Shard(2) in [results[0] for results, _ in found]) == split

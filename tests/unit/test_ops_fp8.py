@@ -9,8 +9,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
-from hopper_attention.arguments import Options
-from hopper_attention.fp8 import Treatment
+from hopper_attention.problem.quantization import Treatment
+from hopper_attention.problem.values import Options
 
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default

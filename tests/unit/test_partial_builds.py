@@ -11,16 +11,13 @@ import torch
 from hopper_attention import (
     attention_fp8,
     backend,
-    backward,
-    dispatch,
     flash_attn_func,
     flash_attn_varlen_func,
-    manifest,
-    plan,
     quantize,
-    selection,
     simulator,
 )
+from hopper_attention.dispatch import instances, manifest, plan, target
+from hopper_attention.launch import backward
 
 DEMO = "fwd_bf16_d128_causal"
 SEQUENCES = torch.tensor([0, 3, 9], dtype=torch.int32)
@@ -31,7 +28,7 @@ def build_of(monkeypatch):
     """Makes the library believe that only instances of these names were compiled."""
     cached = [
         f
-        for module in (dispatch, plan, selection)
+        for module in (instances, plan, target)
         for f in vars(module).values()
         if isinstance(f, functools._lru_cache_wrapper)
     ]
@@ -128,9 +125,9 @@ def test_other_groups_are_kept(build_of):
 def test_what_is_compiled_runs(build_of):
     """With the least tile that was compiled, though the lists have a smaller one."""
     build_of(DEMO)
-    assert dispatch.forward_instance("bf16", 40, 64, "causal", False, False) == DEMO
-    with pytest.raises(dispatch.NotCompiled, match="head_dim 256"):
-        dispatch.forward_instance("bf16", 256, 256, "causal", False, False)
+    assert instances.forward_instance("bf16", 40, 64, "causal", False, False) == DEMO
+    with pytest.raises(instances.NotCompiled, match="head_dim 256"):
+        instances.forward_instance("bf16", 256, 256, "causal", False, False)
 
 
 def test_what_no_build_has_is_refused_on_the_cpu_as_well(build_of):

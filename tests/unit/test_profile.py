@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hopper_attention import backend, cli, manifest
+from hopper_attention import backend, cli
 from hopper_attention.bench.workloads import load_problems
+from hopper_attention.dispatch import manifest
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling import ncu, report
 from hopper_attention.profiling.report import KernelReport, from_action, from_csv
 from hopper_attention.profiling.roofline import write_roofline
 from hopper_attention.profiling.summary import UTILISATION, summarise
-from hopper_attention.refusal import Refusal
 from hopper_attention.sass.disassembler import Instruction
 from hopper_attention.sass.roles import roles_of
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hopper_attention import ranges
+from hopper_attention import nvtx
 
 PROGRAM = """
 import sys, types
@@ -30,7 +30,7 @@ print(hopper_attention.flash_attn_func(q, q, q).shape)
 
 
 def run(value):
-    environment = {**os.environ, ranges.VARIABLE: value}
+    environment = {**os.environ, nvtx.VARIABLE: value}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -43,16 +43,16 @@ def test_ranges_around_forward():
 
 
 def test_off_is_the_function_itself(monkeypatch):
-    monkeypatch.delenv(ranges.VARIABLE, raising=False)
+    monkeypatch.delenv(nvtx.VARIABLE, raising=False)
     function = object()
-    assert ranges.annotated("forward")(function) is function
+    assert nvtx.annotated("forward")(function) is function
 
 
 def test_the_real_package(monkeypatch):
     pytest.importorskip("nvtx")
-    monkeypatch.setenv(ranges.VARIABLE, "1")
+    monkeypatch.setenv(nvtx.VARIABLE, "1")
 
-    @ranges.annotated("test")
+    @nvtx.annotated("test")
     def double(x):
         return 2 * x
 
@@ -60,7 +60,7 @@ def test_the_real_package(monkeypatch):
 
 
 def test_asked_for_but_missing(monkeypatch):
-    monkeypatch.setenv(ranges.VARIABLE, "1")
+    monkeypatch.setenv(nvtx.VARIABLE, "1")
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with pytest.raises(ImportError, match="HOPPER_ATTENTION_NVTX is set: pip install"):
-        ranges.annotated("forward")
+        nvtx.annotated("forward")

@@ -11,12 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import hopper_attention
-from hopper_attention import cli, manifest, runtime, simulator
+from hopper_attention import cli, simulator
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.workloads import load_problems
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling import driver, spans, stamps, timeline
 from hopper_attention.profiling.spans import Span
-from hopper_attention.refusal import Refusal
 
 KERNEL = """\
 .version 9.4
@@ -235,7 +236,7 @@ def test_a_block_has_one_tile_whatever_the_batch(name, grids):
             timeline._host_code(inputs, instance, lambda ask, _: asked.append(ask.grid))
     assert clocks[0] == clocks[1]
     assert grids == asked
-    assert asked[1][0] in (40 * asked[0][0], runtime.SIMULATED_SMS)
+    assert asked[1][0] in (40 * asked[0][0], target.SIMULATED_SMS)
 
 
 @pytest.mark.simulator

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from quantize_cases import exists, lengths_of, poisoned
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hopper_attention import quantize as quantize_module
-from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.launch import quantize as kernels
+from hopper_attention.problem.values import WHOLE, Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
@@ -26,7 +26,7 @@ from hopper_attention.quantize import (
     signs,
     spread,
 )
-from hopper_attention.quantize_statement import embedded, hadamard_matrix
+from hopper_attention.reference.quantize import embedded, hadamard_matrix
 
 FORMATS = {torch.float8_e4m3fn: (448.0, 3, -6), torch.float8_e5m2: (57344.0, 2, -14)}
 """Greatest number, bits of the mantissa, least normal exponent."""
@@ -204,7 +204,7 @@ def test_signs_are_always_the_same_and_of_both_kinds():
 @pytest.mark.parametrize("first", ["inference", "meta", "fake"])
 def test_the_first_rotation_says_nothing_of_later_ones(first, monkeypatch):
     """Constants do not remain what the first call's modes made of them."""
-    monkeypatch.setattr(quantize_module, "_scaled", {})
+    monkeypatch.setattr(kernels, "_scaled", {})
     expected = signs(64)
     contexts = {
         "inference": torch.inference_mode,
@@ -214,11 +214,11 @@ def test_the_first_rotation_says_nothing_of_later_ones(first, monkeypatch):
     with contexts[first](), contextlib.suppress(Exception):  # a fake tensor has no data
         rotated(torch.zeros(1, 64, 1, 64, device="cpu"))
     with contexts[first](), contextlib.suppress(Exception):
-        quantize_module._scaled_signs(torch.device("cpu"), 64)
+        kernels._scaled_signs(torch.device("cpu"), 64)
     x = some(1, 64, 1, 64).requires_grad_()
     rotated(x).sum().backward()
     assert type(x.grad) is torch.Tensor
-    table = quantize_module._scaled_signs(torch.device("cpu"), 64)
+    table = kernels._scaled_signs(torch.device("cpu"), 64)
     assert type(table) is torch.Tensor
     assert torch.equal(table, (expected / 8).float())
 
@@ -284,11 +284,9 @@ def test_refusals():
 
 
 def test_table_of_signs():
-    from hopper_attention.quantize import _scaled_signs
-
     for head_dim in HEAD_DIMS:
         expected = signs(head_dim) / math.sqrt(head_dim & -head_dim)
-        assert torch.equal(_scaled_signs(torch.device("cpu"), head_dim), expected.float())
+        assert torch.equal(kernels._scaled_signs(torch.device("cpu"), head_dim), expected.float())
 
 
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hopper_attention import _cuda, manifest
+from hopper_attention import _cuda
 from hopper_attention.cli import app
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import manifest
+from hopper_attention.errors import Refusal
 
 pytest.importorskip("elftools", reason="needs hopper-attention[tools]")
 

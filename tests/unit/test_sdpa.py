@@ -19,11 +19,11 @@ from hopper_attention import (
     enable_sdpa,
     flash_attn_func,
     flash_attn_varlen_func,
-    forward,
     reference,
     simulator,
 )
-from hopper_attention.numerics import FLOOR, Error
+from hopper_attention.launch import forward
+from hopper_attention.reference.error import FLOOR, Error
 
 aten = torch.ops.aten
 VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters

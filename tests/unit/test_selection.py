@@ -13,19 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import hopper_attention
-from hopper_attention import (
-    attention_fp8,
-    backend,
-    flash_attn_func,
-    manifest,
-    plan,
-    quantize,
-    runtime,
-    selection,
-    simulator,
-)
-from hopper_attention.arguments import Options
+from hopper_attention import attention_fp8, backend, flash_attn_func, quantize, simulator
+from hopper_attention.dispatch import manifest, plan
+from hopper_attention.dispatch import target as targets
+from hopper_attention.dispatch.instances import forward_instance
+from hopper_attention.dispatch.target import SHARED_MEMORY, choose
+from hopper_attention.launch import runtime
+from hopper_attention.problem.values import Options
 
 Q = torch.randn(1, 40, 2, 64, dtype=torch.bfloat16)
 
@@ -44,7 +38,7 @@ Q = torch.randn(1, 40, 2, 64, dtype=torch.bfloat16)
     ],
 )
 def test_choice(capability, forced, expected):
-    target = selection.choose(capability, forced)
+    target = choose(capability, forced)
     assert (target.backend, target.architecture, target.shared_memory >> 10) == expected
 
 
@@ -59,21 +53,19 @@ def test_choice(capability, forced, expected):
 )
 def test_no_choice(capability, forced, message):
     with pytest.raises(NotImplementedError, match=message):
-        selection.choose(capability, forced)
-    assert selection.choose(capability, "reference").backend == "reference"
+        choose(capability, forced)
+    assert choose(capability, "reference").backend == "reference"
 
 
 def test_every_target_has_every_head_dim():
     """A device with kernels has them for all that is documented: every build is one for all 8.x."""
     kinds = {i.architecture for i in manifest.instances().values() if i.family == "ampere_forward"}
-    for capability in selection.SHARED_MEMORY:
-        target = selection.choose(capability, "ampere")
+    for capability in SHARED_MEMORY:
+        target = choose(capability, "ampere")
         assert target.architecture in kinds
         for dims in ((64, 64), (8, 256), (96, 96), (120, 128), (192, 128), (192, 192), (256, 256)):
             for dtype in ("bf16", "fp16"):
-                name = hopper_attention.dispatch.forward_instance(
-                    dtype, *dims, "local", True, True, target
-                )
+                name = forward_instance(dtype, *dims, "local", True, True, target)
                 found = manifest.instances()[name]
                 assert found.shared_memory_bytes <= target.shared_memory
                 assert found.architecture == target.architecture
@@ -189,9 +181,10 @@ def in_new_process(code: str, value: str) -> subprocess.CompletedProcess:
 
 def test_environment_variable():
     code = (
-        "import torch; from hopper_attention import *; from hopper_attention import selection\n"
-        "print(selection.target_for(torch.empty(0)).backend)\n"
-        "with backend('hopper'): print(selection.target_for(torch.empty(0)).backend)"
+        "import torch; from hopper_attention import *\n"
+        "from hopper_attention.dispatch import target\n"
+        "print(target.target_for(torch.empty(0)).backend)\n"
+        "with backend('hopper'): print(target.target_for(torch.empty(0)).backend)"
     )
     assert in_new_process(code, "ampere").stdout.split() == ["ampere", "hopper"]
     assert in_new_process(code, "").stdout.split() == ["hopper", "hopper"]
@@ -203,12 +196,13 @@ def test_environment_variable():
 def test_builds_for_ampere_alone():
     """CPU tensors need no kernels of Hopper's then."""
     code = (
-        "import torch; from hopper_attention import flash_attn_func, manifest, selection\n"
+        "import torch; from hopper_attention import flash_attn_func\n"
+        "from hopper_attention.dispatch import manifest, target\n"
         "found = {n: i for n, i in manifest.instances().items() if i.architecture == 'sm_80'}\n"
         "manifest.instances = lambda: found\n"
         "q = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16, requires_grad=True)\n"
         "flash_attn_func(q, q, q).sum().backward()\n"
-        "print(selection.target_for(q).backend)"
+        "print(target.target_for(q).backend)"
     )
     assert in_new_process(code, "").stdout.split() == ["ampere"]
 
@@ -270,9 +264,9 @@ def test_plans_are_apart():
     shapes, dtypes = (Q.shape,) * 3, (Q.dtype,) * 3
     options = Options.of(None, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
     targets = [
-        selection.choose((8, 0)),
-        selection.choose((9, 0)),
-        selection.choose((9, 0), "ampere"),
+        choose((8, 0)),
+        choose((9, 0)),
+        choose((9, 0), "ampere"),
     ]
     instances = [plan.make_plan(shapes, dtypes, options, target).instance for target in targets]
     assert instances == ["ampere_fwd_bf16_d64", "fwd_bf16_d64", "ampere_fwd_bf16_d64_sm90"]
@@ -294,7 +288,7 @@ def test_fp8_is_hoppers(call):
 @pytest.mark.parametrize("name", ["hopper", "ampere"])
 def test_margin_leaves_a_multiprocessor(monkeypatch, name):
     """An L4 has 58, a slice of an H100 16: without one no grid could be launched."""
-    monkeypatch.setattr(runtime, "SIMULATED_SMS", 58)
+    monkeypatch.setattr(targets, "SIMULATED_SMS", 58)
     out = torch.ones_like(Q)
     with backend(name):
         for sm_margin in (58, 100):
@@ -309,7 +303,7 @@ def test_block_limit():
     counts = {}
     for capability in ((8, 0), (8, 6)):
         with backend("ampere"), pytest.MonkeyPatch.context() as patch:
-            patch.setitem(selection.SIMULATED, "ampere", capability)
+            patch.setitem(targets.SIMULATED, "ampere", capability)
             for name in ("ampere_fwd_bf16_d64", "ampere_fwd_bf16_d128", "ampere_fwd_bf16_d192"):
                 counts[capability, name] = runtime.block_limit(name, Q, 100, sm_margin=10)
                 assert runtime.block_limit(name, Q, 100, sm_margin=0) == runtime.NO_LIMIT

@@ -12,10 +12,11 @@ from hopper_attention.benchmarks.peers import PEERS
 from hopper_attention.benchmarks.variants import build, run
 from hopper_attention.benchmarks.variants.build import Variant
 
-from hopper_attention import manifest, runtime
 from hopper_attention.bench.runner import Prepared
 from hopper_attention.bench.workloads import load_problems
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import manifest
+from hopper_attention.errors import Refusal
+from hopper_attention.launch import runtime
 
 INSTANCE = "fwd_bf16_d64"
 

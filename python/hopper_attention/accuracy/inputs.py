@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention.arguments import CAUSAL, FULL, Mask
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
+from hopper_attention.problem.values import CAUSAL, FULL, Mask
 
 HAY = 8
 """The needle's keys, in sequence lengths of the other distributions."""

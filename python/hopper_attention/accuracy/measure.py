@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hopper_attention import fp8, fp8_emulation, reference
+from hopper_attention import reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
-from hopper_attention.fp8_emulation import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
-from hopper_attention.numerics import Error, pytorch_attention
-from hopper_attention.quantize import Quantized, Recipe, stated
+from hopper_attention.launch import forward_fp8
+from hopper_attention.problem.quantization import Quantized, Recipe
+from hopper_attention.reference import fp8
+from hopper_attention.reference.error import Error, pytorch_attention
+from hopper_attention.reference.fp8 import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
+from hopper_attention.reference.quantize import stated
 
 
 class Accumulation(str, enum.Enum):
@@ -72,7 +75,7 @@ class Variant:
         """On a GPU, or the simulator; its accumulators are as exact as those are."""
         q, k, v = (Quantized(*(x.to(device) for x in one)) for one in self.operands(inputs))
         two_level = self.accumulation is Accumulation.TWO_LEVEL
-        return fp8.compute((q, k, v), inputs.softmax_scale, inputs.mask, two_level).cpu()
+        return forward_fp8.compute((q, k, v), inputs.softmax_scale, inputs.mask, two_level).cpu()
 
 
 def variants(
@@ -112,7 +115,7 @@ class Row:
 def emulated(
     operands: tuple[Quantized, Quantized, Quantized], inputs: Inputs, arithmetic: Arithmetic
 ) -> Tensor:
-    out, _ = fp8_emulation.attention(
+    out, _ = fp8.attention(
         *operands, softmax_scale=inputs.softmax_scale, mask=inputs.mask, arithmetic=arithmetic
     )
     return out

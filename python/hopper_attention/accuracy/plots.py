@@ -6,14 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hopper_attention.accuracy.measure import (
-    PAPER,
-    Accumulated,
-    Accumulation,
-    Row,
-    gain,
-    pooled,
-)
+from hopper_attention.accuracy.measure import PAPER, Accumulated, Accumulation, Row, gain, pooled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

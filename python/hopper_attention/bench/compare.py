@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hopper_attention.bench.results import Run, timed
 from hopper_attention.bench.statistics import Ratio
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention.bench.inputs import DTYPES, Inputs
-from hopper_attention.numerics import FLOOR, Error, cancellation
+from hopper_attention.reference.error import FLOOR, Error, cancellation
 
 SAMPLES = 3
 """(sequence, key head) pairs."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hopper_attention import runtime
-from hopper_attention.refusal import Refusal
+from hopper_attention.dispatch import target
+from hopper_attention.errors import Refusal
 
 PACKAGES = (
     "hopper-attention",
@@ -44,7 +44,7 @@ def require_gpu() -> torch.device:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        runtime.check_gpu(device)
+        target.check_gpu(device)
     except NotImplementedError as reason:
         raise Refusal(str(reason)) from None
     return device

@@ -19,7 +19,7 @@ from typing import Any
 
 from hopper_attention import files
 from hopper_attention.bench.results import Row, Run
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 Entry = dict[str, dict[str, Any]]
 Ledger = dict[str, Entry]

@@ -19,8 +19,10 @@ from unittest import mock
 
 import torch
 
-from hopper_attention import _simulator, flash_attn_func, runtime
+from hopper_attention import _simulator, flash_attn_func
 from hopper_attention.bench.statistics import Summary
+from hopper_attention.dispatch import plan, target
+from hopper_attention.launch import runtime
 
 CALLS = 1000
 """A sample is the mean of that many calls."""
@@ -56,13 +58,15 @@ def null_launches() -> Iterator[None]:
 
     _simulator.set_launch_handler(lambda *_: None)
     try:
-        with mock.patch.multiple(
-            runtime,
-            backend_for=lambda _tensor: runtime.Backend.CUDA,
-            current_stream=lambda _device: 0,
-            multiprocessors=lambda _device: runtime.SIMULATED_SMS,
-            tile_counter=lambda *_: counter,
-            _cuda=SimpleNamespace(launch=launch_on_device_0),
+        with (
+            mock.patch.multiple(plan, backend_for=lambda _tensor: target.Backend.CUDA),
+            mock.patch.multiple(
+                runtime,
+                current_stream=lambda _device: 0,
+                multiprocessors=lambda _device: target.SIMULATED_SMS,
+                tile_counter=lambda *_: counter,
+                _cuda=SimpleNamespace(launch=launch_on_device_0),
+            ),
         ):
             yield
     finally:

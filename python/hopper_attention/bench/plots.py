@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hopper_attention.bench.quantisation import WORKLOAD as QUANTISATION
 from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, OURS, Row, Run
 from hopper_attention.bench.workloads import INSTANCES
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

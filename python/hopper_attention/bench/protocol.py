@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 
-from hopper_attention import runtime
 from hopper_attention.bench.results import MODES
+from hopper_attention.launch import runtime
 
 Call = Callable[[], Any]
 

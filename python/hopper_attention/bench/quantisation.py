@@ -10,10 +10,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hopper_attention import manifest
 from hopper_attention.bench.protocol import Call, Protocol, Timer
 from hopper_attention.bench.results import OURS, Row
 from hopper_attention.bench.runner import one_line
+from hopper_attention.dispatch import manifest
 from hopper_attention.quantize import columns_of, means_of, narrowed, quantize
 
 WORKLOAD = "quantize"

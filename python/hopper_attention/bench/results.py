@@ -24,7 +24,7 @@ from typing import Any
 
 from hopper_attention import files
 from hopper_attention.bench.statistics import Summary
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 SCHEMA = 1
 MODES = ("burst", "sustained")

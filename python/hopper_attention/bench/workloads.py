@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any
 
-from hopper_attention import dispatch, manifest
-from hopper_attention.manifest import CompiledInstance
-from hopper_attention.refusal import Refusal
-from hopper_attention.selection import Target
+from hopper_attention.dispatch import instances, manifest
+from hopper_attention.dispatch.manifest import CompiledInstance
+from hopper_attention.dispatch.target import Target
+from hopper_attention.errors import Refusal
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,7 +66,7 @@ class Problem:
         size = [f"b{self.batch}", "varlen" * bool(self.lengths), f"s{self.seqlen}"]
         return f"{self.workload}/" + "_".join(filter(None, [*parts, *size]))
 
-    def instance(self, target: Target = dispatch.HOPPER, two_level: bool | None = None) -> str:
+    def instance(self, target: Target = instances.HOPPER, two_level: bool | None = None) -> str:
         """The instance that runs it; of backward's three the one with the GEMMs.
 
         Raises NotImplementedError for paged problems, and where dispatch does.
@@ -76,10 +76,10 @@ class Problem:
         mask = "local" if self.window >= 0 else "causal" if self.causal else "full"
         kind = (self.head_dim, self.head_dim_v, mask, self.softcap > 0, bool(self.lengths))
         if self.dtype == "fp8":
-            return dispatch.forward_fp8_instance(*kind, two_level)
+            return instances.forward_fp8_instance(*kind, two_level)
         if self.direction == "backward":
-            return dispatch.backward_instances(self.dtype, *kind, target).main
-        return dispatch.forward_instance(self.dtype, *kind, target)
+            return instances.backward_instances(self.dtype, *kind, target).main
+        return instances.forward_instance(self.dtype, *kind, target)
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from hopper_attention.cli.info import info
 from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
 from hopper_attention.cli.simulate import simulate
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
 """What only the extra `tools` installs."""

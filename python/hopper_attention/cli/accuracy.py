@@ -36,9 +36,9 @@ from hopper_attention.accuracy.measure import (
 )
 from hopper_attention.accuracy.measure import accumulation as accumulate
 from hopper_attention.bench import environment
-from hopper_attention.fp8_emulation import HOPPER_BITS, Cut
-from hopper_attention.quantize import Recipe
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
+from hopper_attention.problem.quantization import Recipe
+from hopper_attention.reference.fp8 import HOPPER_BITS, Cut
 
 CPU = "CPU: emulated, not a GPU"
 SIMULATOR = "simulator"

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hopper_attention import files, manifest
-from hopper_attention.refusal import Refusal
+from hopper_attention import files
+from hopper_attention.dispatch import manifest
+from hopper_attention.errors import Refusal
 
 if TYPE_CHECKING:
     from hopper_attention.bench.protocol import Protocol

@@ -17,19 +17,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from hopper_attention import (
-    dispatch,
-    flash_attn_func,
-    manifest,
-    reference,
-    runtime,
-    selection,
-    simulator,
-)
-from hopper_attention.arguments import CAUSAL
-from hopper_attention.manifest import CompiledInstance
-from hopper_attention.numerics import Error, pytorch_attention
-from hopper_attention.refusal import Refusal
+from hopper_attention import flash_attn_func, reference, simulator
+from hopper_attention.dispatch import instances, manifest
+from hopper_attention.dispatch.manifest import CompiledInstance
+from hopper_attention.dispatch.target import REFERENCE, VARIABLE, check_gpu, target_for
+from hopper_attention.errors import Refusal
+from hopper_attention.problem.values import CAUSAL
+from hopper_attention.reference.error import Error, pytorch_attention
 
 HEAD_DIM = 128
 TIMED_RUNS = 20
@@ -110,7 +104,7 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         try:
             device = torch.device("cuda", torch.cuda.current_device())
-            runtime.check_gpu(device)
+            check_gpu(device)
             return device
         except NotImplementedError as reason:
             Console(stderr=True).print(f"[yellow]{reason}; using the simulator[/]")
@@ -119,12 +113,12 @@ def _device() -> torch.device:
 
 def _instance(q: Tensor) -> CompiledInstance:
     """What attention of q runs.  Raises Refusal where that is no compiled kernel."""
-    target = selection.target_for(q)
-    if target.backend == selection.REFERENCE:
-        raise Refusal(f"{selection.VARIABLE}={target.backend}: the demo is of a compiled kernel")
+    target = target_for(q)
+    if target.backend == REFERENCE:
+        raise Refusal(f"{VARIABLE}={target.backend}: the demo is of a compiled kernel")
     kind = ("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)
     try:
-        return manifest.instances()[dispatch.forward_instance(*kind, target)]
+        return manifest.instances()[instances.forward_instance(*kind, target)]
     except NotImplementedError as reason:
         raise Refusal(str(reason)) from None
 

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hopper_attention import _cuda, manifest, selection
+from hopper_attention import _cuda
+from hopper_attention.dispatch import manifest, target
 
 
 def info(
@@ -28,7 +29,7 @@ def info(
         },
         "cuda": _cuda.runtime_info(),
         "devices": _devices(),
-        "forced_backend": selection.forced(),
+        "forced_backend": target.forced(),
         "instances": [asdict(instance) for instance in manifest.instances().values()],
     }
     if as_json:
@@ -51,7 +52,7 @@ def _devices() -> list[dict[str, Any]]:
 def _backend(capability: tuple[int, int]) -> dict[str, str | None]:
     """What calls run there, or why they are refused."""
     try:
-        return {"backend": selection.choose(capability, selection.forced()).backend}
+        return {"backend": target.choose(capability, target.forced()).backend}
     except NotImplementedError as reason:
         return {"backend": None, "refusal": str(reason)}
 
@@ -69,7 +70,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
     if not facts["devices"]:
         summary.add_row("devices", "no GPU: kernels run on the simulator")
     if facts["forced_backend"]:
-        summary.add_row(selection.VARIABLE, facts["forced_backend"])
+        summary.add_row(target.VARIABLE, facts["forced_backend"])
     console.print(summary)
 
     instances = facts["instances"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import _cuda
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 if TYPE_CHECKING:
     from hopper_attention.bench.workloads import Problem
@@ -106,11 +106,11 @@ def _instance(problem: Problem) -> str:
     """On the current GPU, or the simulator.  Raises Refusal where no compiled instance runs it."""
     import torch
 
-    from hopper_attention import selection
+    from hopper_attention.dispatch import target
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return problem.instance(selection.target_for(torch.empty(0, device=device)))
+        return problem.instance(target.target_for(torch.empty(0, device=device)))
     except NotImplementedError as reason:
         raise Refusal(str(reason)) from None
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import _cuda
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 if TYPE_CHECKING:
     from hopper_attention.sass.report import MainLoop, Row

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import flash_attn_func, reference, simulator
-from hopper_attention.arguments import CAUSAL, FULL
-from hopper_attention.numerics import Error, pytorch_attention
+from hopper_attention.problem.values import CAUSAL, FULL
+from hopper_attention.reference.error import Error, pytorch_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

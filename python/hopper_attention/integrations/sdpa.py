@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
-from hopper_attention import arguments, backward, forward
-from hopper_attention.arguments import Lengths, Options
-from hopper_attention.plan import Inputs, prepare
+from hopper_attention.dispatch.plan import prepare
+from hopper_attention.launch import backward, forward
+from hopper_attention.problem import checks, memory, scalars, values
+from hopper_attention.problem.values import Inputs, Lengths, Options
 
 logger = logging.getLogger(__name__)
 NAME = "hopper_attention"
@@ -159,14 +160,14 @@ def _options(
 
 def _longest(cum_seq_q: Tensor | None, max_q: int, max_k: int) -> int | None:
     """`Options.max_seqlen_q`: of queries that are not packed, the rows say it."""
-    bound = arguments.bound("max_q", max_q)
-    arguments.bound("max_k", max_k)  # the lengths are in cum_seq_k
-    return None if cum_seq_q is None else arguments.packing_bound(bound)
+    bound = scalars.bound("max_q", max_q)
+    scalars.bound("max_k", max_k)  # the lengths are in cum_seq_k
+    return None if cum_seq_q is None else values.packing_bound(bound)
 
 
 def _attend(inputs: Inputs, options: Options, out: Tensor) -> Tensor:
     """Writes out; returns lse."""
-    arguments.check_tensors(*inputs[:3])
+    checks.check_tensors(*inputs[:3])
     if inputs.q.shape[-1] != inputs.v.shape[-1]:
         raise NotImplementedError("value has another head dim than query")
     return forward.run(prepare(inputs, options), inputs, out)[1]
@@ -176,7 +177,7 @@ def _gradients(
     inputs: Inputs, options: Options, out: Tensor, lse: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse may be those of more keys: ring attention merges them before it comes here."""
-    arguments.check_tensors(*inputs[:3])
+    checks.check_tensors(*inputs[:3])
     plan = prepare(inputs, options)
     dq, dk, dv, _ = backward.run(
         plan, inputs, out.to(inputs.q.dtype), lse.contiguous(), grad_out, None
@@ -289,9 +290,9 @@ def _flash_forward_inplace(
 ) -> Tensor:
     """Paged keys, ALiBi and whatever newer versions pass are refused by name."""
     _refuse(dropout_p=dropout_p, return_debug_mask=return_debug_mask, **more)
-    if arguments.integer("num_splits", num_splits or 0, 0) > 1:
+    if scalars.integer("num_splits", num_splits or 0, 0) > 1:
         raise NotImplementedError("num_splits: keys are not split")
-    arguments.check_out(out, query, key, value, None)
+    memory.check_out(out, query, key, value, None)
     longest = _longest(cum_seq_q, max_q, max_k)
     options = _options(scale, is_causal, window_size_left, window_size_right, longest)
     lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)

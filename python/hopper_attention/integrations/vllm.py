@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hopper_attention import arguments, functional
-from hopper_attention.plan import FP8_TENSORS
+from hopper_attention import functional
+from hopper_attention.problem import scalars, values
+from hopper_attention.problem.values import FP8_TENSORS
 
 
 def flash_attn_varlen_func(
@@ -80,19 +81,19 @@ def flash_attn_varlen_func(
     if (cu_seqlens_k is None) == (seqused_k is None):
         raise ValueError("exactly one of cu_seqlens_k and seqused_k must be given")
     _refuse(block_table is not None, "block_table", PAGED)
-    _refuse(arguments.real("dropout_p", dropout_p, (0.0, 1.0)) > 0, "dropout_p", "use 0")
+    _refuse(scalars.real("dropout_p", dropout_p, (0.0, 1.0)) > 0, "dropout_p", "use 0")
     _refuse(q_v is not None, "q_v", "use None: attention without a second pair of queries")
     _refuse(alibi_slopes is not None, "alibi_slopes", "use None: a model without ALiBi")
-    probabilities = arguments.flag("return_attn_probs", return_attn_probs)
+    probabilities = scalars.flag("return_attn_probs", return_attn_probs)
     _refuse(probabilities, "return_attn_probs", "use return_softmax_lse")
-    _refuse(arguments.integer("cp_world_size", cp_world_size, 1) > 1, "cp_world_size", MERGE)
-    _refuse(arguments.integer("cp_rank", cp_rank, 0) > 0, "cp_rank", MERGE)
+    _refuse(scalars.integer("cp_world_size", cp_world_size, 1) > 1, "cp_world_size", MERGE)
+    _refuse(scalars.integer("cp_rank", cp_rank, 0) > 0, "cp_rank", MERGE)
     _refuse(cp_tot_seqused_k is not None, "cp_tot_seqused_k", MERGE)
     for name, value in later.items():
         _refuse(value is not None, name, "leave it out")
-    arguments.integer("num_splits", num_splits, 0)
+    scalars.integer("num_splits", num_splits, 0)
     if fa_version is not None:
-        arguments.integer("fa_version", fa_version, 2)
+        scalars.integer("fa_version", fa_version, 2)
     _check_tensor("scheduler_metadata", scheduler_metadata)
     descales = _descales(q, k, v, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     return functional.flash_attn_varlen_func(
@@ -106,10 +107,10 @@ def flash_attn_varlen_func(
         seqused_k=seqused_k,
         softmax_scale=softmax_scale,
         causal=causal,
-        window_size=arguments.NO_WINDOW if window_size is None else window_size,
+        window_size=values.NO_WINDOW if window_size is None else window_size,
         softcap=softcap,
         deterministic=deterministic,
-        return_lse=arguments.flag("return_softmax_lse", return_softmax_lse),
+        return_lse=scalars.flag("return_softmax_lse", return_softmax_lse),
         learnable_sink=s_aux,
         out=out,
         **descales,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, functional
+from hopper_attention import functional
+from hopper_attention.problem import scalars
 
 
 def memory_efficient_attention(
@@ -85,7 +86,7 @@ def _attention(
     op: object,
     output_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    if arguments.real("p", p, (0.0, 1.0)) > 0:
+    if scalars.real("p", p, (0.0, 1.0)) > 0:
         raise NotImplementedError(f"p={p}: dropout is not supported; use p=0.0")
     if op is not None:
         raise NotImplementedError("op: other operators are xFormers' own; use op=None")
@@ -205,13 +206,13 @@ def _causal_from_top_left(problem: Problem, bias: Any) -> Problem:
 
 def _local(problem: Problem, bias: Any) -> Problem:
     sides = ((name, getattr(bias, name)) for name in ("window_left", "window_right"))
-    left, right = (arguments.integer(f"attn_bias.{name}", side, -1) for name, side in sides)
+    left, right = (scalars.integer(f"attn_bias.{name}", side, -1) for name, side in sides)
     return problem.with_options(window_size=(left, right))
 
 
 def _causal_local(problem: Problem, bias: Any) -> Problem:
     """A query sees itself and the _window_size - 1 keys before."""
-    window = arguments.integer("attn_bias._window_size", bias._window_size, 1)
+    window = scalars.integer("attn_bias._window_size", bias._window_size, 1)
     return problem.with_options(causal=True, window_size=(window - 1, 0))
 
 
@@ -268,7 +269,7 @@ def _blocks(problem: Problem, bias: Any) -> Problem:
 
 def _longest(name: str, seqinfo: Any) -> int:
     """xFormers has -1 where there are no sequences."""
-    return max(arguments.integer(f"attn_bias.{name}.max_seqlen", seqinfo.max_seqlen, -1), 0)
+    return max(scalars.integer(f"attn_bias.{name}.max_seqlen", seqinfo.max_seqlen, -1), 0)
 
 
 def _check_room(starts: list[int], lengths: list[int]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hopper_attention.bench.workloads import Problem
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 WARMUP_LAUNCHES = 5
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling import ncu
-from hopper_attention.refusal import Refusal
 
 SAMPLES = "smsp__pcsamp_warps_issue_stalled_"
 """Prefix of the metrics that count sampled warps by why they could not issue, for every address."""

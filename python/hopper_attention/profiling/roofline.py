@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hopper_attention.bench.workloads import Problem
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling.summary import Summary
-from hopper_attention.refusal import Refusal
 
 
 def write_roofline(summary: Summary, problem: Problem, path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 ISSUE = "issue GEMM"
 COLOURS = {

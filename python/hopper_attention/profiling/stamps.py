@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling.spans import ISSUE, Span
-from hopper_attention.refusal import Refusal
 
 CAPACITY = 4096
 """Stamps of a warp; later ones are lost."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hopper_attention.bench.workloads import Problem
+from hopper_attention.errors import Refusal
 from hopper_attention.profiling.report import KernelReport
-from hopper_attention.refusal import Refusal
 from hopper_attention.sass.disassembler import INSTRUCTION_BYTES
 
 TENSOR_FLOP_PER_CLOCK = {"bf16": 4096, "fp16": 4096, "fp8": 8192}

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 import hopper_attention
-from hopper_attention import manifest, runtime, simulator
+from hopper_attention import simulator
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.benchmarks.peers import flash_attn_api
 from hopper_attention.benchmarks.peers.common import with_backward
+from hopper_attention.dispatch import manifest
+from hopper_attention.launch import runtime
 from hopper_attention.profiling import driver, stamps
 from hopper_attention.profiling.spans import Span
 

@@ -17,7 +17,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 
 MAGIC = b"\x7fELF"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import intern
 
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 from hopper_attention.sass.cubin import Kernel
 
 INSTRUCTION_BYTES = 16

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hopper_attention import files
-from hopper_attention.refusal import Refusal
+from hopper_attention.errors import Refusal
 from hopper_attention.sass import model
 from hopper_attention.sass.control_flow import ControlFlow, Loop
 from hopper_attention.sass.cubin import Kernel, find_cubins

@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as autograd_profiler
 from torch.compiler import is_compiling
 
-from hopper_attention.arguments import WHOLE
-from hopper_attention.plan import Inputs
+from hopper_attention.problem.values import WHOLE, Inputs
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = DispatchKey.PreDispatch

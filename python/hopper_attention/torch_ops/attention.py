@@ -1,7 +1,7 @@
 """The library's operators for PyTorch: `torch.ops.hopper_attention.forward` and `.backward`.
 
 Compilers, dispatch modes, tensor subclasses and function transforms see these two, with fake
-implementations, autograd and FLOP formulas (sharding rules: sharding.py).  A plain call goes past
+implementations, autograd and FLOP formulas (sharding rules: dtensor.py).  A plain call goes past
 PyTorch's dispatcher: 10 us in place of 27, with gradients 18 in place of 157 (docs/pytorch.md).
 """
 
@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from hopper_attention import arguments, autograd, backward, forward, runtime, selection, sharding
-from hopper_attention.arguments import Lengths, Options
-from hopper_attention.plan import Inputs, Plan, check_shapes_of, prepare, result_shapes
-from hopper_attention.watched import watched
+from hopper_attention.dispatch import target
+from hopper_attention.dispatch.plan import Plan, prepare
+from hopper_attention.launch import backward, forward
+from hopper_attention.problem import checks, memory, values
+from hopper_attention.problem.checks import check_shapes_of
+from hopper_attention.problem.values import Inputs, Lengths, Options, result_shapes
+from hopper_attention.torch_ops import autograd, dtensor
+from hopper_attention.torch_ops.eager import watched
 
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
@@ -31,7 +35,6 @@ OPTIONS = (
 )
 """`Options`, in its order."""
 KERNELS = "CompositeExplicitAutograd"  # CUDA and CPU alike: forward.run and backward.run choose
-
 library = torch.library.Library("hopper_attention", "DEF")
 library.define(f"forward({TENSORS}, {OPTIONS}) -> (Tensor out, Tensor lse)")
 library.define(
@@ -51,20 +54,20 @@ def attend(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a public function's arguments, differentiable if anything requires grad."""
-    arguments.check_tensors(q, k, v)
-    if not (q.dtype is k.dtype is v.dtype and q.dtype in arguments.DTYPES):
-        q, k, v = arguments.autocast(q, k, v)
-    sink = arguments.resolve_sink(learnable_sink, q)
+    checks.check_tensors(q, k, v)
+    if not (q.dtype is k.dtype is v.dtype and q.dtype in values.DTYPES):
+        q, k, v = checks.autocast(q, k, v)
+    sink = checks.resolve_sink(learnable_sink, q)
     inputs = Inputs(q, k, v, sink, queries, keys)
     needed = q.requires_grad or k.requires_grad or v.requires_grad
     needed = (needed or (sink is not None and sink.requires_grad)) and torch.is_grad_enabled()
     if out is not None:
-        arguments.check_out(out, q, k, v, options.out_dtype)
+        memory.check_out(out, q, k, v, options.out_dtype)
         if needed:
             raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
     if watched(inputs):
         refuse_tangents(q, k, v, sink)
-        sharding.register()
+        dtensor.register()
         result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
         return (result if out is None else out.copy_(result)), lse
     plan = prepare(inputs, options)
@@ -72,8 +75,8 @@ def attend(
         if out is not None:
             torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
         return forward.run(plan, inputs, out)
-    arguments.check_differentiable(plan.out_dtype, q.dtype)
-    if plan.backend_for(q) is not runtime.Backend.REFERENCE:
+    checks.check_differentiable(plan.out_dtype, q.dtype)
+    if plan.backend_for(q) is not target.Backend.REFERENCE:
         plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
     return autograd.Attention.apply(plan, forward.run, *inputs)
 
@@ -93,8 +96,8 @@ def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
 def _checked(flat: tuple[Any, ...]) -> tuple[Inputs, Plan]:
     """For those who call an operator directly: what the functions check before."""
     inputs, options = _unflat(flat)
-    arguments.check_tensors(*inputs[:3])
-    inputs = inputs._replace(sink=arguments.resolve_sink(inputs.sink, inputs.q))
+    checks.check_tensors(*inputs[:3])
+    inputs = inputs._replace(sink=checks.resolve_sink(inputs.sink, inputs.q))
     return inputs, prepare(inputs, options.checked())
 
 
@@ -124,7 +127,7 @@ def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
     check_shapes_of(inputs)
     q, v = inputs.q, inputs.v
     out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
-    out = q.new_empty(out_shape, dtype=arguments.resolve_out_dtype(options.out_dtype, q.dtype))
+    out = q.new_empty(out_shape, dtype=checks.resolve_out_dtype(options.out_dtype, q.dtype))
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
@@ -139,15 +142,15 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, scalars = inputs[:NUM_TENSORS], inputs[NUM_TENSORS:]
-    arguments.check_differentiable(output[0].dtype, tensors[0].dtype)
+    checks.check_differentiable(output[0].dtype, tensors[0].dtype)
     ctx.save_for_backward(*output, *tensors)
     ctx.scalars = scalars
-    ctx.forced = selection.forced()
+    ctx.forced = target.forced()
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    with selection.restored(ctx.forced):
+    with target.restored(ctx.forced):
         return gradients(ctx.saved_tensors, ctx.scalars, dout, dlse)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import enum
 import functools
 import os
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention import manifest, simulator
+from hopper_attention import simulator
 from hopper_attention.cute_kernels.hardware import ARCHITECTURES, SHARED_MEMORY
+from hopper_attention.dispatch import manifest
 
 VARIABLE = "HOPPER_ATTENTION_BACKEND"
 HOPPER, AMPERE, REFERENCE = "hopper", "ampere", "reference"
@@ -82,7 +84,6 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "hopper_attention_backend",
     default=_known(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None,
 )
-
 forced = _forced.get
 """The backend that is forced here, or None."""
 
@@ -152,3 +153,49 @@ def target_for_fp8(tensor: Tensor) -> Target:
             f'"{REFERENCE}" ({VARIABLE})'
         )
     return target
+
+
+SIMULATED_SMS = 132
+"""Of an H200."""
+
+
+class Backend(enum.Enum):
+    CUDA = "CUDA"
+    SIMULATOR = "simulator"
+    REFERENCE = "reference"
+
+
+def backend_for(tensor: Tensor, name: str = "q") -> Backend:
+    """Raises NotImplementedError for a device without kernels, or without those that are forced."""
+    if forced() == REFERENCE:
+        return Backend.REFERENCE
+    if tensor.is_cuda:
+        check_gpu(tensor.device)
+        return Backend.CUDA
+    if tensor.is_cpu:
+        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
+    raise NotImplementedError(
+        f"{name} is on {tensor.device}; supported: a Hopper or Ampere GPU (cuda), or the CPU for "
+        "reference and simulator"
+    )
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raises NotImplementedError for one without kernels."""
+    of_device(device.index, forced())
+
+
+def check_margin(tensor: Tensor, sm_margin: int) -> None:
+    """Raises ValueError where no multiprocessor would be left: small GPUs, slices of a GPU."""
+    device = tensor.get_device()
+    count = multiprocessors(device) if tensor.is_cuda else SIMULATED_SMS
+    if sm_margin >= count:
+        raise ValueError(
+            f"sm_margin must be below {count}, the multiprocessors of {tensor.device}; got "
+            f"{sm_margin}"
+        )
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, reference, runtime
-from hopper_attention.plan import Inputs, Plan
-from hopper_attention.ranges import annotated
+from hopper_attention import reference
+from hopper_attention.dispatch import target
+from hopper_attention.dispatch.plan import Plan
+from hopper_attention.launch import runtime
+from hopper_attention.launch.arguments import addressed, as_entry, clear_unused
+from hopper_attention.nvtx import annotated
+from hopper_attention.problem import memory
+from hopper_attention.problem.values import Inputs
 
 
 @annotated("forward")
 def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) on whatever q's device has; the inputs are those that were checked for `plan`.
 
-    `out` is written if given (`arguments.check_out`); contiguous and new if not.
+    `out` is written if given (`problem.memory.check_out`); contiguous and new if not.
     """
     backend = plan.backend_for(inputs.q)
     if out is not None:
-        out = arguments.addressable("out", out)
-    if backend is runtime.Backend.REFERENCE:
+        out = memory.addressable("out", out)
+    if backend is target.Backend.REFERENCE:
         return _run_reference(plan, inputs, out)
     if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
         return _run_plain(backend, plan, inputs, out)
@@ -29,7 +34,7 @@ def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, 
 def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v, sink, queries, keys = inputs
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        arguments.addressable(name, tensor)  # refuses what the kernels refuse
+        memory.addressable(name, tensor)  # refuses what the kernels refuse
     result, lse = reference.attention(
         q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
         queries=queries, keys=keys, out_dtype=plan.out_dtype,
@@ -38,12 +43,12 @@ def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tens
 
 
 def _run_plain(
-    backend: runtime.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+    backend: target.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What most calls are, in as little Python as it takes: no scalar stands for a tensor."""
     q, k, v, *_ = inputs
     described = [
-        arguments.described("q", q), arguments.described("k", k), arguments.described("v", v)
+        memory.described("q", q), memory.described("k", k), memory.described("v", v)
     ]  # fmt: skip
     out, lse, stored = _results(plan, q, out)
     if out.numel() > 0:
@@ -57,11 +62,11 @@ def _run_plain(
 
 
 def _run_indexed(
-    backend: runtime.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+    backend: target.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """With lengths, sinks, or the heads of a group in one tile."""
     q, k, v, *_ = inputs
-    q, k, v = (arguments.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (memory.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     out, lse, stored = _results(plan, q, out)
     clear_unused(inputs, out, lse)
     if out.numel() > 0 and inputs.sequences > 0:
@@ -70,28 +75,6 @@ def _run_indexed(
         scalars = plan.scalars_with(numbers)
         runtime.launch(backend, plan.instance, views, scalars, pointees, plan.options.sm_margin)
     return out, lse
-
-
-def clear_unused(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
-    """Rows of no sequence: on a GPU only where asked for, since it costs a pass over out."""
-    if inputs.varlen and (inputs.queries.seqused is not None or not inputs.q.is_cuda):
-        out.zero_()
-        lse.fill_(-torch.inf)
-
-
-def addressed(inputs: Inputs) -> tuple[dict[str, int], tuple[Tensor, ...]]:
-    """Scalar arguments that stand for tensors, by name, with the number of sequences; and these."""
-    _, _, _, sink, queries, keys = inputs
-    pointers = {
-        "learnable_sink": sink,
-        "cu_seqlens_q": queries.cu_seqlens,
-        "cu_seqlens_k": keys.cu_seqlens,
-        "seqused_q": queries.seqused,
-        "seqused_k": keys.seqused,
-    }
-    given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
-    numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
-    return numbers | {"num_sequences": inputs.sequences}, tuple(given.values())
 
 
 def _results(plan: Plan, q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +90,3 @@ def _results(plan: Plan, q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor,
         plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=q.device
     )
     return out, lse, out if plan.out_dtype is q.dtype else out.view(q.dtype)
-
-
-def as_entry(tensor: Tensor, rank: int) -> Tensor:
-    """Packed tensors are one batch entry."""
-    return tensor.unsqueeze(0) if tensor.ndim < rank else tensor

@@ -5,17 +5,31 @@ How values are quantised: quantize.py; what the kernel does with them: hopper/fo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments, reference, runtime
-from hopper_attention.arguments import Lengths
-from hopper_attention.forward import addressed, as_entry, clear_unused
-from hopper_attention.plan import Inputs, Plan
-from hopper_attention.quantize import LEAST, block_rows, columns_of, spread
-from hopper_attention.ranges import annotated
+from hopper_attention import reference
+from hopper_attention.dispatch.plan import Plan, make_plan, prepare
+from hopper_attention.dispatch.target import Backend, target_for_fp8
+from hopper_attention.launch import runtime
+from hopper_attention.launch.arguments import addressed, as_entry, clear_unused
+from hopper_attention.launch.quantize import columns_of, narrowed, quantize
+from hopper_attention.nvtx import annotated
+from hopper_attention.problem import memory
+from hopper_attention.problem.fp8 import checked_descale, checked_out_descale, sequence_bounds
+from hopper_attention.problem.quantization import LEAST, Quantized, Recipe, Treatment
+from hopper_attention.problem.values import (
+    FP8_TENSORS,
+    NO_WINDOW,
+    Fp8,
+    Inputs,
+    Lengths,
+    Mask,
+    Options,
+)
+from hopper_attention.reference.quantize import block_rows, spread
 
 BLOCK = 64
 """Rows that share a scale in the kernel."""
@@ -49,20 +63,20 @@ def run(
     """
     q, k, v, _, _, keys = inputs
     backend = plan.backend_for(q)
-    if backend is runtime.Backend.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
+    if backend is Backend.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
         result, lse = _run_reference(plan, inputs, scaling)
         return (result if out is None else out.copy_(result)), lse
     if out is None:
         out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
     else:
-        out = arguments.addressable("out", out)
+        out = memory.addressable("out", out)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     columns = scaling.columns
     if columns is None:
         columns = columns_of(v, keys, scaling.max_seqlen_k)
     clear_unused(inputs, out, lse)
     if out.numel() > 0 and inputs.sequences > 0:
-        rows = (arguments.made_addressable(*x) for x in (("q", q), ("k", k)))
+        rows = (memory.made_addressable(*x) for x in (("q", q), ("k", k)))
         stored = out.view(torch.bfloat16)  # as the kernel takes any
         operands = (*(as_entry(x, 4) for x in rows), columns, as_entry(stored, 4))
         tables = _query_scales(inputs, scaling), *_key_scales(inputs, scaling)
@@ -144,3 +158,89 @@ def _in_blocks(descale: Tensor, seqlen: int, heads: int) -> Tensor:
     rows = block_rows(descale.shape[2], seqlen)
     blocks = -(-seqlen // BLOCK)
     return descale.repeat_interleave(rows // BLOCK, dim=2)[..., :blocks]
+
+
+def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple[Tensor, Tensor]:
+    q, k, v, sink, queries, keys = inputs
+    recipe, hadamard = Recipe(treatment.recipe), treatment.hadamard
+    bound_q, bound_k = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)
+    of_queries: dict[str, Any] = {"lengths": queries, "max_seqlen": bound_q}
+    of_keys: dict[str, Any] = {"lengths": keys, "max_seqlen": bound_k}
+    arranged = _arranges(plan, inputs)
+    q8 = quantize(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
+    k8 = quantize(k, recipe, hadamard=hadamard, **of_keys)
+    v8 = quantize(v, recipe, octaves=True, arranged=arranged, **of_keys)
+    scaling = Scaling(
+        q8.descale, k8.descale, v8.descale, bound_q, bound_k,
+        columns=v8.values if arranged else None,
+    )  # fmt: skip
+    values = Inputs(q8.values, k8.values, v if arranged else v8.values, sink, queries, keys)
+    return run(plan, values, scaling)
+
+
+def _arranges(plan: Plan, inputs: Inputs) -> bool:
+    """Whether a kernel takes V, arranged as it wants it."""
+    reference = plan.backend_for(inputs.q) is Backend.REFERENCE
+    return not reference and inputs.k.numel() > 0
+
+
+def descale_and_attend(
+    inputs: Inputs,
+    descales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    bounds: tuple[int | None, int | None],
+    options: Options,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` with everything checked that can be checked without data."""
+    q, k, v, _, _, keys = inputs
+    accepted = {"q": FP8_TENSORS[:1], "k": FP8_TENSORS, "v": FP8_TENSORS}
+    for (name, dtypes), tensor in zip(accepted.items(), (q, k, v), strict=True):
+        if tensor.dtype not in dtypes:
+            have = " or ".join(map(str, dtypes))
+            raise NotImplementedError(
+                f"{name} has dtype {tensor.dtype}; supported with FP8 tensors: {have}"
+            )
+    plan = prepare(inputs, options, Fp8())
+    bound_q, bound_k = sequence_bounds(inputs, *bounds)
+    names = ("q_descale", "k_descale", "v_descale")
+    sides = ((q, bound_q), (k, bound_k), (v, bound_k))
+    q_descale, k_descale, v_descale = (
+        checked_descale(name, descale, x, k.shape[-2], inputs.sequences, bound)
+        for name, descale, (x, bound) in zip(names, descales, sides, strict=False)
+    )
+    out_descale = checked_out_descale(descales[3], plan.out_dtype, q)
+    columns = None
+    if k.dtype == torch.float8_e5m2:
+        k, k_descale = narrowed(k, k_descale, lengths=keys, max_seqlen=bound_k)
+    if v.dtype == torch.float8_e5m2:
+        arranged = _arranges(plan, inputs)
+        values, v_descale = narrowed(
+            v, v_descale, arranged=arranged, lengths=keys, max_seqlen=bound_k
+        )
+        columns, v = (values, v) if arranged else (None, values)
+    scaling = Scaling(q_descale, k_descale, v_descale, bound_q, bound_k, out_descale, columns)
+    return run(plan, inputs._replace(k=k, v=v), scaling, out)
+
+
+def compute(
+    operands: tuple[Quantized, Quantized, Quantized],
+    softmax_scale: float,
+    mask: Mask,
+    two_level: bool | None = None,
+    accumulate_every: int = 1,
+) -> Tensor:
+    """out (batch, seqlen_q, heads, head_dim_v), float32, of quantised tensors and a resolved mask.
+
+    By the kernel: CUDA tensors, or CPU tensors inside `simulator.enabled()`.
+    """
+    q, k, v = (x.values for x in operands)
+    options = Options.of(
+        softmax_scale, False, NO_WINDOW, 0, 0.0, None, None, torch.float32, 0, False
+    )
+    shapes, dtypes = (q.shape, k.shape, v.shape), (torch.bfloat16,) * 3
+    how = Fp8(two_level, accumulate_every)
+    target = target_for_fp8(q)
+    plan = make_plan(shapes, dtypes, options, target, fp8=how, mask=mask)
+    q_descale, k_descale, v_descale = (x.descale for x in operands)
+    scaling = Scaling(q_descale, k_descale, v_descale, q.shape[1], k.shape[1])
+    return run(plan, Inputs(q, k, v), scaling)[0]

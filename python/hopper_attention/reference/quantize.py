@@ -6,57 +6,26 @@ head_dim), float32, zeros behind their last rows.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hopper_attention.arguments import WHOLE, Lengths
+from hopper_attention.problem.quantization import (
+    LEAST,
+    Quantized,
+    Recipe,
+    Rotary,
+    number_of_sequences,
+)
+from hopper_attention.problem.values import WHOLE, Lengths
 
-LEAST = 1e-12
-"""Of a descale: what is all zeros needs some."""
 OCTAVES = 60
 """A block's descale is at most so many below the largest of its head, if they are powers of two."""
 COLUMN_BLOCK = 128
 """Keys: packed sequences start at multiples of it in V's columns."""
 INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 """Which of 16 keys a place of V's columns has: as P lies in registers (`Fp8Fragment`)."""
-
-
-class Recipe(str, enum.Enum):
-    PER_TENSOR = "per_tensor"
-    PER_HEAD = "per_head"
-    BLOCK64 = "block64"
-    BLOCK128 = "block128"
-
-    @property
-    def rows(self) -> int | None:
-        """Of a block."""
-        return {Recipe.BLOCK64: 64, Recipe.BLOCK128: 128}.get(self)
-
-
-class Quantized(NamedTuple):
-    values: Tensor
-    """As x lies, FP8; or arranged, as `columns_of` gives them."""
-    descale: Tensor
-    """float32."""
-
-
-class Rotary(NamedTuple):
-    """Rotary embedding of the first columns, by flash-attn's conventions, before all else.
-
-    Not rounded to x's dtype in between.
-    """
-
-    cos: Tensor
-    """(positions, rotary_dim / 2), any float dtype."""
-    sin: Tensor
-    interleaved: bool = False
-    """Whether columns 2i and 2i + 1 are a pair, else i and i + rotary_dim / 2."""
-    offsets: int | Tensor = 0
-    """Position of a sequence's first row, or of each one's: (sequences,) int32."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +76,6 @@ class Sequences:
 def batched(x: Tensor, lengths: Lengths) -> Tensor:
     """(batch, seqlen, heads, head_dim): packed rows as one batch entry."""
     return x if lengths.cu_seqlens is None else x.unsqueeze(0)
-
-
-def number_of_sequences(x: Tensor, lengths: Lengths) -> int:
-    return x.shape[0] if lengths.cu_seqlens is None else lengths.cu_seqlens.shape[0] - 1
 
 
 def stated(

@@ -1,13 +1,106 @@
-"""Checks of the arguments of quantize.py's functions, before anything is launched."""
+"""What is asked of quantisation, and the checks of it before anything is launched."""
 
 from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hopper_attention import arguments
-from hopper_attention.arguments import Lengths
-from hopper_attention.quantize_statement import Recipe, Rotary, number_of_sequences
+from hopper_attention.problem import checks, memory, scalars
+from hopper_attention.problem.values import (
+    DTYPES,
+    MAX_HEAD_DIM,
+    Lengths,
+)
+
+LEAST = 1e-12
+"""Of a descale: what is all zeros needs some."""
+
+
+class Recipe(str, enum.Enum):
+    PER_TENSOR = "per_tensor"
+    PER_HEAD = "per_head"
+    BLOCK64 = "block64"
+    BLOCK128 = "block128"
+
+    @property
+    def rows(self) -> int | None:
+        """Of a block."""
+        return {Recipe.BLOCK64: 64, Recipe.BLOCK128: 128}.get(self)
+
+
+class Quantized(NamedTuple):
+    values: Tensor
+    """As x lies, FP8; or arranged, as `columns_of` gives them."""
+    descale: Tensor
+    """float32."""
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding of the first columns, by flash-attn's conventions, before all else.
+
+    Not rounded to x's dtype in between.
+    """
+
+    cos: Tensor
+    """(positions, rotary_dim / 2), any float dtype."""
+    sin: Tensor
+    interleaved: bool = False
+    """Whether columns 2i and 2i + 1 are a pair, else i and i + rotary_dim / 2."""
+    offsets: int | Tensor = 0
+    """Position of a sequence's first row, or of each one's: (sequences,) int32."""
+
+
+def number_of_sequences(x: Tensor, lengths: Lengths) -> int:
+    return x.shape[0] if lengths.cu_seqlens is None else lengths.cu_seqlens.shape[0] - 1
+
+
+class Treatment(NamedTuple):
+    """How `attention_fp8` quantises: its arguments of these names."""
+
+    recipe: str
+    hadamard: bool
+    two_level: bool | None
+    accumulate_every: int
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    @staticmethod
+    def of(
+        recipe: Any,
+        hadamard: Any,
+        two_level: Any,
+        accumulate_every: Any,
+        max_seqlen_q: Any,
+        max_seqlen_k: Any,
+    ) -> Treatment:
+        """Raises TypeError or ValueError that names the argument."""
+        try:
+            recipe = Recipe(recipe).value
+        except ValueError:
+            have = ", ".join(r.value for r in Recipe)
+            raise ValueError(f"recipe must be one of {have}; got {recipe!r}") from None
+        every = scalars.integer("accumulate_every", accumulate_every, 1)
+        if every & (every - 1):
+            nearest = 1 << every.bit_length() - 1
+            raise ValueError(f"accumulate_every must be a power of two; got {every}, use {nearest}")
+        if two_level is False and every > 1:
+            raise ValueError(f"accumulate_every={every}: without two_level nothing is flushed")
+        bounds = (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
+        return Treatment(
+            recipe,
+            scalars.flag("hadamard", hadamard),
+            None if two_level is None else scalars.flag("two_level", two_level),
+            every,
+            *(scalars.bound(name, n) for name, n in bounds),
+        )
+
+    def checked(self) -> Treatment:
+        """Raises what `of` does."""
+        return Treatment.of(*self)
+
 
 BLOCK_ROWS = 128
 """Of a block of the kernels."""
@@ -22,13 +115,15 @@ def check_rows(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | Tensor 
     if x.layout is not torch.strided or x.is_nested:
         raise ValueError(f"{name}: expected a plain tensor, not a sparse or nested one")
     if not isinstance(lengths, Lengths):
-        raise TypeError(f"lengths: expected arguments.Lengths, got {type(lengths).__name__}")
+        raise TypeError(
+            f"lengths: expected hopper_attention.quantize.Lengths, got {type(lengths).__name__}"
+        )
     packed = lengths.cu_seqlens is not None
     form = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
     if x.ndim != (3 if packed else 4):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {form}")
     rows = x.shape[-3]
-    max_seqlen = arguments.bound("max_seqlen", max_seqlen)
+    max_seqlen = scalars.bound("max_seqlen", max_seqlen)
     if not lengths.given:
         if max_seqlen not in (None, rows):
             raise ValueError(f"max_seqlen {max_seqlen}: without lengths all {rows} rows are used")
@@ -55,9 +150,9 @@ def _check_lengths(name: str, x: Tensor, lengths: Lengths, max_seqlen: int | Non
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)"
             )
         sequences = cu_seqlens.shape[0] - 1
-    arguments.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
-    arguments.check_index("seqused", seqused, sequences, x, name)
-    arguments.check_lengths("", lengths, x.shape[-3])
+    checks.check_index("cu_seqlens", cu_seqlens, sequences + 1, x, name)
+    checks.check_index("seqused", seqused, sequences, x, name)
+    checks.check_lengths("", lengths, x.shape[-3])
     if x.is_cpu and max_seqlen is not None:
         used = seqused if seqused is not None else cu_seqlens.diff()  # type: ignore[union-attr]
         if used.numel() and int(used.max()) > max_seqlen:
@@ -76,7 +171,7 @@ def check_options(
         names = ", ".join(r.value for r in Recipe)
         raise ValueError(f"recipe {recipe!r} is none of {names}")
     if heads_kv is not None:
-        heads_kv = arguments.integer("heads_kv", heads_kv, -(2**31))
+        heads_kv = scalars.integer("heads_kv", heads_kv, -(2**31))
         if heads_kv < 1 or x.shape[-2] % heads_kv != 0:
             raise ValueError(f"x has {x.shape[-2]} heads, not a multiple of heads_kv = {heads_kv}")
     if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -97,7 +192,7 @@ def checked_rotary(
             raise TypeError(f"rotary: expected a torch.Tensor as {name}, got {_kind(table)}")
         if table.device != x.device:
             raise ValueError(f"rotary: {name} is on {table.device}, x is on {x.device}")
-        if table.dtype not in (torch.float32, *arguments.DTYPES):
+        if table.dtype not in (torch.float32, *DTYPES):
             raise ValueError(f"rotary: {name} has dtype {table.dtype}; expected float32 or 16 bits")
         if table.ndim != 2 or table.shape != cos.shape:
             raise ValueError(
@@ -109,17 +204,17 @@ def checked_rotary(
         raise NotImplementedError(
             f"rotary: rotary_dim {dim}; supported: multiples of 16 up to head_dim {x.shape[-1]}"
         )
-    interleaved = arguments.flag("rotary: interleaved", interleaved)
+    interleaved = scalars.flag("rotary: interleaved", interleaved)
     first = 0
     if isinstance(offsets, Tensor):
         sequences = number_of_sequences(x, lengths)
-        arguments.check_index("rotary: offsets", offsets, sequences, x, "x")
+        checks.check_index("rotary: offsets", offsets, sequences, x, "x")
         if offsets.is_cpu and sequences > 0:
             if int(offsets.min()) < 0:
                 raise ValueError("rotary: offsets must not be negative")
             first = int(offsets.max())
     else:
-        first = offsets = arguments.integer("rotary: offsets", offsets, 0)
+        first = offsets = scalars.integer("rotary: offsets", offsets, 0)
     if first + max_seqlen > positions:
         raise ValueError(
             f"rotary: cos and sin have {positions} positions; needed: {first + max_seqlen}, "
@@ -141,7 +236,7 @@ def check_arranged(name: str, x: Tensor) -> None:
 
 
 def check_kernels(x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype not in arguments.DTYPES:
+    if x.dtype not in DTYPES:
         raise NotImplementedError(
             f"x has dtype {x.dtype}; the kernels take torch.bfloat16 and torch.float16 "
             "(nearest: x.bfloat16())"
@@ -151,17 +246,17 @@ def check_kernels(x: Tensor, dtype: torch.dtype) -> None:
             f"dtype {dtype} has no kernel; use torch.float8_e4m3fn, or quantize.stated"
         )
     check_head_dim(x)
-    arguments.addressable("x", x)
+    memory.addressable("x", x)
 
 
 def check_head_dim(x: Tensor) -> None:
     """Of what the kernels take."""
     head_dim = x.shape[-1]
-    if head_dim % 8 != 0 or not 0 < head_dim <= arguments.MAX_HEAD_DIM:
-        nearest = min(arguments.MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
+    if head_dim % 8 != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+        nearest = min(MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))
         raise NotImplementedError(
             f"head_dim {head_dim} of x is not supported; supported: multiples of 8 up to "
-            f"{arguments.MAX_HEAD_DIM} (nearest: {nearest})"
+            f"{MAX_HEAD_DIM} (nearest: {nearest})"
         )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hopper_attention import reference
-from hopper_attention.arguments import CAUSAL, FULL, Mask
+from hopper_attention.problem.values import CAUSAL, FULL, Mask
 
 FLOOR = 1e-5
 """Absolute error below which nothing is judged: PyTorch may happen to be exact."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention import backward, selection
-from hopper_attention.arguments import Lengths
-from hopper_attention.plan import Inputs, Plan
-from hopper_attention.watched import watched
+from hopper_attention.dispatch import target
+from hopper_attention.dispatch.plan import Plan
+from hopper_attention.launch import backward
+from hopper_attention.problem.values import Inputs, Lengths
+from hopper_attention.torch_ops.eager import watched
 
 
 class Attention(torch.autograd.Function):
@@ -50,7 +51,7 @@ class Attention(torch.autograd.Function):
         inputs = Inputs.of(flat)
         # create_graph: only the operator refuses second derivatives.
         if torch.is_grad_enabled() or watched(inputs):
-            with selection.restored(ctx.plan.target.backend):
+            with target.restored(ctx.plan.target.backend):
                 gradients = torch.ops.hopper_attention.backward(
                     dout, dlse, out, lse, *flat, *ctx.plan.options
                 )

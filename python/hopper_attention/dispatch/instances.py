@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hopper_attention import manifest, selection
-from hopper_attention.selection import Target
+from hopper_attention.dispatch import manifest
+from hopper_attention.dispatch.target import AMPERE, Target, choose
 
-HOPPER = selection.choose((9, 0))
+HOPPER = choose((9, 0))
 
 
 class NotCompiled(NotImplementedError):
@@ -28,10 +28,10 @@ class NotCompiled(NotImplementedError):
         )
 
 
-def or_listed(target: Target, choose: Callable[..., str], *problem: Any) -> str:
-    """`choose(*problem)`; where `target` launches nothing, an instance that is listed will do."""
+def or_listed(target: Target, find: Callable[..., str], *problem: Any) -> str:
+    """`find(*problem)`; where `target` launches nothing, an instance that is listed will do."""
     try:
-        return choose(*problem)
+        return find(*problem)
     except NotCompiled as missing:
         if target.launches:
             raise
@@ -52,7 +52,7 @@ def forward_instance(
 
     Raises NotImplementedError, naming what this build has, if nothing does.
     """
-    if target.backend == selection.AMPERE:
+    if target.backend == AMPERE:
         # Masks, softcap and lengths are arguments.
         return _attention_instance("ampere_forward", {"dtype": dtype}, head_dim, head_dim_v, target)
     wanted = _by_mask(dtype, mask, softcap, varlen)
@@ -115,7 +115,7 @@ def backward_instances(
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
     # Ampere's postprocessing serves all tiles.
-    of_tile = {} if target.backend == selection.AMPERE else tile
+    of_tile = {} if target.backend == AMPERE else tile
     family = manifest.instances()[main].family
     post = _helper_instance(f"{family}_postprocess", {"dtype": dtype, **of_tile}, target)
     return BackwardInstances(
@@ -139,7 +139,7 @@ def main_backward_instance(
 ) -> str:
     """As `forward_instance`: the kernel that makes dK and dV and adds up dQ."""
     family, wanted = "ampere_backward", {"dtype": dtype}
-    if target.backend != selection.AMPERE:
+    if target.backend != AMPERE:
         family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
     return _attention_instance(family, wanted, head_dim, head_dim_v, target)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import enum
-import functools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,50 +12,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hopper_attention import _cuda, _simulator, manifest, selection, simulator
-from hopper_attention.arguments import Description
+from hopper_attention import _cuda, _simulator, simulator
+from hopper_attention.dispatch import manifest, target
+from hopper_attention.dispatch.manifest import is_persistent, takes_limit
+from hopper_attention.dispatch.target import Backend, multiprocessors
+from hopper_attention.problem.memory import Description
 
-SIMULATED_SMS = 132
-"""Of an H200."""
 NO_MORE_TILES = 1 << 30
 """As a tile counter's first entry: blocks end after the tile they start with."""
-
-COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
-"""Last arguments of kernels whose blocks do tile after tile: from a counter, or every n-th."""
 NO_LIMIT = 1 << 30
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
-
 _intercept: Callable[..., None] | None = None
-
 _simulating = threading.Lock()
 """The extension has one launch handler."""
-
-
-class Backend(enum.Enum):
-    CUDA = "CUDA"
-    SIMULATOR = "simulator"
-    REFERENCE = "reference"
-
-
-def backend_for(tensor: Tensor, name: str = "q") -> Backend:
-    """Raises NotImplementedError for a device without kernels, or without those that are forced."""
-    if selection.forced() == selection.REFERENCE:
-        return Backend.REFERENCE
-    if tensor.is_cuda:
-        check_gpu(tensor.device)
-        return Backend.CUDA
-    if tensor.is_cpu:
-        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
-    raise NotImplementedError(
-        f"{name} is on {tensor.device}; supported: a Hopper or Ampere GPU (cuda), or the CPU for "
-        "reference and simulator"
-    )
-
-
-def check_gpu(device: torch.device) -> None:
-    """Raises NotImplementedError for one without kernels."""
-    selection.of_device(device.index, selection.forced())
 
 
 def launch(
@@ -92,9 +60,9 @@ def launch(
         return
     counter = simulated_counter(tensors[0].device)
     if persistent:
-        scalars = [*scalars, counter.data_ptr(), SIMULATED_SMS - sm_margin]
+        scalars = [*scalars, counter.data_ptr(), target.SIMULATED_SMS - sm_margin]
     elif takes_limit(instance):
-        scalars = [*scalars, block_limit(instance, tensors[0], SIMULATED_SMS, sm_margin)]
+        scalars = [*scalars, block_limit(instance, tensors[0], target.SIMULATED_SMS, sm_margin)]
     reachable = [*tensors, *pointees, counter]
     run = _Simulation(reachable).run if _intercept is None else partial(_intercept, reachable)
     with _simulating:
@@ -102,52 +70,15 @@ def launch(
         _simulator.launch(instance, 0, 0, described, scalars)
 
 
-@functools.cache
-def scalar_names(instance: str) -> list[str]:
-    """Of the instance's arguments that are not tensors, addresses included.
-
-    Without those that `launch` adds.
-    """
-    return [name for name in _all_scalar_names(instance) if name not in (COUNTER, MAX_BLOCKS)]
-
-
-@functools.cache
-def is_persistent(instance: str) -> bool:
-    """Whether blocks take tile after tile from a counter."""
-    return COUNTER in _all_scalar_names(instance)
-
-
-@functools.cache
-def takes_limit(instance: str) -> bool:
-    """Whether there may be fewer blocks than tiles."""
-    return MAX_BLOCKS in _all_scalar_names(instance)
-
-
 def block_limit(instance: str, tensor: Tensor, multiprocessors: int, sm_margin: int) -> int:
     """With a margin, how many blocks run together on the other multiprocessors."""
     if sm_margin == 0:
         return NO_LIMIT
-    facts, target = manifest.instances()[instance], selection.target_for(tensor)
+    facts, shared_memory = manifest.instances()[instance], target.target_for(tensor).shared_memory
     by_registers = REGISTERS // (facts.registers * facts.threads)
     # A multiprocessor has 1 KiB more than one block may have, and takes 1 KiB a block for itself.
-    by_memory = (target.shared_memory + 1024) // (facts.shared_memory_bytes + 1024)
+    by_memory = (shared_memory + 1024) // (facts.shared_memory_bytes + 1024)
     return (multiprocessors - sm_margin) * max(min(by_registers, by_memory), 1)
-
-
-def check_margin(tensor: Tensor, sm_margin: int) -> None:
-    """Raises ValueError where no multiprocessor would be left: small GPUs, slices of a GPU."""
-    device = tensor.get_device()
-    count = multiprocessors(device) if tensor.is_cuda else SIMULATED_SMS
-    if sm_margin >= count:
-        raise ValueError(
-            f"sm_margin must be below {count}, the multiprocessors of {tensor.device}; got "
-            f"{sm_margin}"
-        )
-
-
-def _all_scalar_names(instance: str) -> list[str]:
-    arguments = manifest.instances()[instance].arguments
-    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
 
 
 _counters: dict[tuple[int, int], Tensor] = {}
@@ -170,11 +101,6 @@ def tile_counter(device: int, stream: int) -> Tensor:
 def simulated_counter(device: torch.device) -> Tensor:
     """A new one a launch: a kernel that failed would leave it anyhow."""
     return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hopper_attention.arguments import FULL, WHOLE, Lengths, Mask
+from hopper_attention.problem.values import FULL, WHOLE, Lengths, Mask
 
 Function = TypeVar("Function", bound=Callable)
-
 SCORES = 1 << 25
 """How many are held at once, so that memory stays bounded."""
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 VARIABLE = "HOPPER_ATTENTION_NVTX"
 DOMAIN = "hopper_attention"
-
 Function = TypeVar("Function", bound=Callable)
 
 

@@ -78,3 +78,33 @@ def selection_with(name: str) -> str:
 def ptx_path(instance: str) -> Path:
     """The PTX that the simulator interprets."""
     return folder() / f"{instance}.ptx"
+
+
+COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
+"""Last arguments of kernels whose blocks do tile after tile: from a counter, or every n-th."""
+
+
+@functools.cache
+def scalar_names(instance: str) -> list[str]:
+    """Of the instance's arguments that are not tensors, addresses included.
+
+    Without those that `launch` adds.
+    """
+    return [name for name in _all_scalar_names(instance) if name not in (COUNTER, MAX_BLOCKS)]
+
+
+@functools.cache
+def is_persistent(instance: str) -> bool:
+    """Whether blocks take tile after tile from a counter."""
+    return COUNTER in _all_scalar_names(instance)
+
+
+@functools.cache
+def takes_limit(instance: str) -> bool:
+    """Whether there may be fewer blocks than tiles."""
+    return MAX_BLOCKS in _all_scalar_names(instance)
+
+
+def _all_scalar_names(instance: str) -> list[str]:
+    arguments = instances()[instance].arguments
+    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]

@@ -1,0 +1,1 @@
+"""Running it: results, workspaces, kernel arguments, the extension."""

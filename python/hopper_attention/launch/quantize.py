@@ -1,0 +1,383 @@
+"""The quantisation kernels: problems, tables of scales, launches."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopper_attention.dispatch import instances, manifest, target
+from hopper_attention.dispatch.target import Backend
+from hopper_attention.launch import runtime
+from hopper_attention.nvtx import annotated
+from hopper_attention.problem import memory
+from hopper_attention.problem.quantization import (
+    Quantized,
+    Recipe,
+    Rotary,
+    check_arranged,
+    check_head_dim,
+    check_kernels,
+    check_options,
+    check_rows,
+    checked_rotary,
+    in_blocks,
+    number_of_sequences,
+)
+from hopper_attention.problem.values import DTYPES, WHOLE, Lengths
+from hopper_attention.reference.quantize import (
+    Sequences,
+    arranged_columns,
+    arranged_shape,
+    batched,
+    means,
+    narrowed_stated,
+    signs,
+    stated,
+)
+
+SUM_ROWS = 256
+"""Of one sum of the kernel."""
+
+
+def quantize(
+    x: Tensor,
+    recipe: Recipe | str,
+    *,
+    heads_kv: int | None = None,
+    hadamard: bool = False,
+    centered: bool = False,
+    octaves: bool = False,
+    arranged: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    lengths: Lengths = WHOLE,
+    max_seqlen: int | Tensor | None = None,
+    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
+) -> Quantized:
+    """`quantize.quantize`: values and descales, by kernels or the reference."""
+    max_rows = check_rows("x", x, lengths, max_seqlen)
+    recipe, heads_kv = check_options(x, recipe, heads_kv, dtype)
+    if arranged:
+        check_arranged("x", x)
+    embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
+    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows, embedding)
+    if backend is not Backend.REFERENCE:
+        check_kernels(x, dtype)
+    if backend is Backend.REFERENCE or problem.empty:
+        return stated(
+            x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows,
+            embedding,
+        )  # fmt: skip
+    return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
+
+
+def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None) -> Tensor:
+    """`quantize.means_of`: means of columns, by kernels or the reference."""
+    max_rows = check_rows("x", x, lengths, max_seqlen)
+    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows)
+    if backend is Backend.REFERENCE or problem.empty:
+        sequences = Sequences.of(x, lengths)
+        return means(sequences.gathered(), sequences.counts)[:, 0]
+    check_kernels(x, torch.float8_e4m3fn)
+    return _means(backend, problem)
+
+
+def narrowed(
+    x: Tensor,
+    descale: Tensor,
+    *,
+    arranged: bool = False,
+    lengths: Lengths = WHOLE,
+    max_seqlen: int | Tensor | None = None,
+) -> Quantized:
+    """`quantize.narrowed`: e4m3 from e5m2, by a kernel or the reference."""
+    max_rows = check_rows("x", x, lengths, max_seqlen)
+    if x.dtype != torch.float8_e5m2:
+        raise NotImplementedError(f"x has dtype {x.dtype}; supported: torch.float8_e5m2")
+    check_arranged("x", x)
+    problem = _Problem(x, lengths, max_rows)
+    given = in_blocks(descale, x, problem.sequences, max_rows)
+    backend = _backend(x, "x")
+    if backend is not Backend.REFERENCE:
+        check_head_dim(x)
+    if backend is Backend.REFERENCE or problem.empty:
+        values, factor = narrowed_stated(x, arranged, lengths, max_rows)
+    else:
+        values, factor = _narrow(backend, problem, arranged)
+    return Quantized(values, factor * given)
+
+
+def columns_of(
+    v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None
+) -> Tensor:
+    """`quantize.columns_of`: V^T for the FP8 kernels, by a kernel or the reference."""
+    max_seqlen = check_rows("v", v, lengths, max_seqlen)
+    if v.dtype != torch.float8_e4m3fn:
+        raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
+    check_arranged("v", v)
+    backend = _backend(v, "v")
+    if backend is Backend.REFERENCE:
+        return arranged_columns(v, lengths)
+    return _arrange(backend, _Problem(v, lengths, max_seqlen))
+
+
+def _backend(x: Tensor, name: str) -> Backend:
+    """Raises NotImplementedError where there are no FP8 kernels."""
+    backend = target.backend_for(x, name)
+    if backend is not Backend.REFERENCE:
+        target.target_for_fp8(x)
+    return backend
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Rows and where their sequences lie, as the kernels take them."""
+
+    x: Tensor
+    lengths: Lengths
+    max_seqlen: int
+    rotary: Rotary | None = None
+
+    @property
+    def sequences(self) -> int:
+        return number_of_sequences(self.x, self.lengths)
+
+    @property
+    def empty(self) -> bool:
+        return self.x.numel() == 0 or self.sequences == 0 or self.max_seqlen == 0
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(batch or 1, seqlen or total, heads, head_dim)"""
+        return memory.addressable("x", batched(self.x, self.lengths))
+
+    @functools.cached_property
+    def rotary_arguments(self) -> tuple[dict[str, int], dict[str, Tensor | None]]:
+        """Scalars, and what is passed by its address."""
+        if self.rotary is None:
+            names = ("dim", "interleaved", "positions", "offset")
+            addressed = dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_offsets"))
+            return {f"rotary_{name}": 0 for name in names}, addressed
+        cos, sin, interleaved, offsets = self.rotary
+        scalars = {
+            "rotary_dim": 2 * cos.shape[1],
+            "rotary_interleaved": int(interleaved),
+            "rotary_positions": cos.shape[0],
+            "rotary_offset": 0 if isinstance(offsets, Tensor) else offsets,
+        }
+        tables: dict[str, Tensor | None] = {
+            "rotary_cos": _loadable_floats(cos),
+            "rotary_sin": _loadable_floats(sin),
+            "rotary_offsets": offsets if isinstance(offsets, Tensor) else None,
+        }
+        return scalars, tables
+
+    def launch(
+        self,
+        backend: Backend,
+        instance: str,
+        tensors: tuple[Tensor, ...],
+        scalars: dict[str, int],
+        addressed: dict[str, Tensor | None],
+    ) -> None:
+        """`addressed`: what is passed by its address, or 0; scalars and these go by name."""
+        rotary, tables = self.rotary_arguments
+        addressed = {
+            "cu_seqlens": self.lengths.cu_seqlens,
+            "seqused": self.lengths.seqused,
+            **tables,
+            **addressed,
+        }
+        present = {name: tensor for name, tensor in addressed.items() if tensor is not None}
+        values = {
+            **dict.fromkeys(addressed, 0),
+            **{name: tensor.data_ptr() for name, tensor in present.items()},
+            "sequences": self.sequences,
+            "max_seqlen": self.max_seqlen,
+            **rotary,
+            **scalars,
+        }
+        names = manifest.scalar_names(instance)
+        pointees = [present[name] for name in names if name in present]
+        runtime.launch(backend, instance, tensors, [values[name] for name in names], pointees)
+
+
+@annotated("quantize")
+def _run_kernels(
+    backend: Backend,
+    problem: _Problem,
+    recipe: Recipe,
+    heads_kv: int | None,
+    hadamard: bool,
+    centered: bool,
+    octaves: bool,
+    arranged: bool,
+) -> Quantized:
+    x = problem.rows
+    heads, head_dim = x.shape[2:]
+    element = DTYPES[x.dtype]
+    table = _Table.of(problem, recipe, heads_kv)
+    descale = x.new_empty(table.shape, dtype=torch.float32)
+    tops = None
+    if recipe.rows is None or octaves:
+        tops = x.new_zeros(table.tops_shape, dtype=torch.float32)
+    addressed = {
+        "mean": _means(backend, problem) if centered else None,
+        "signs": _scaled_signs(x.device, head_dim) if hadamard else None,
+        "tops": tops,
+    }
+    scalars = {
+        "tops_stride": table.tops_stride,
+        "block_rows": recipe.rows or 0,
+        "group": table.group,
+        "rotation_size": head_dim & -head_dim if hadamard else 1,
+    }
+    if tops is not None:
+        instance = instances.abs_max_instance(element, head_dim)
+        of_heads = tops.view(-1, heads // table.group).expand(problem.sequences, -1)
+        problem.launch(backend, instance, (x, of_heads), scalars, addressed)
+    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
+    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    instance = instances.quantize_instance(element, head_dim, arranged)
+    tensors = (x, out, table.of_heads(descale))
+    problem.launch(backend, instance, tensors, scalars, addressed)
+    return Quantized(out if arranged else out.view(problem.x.shape), descale)
+
+
+@annotated("narrow")
+def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
+    x = memory.made_addressable("x", batched(problem.x, problem.lengths))
+    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
+    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    blocks = (problem.sequences, x.shape[2], -(-problem.max_seqlen // 64))
+    factor = x.new_empty(blocks, dtype=torch.float32)
+    instance = instances.narrow_instance(x.shape[3], arranged)
+    problem.launch(backend, instance, (x, out, factor), {}, {})
+    return Quantized(out if arranged else out.view(problem.x.shape), factor)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the kernels find and put the scale of a head."""
+
+    shape: tuple[int, ...]
+    sequences: int
+    group: int
+    """Successive heads with one scale."""
+    tops_shape: tuple[int, int]
+    """Of the greatest magnitudes that AbsMax finds."""
+
+    @staticmethod
+    def of(problem: _Problem, recipe: Recipe, heads_kv: int | None) -> _Table:
+        sequences, heads = problem.sequences, problem.x.shape[-2]
+        if recipe is Recipe.PER_TENSOR:
+            return _Table((1,), sequences, heads, (1, 1))
+        if recipe.rows is None:
+            shape = (sequences, heads_kv or heads)
+            return _Table(shape, sequences, heads // shape[1], shape)
+        blocks = -(-problem.max_seqlen // recipe.rows)
+        return _Table((sequences, heads, blocks), sequences, 1, (sequences, heads))
+
+    @property
+    def tops_stride(self) -> int:
+        """From sequence to sequence."""
+        rows, columns = self.tops_shape
+        return columns if rows == self.sequences else 0
+
+    def of_heads(self, descale: Tensor) -> Tensor:
+        """(sequences, heads / group, blocks or 1)"""
+        if descale.ndim == 1:
+            return descale.view(1, 1, 1).expand(self.sequences, 1, 1)
+        return descale if descale.ndim == 3 else descale.unsqueeze(2)
+
+
+def _means(backend: Backend, problem: _Problem) -> Tensor:
+    """(sequences, heads, head_dim) float32, always added in the same order."""
+    x = problem.rows
+    batch, seqlen, heads, head_dim = x.shape
+    chunks = -(-seqlen // SUM_ROWS)
+    if problem.lengths.cu_seqlens is not None:  # as arranged columns
+        chunks = seqlen // SUM_ROWS + problem.sequences
+    sums = x.new_empty((batch, chunks, heads, head_dim), dtype=torch.float32)
+    instance = instances.column_sums_instance(DTYPES[x.dtype])
+    problem.launch(backend, instance, (x, sums), {}, {})
+    means = x.new_empty((problem.sequences, heads, head_dim), dtype=torch.float32)
+    instance = instances.column_means_instance()
+    problem.launch(backend, instance, (sums, means), {"padded": seqlen}, {})
+    return means
+
+
+def _loadable_floats(table: Tensor) -> Tensor:
+    """float32, in rows of whole vectors of 32 bytes."""
+    table = table.float().contiguous()
+    return table if table.data_ptr() % 32 == 0 else table.clone()
+
+
+@annotated("arrange")
+def _arrange(backend: Backend, problem: _Problem) -> Tensor:
+    v, lengths = problem.x, problem.lengths
+    out = v.new_empty(arranged_shape(v, lengths))
+    if problem.empty:
+        return out
+    rows = batched(v, lengths)
+    source = _loadable_columns(rows)
+    instance = instances.arrange_instance(source is not None)
+    if source is None:
+        source = memory.made_addressable("v", rows)
+    problem.launch(backend, instance, (source, out), {}, {})
+    return out
+
+
+def _loadable_columns(v: Tensor) -> Tensor | None:
+    """(batch, heads, columns, seqlen rounded up to 16), if keys lie together and 16 can be loaded.
+
+    What is behind the last key of the last column must be memory of the tensor's.
+    """
+    if v.stride(3) == 1 or v.stride(1) != 1:
+        return None
+    columns = v.permute(0, 2, 3, 1)
+    shape = (*columns.shape[:3], -(-v.shape[1] // 16) * 16)
+    end = v.storage_offset() + sum((n - 1) * s for n, s in zip(shape, columns.stride())) + 1
+    if end > v.untyped_storage().nbytes():  # of bytes
+        return None
+    try:
+        return memory.addressable("v", columns.as_strided(shape, columns.stride()))
+    except ValueError:
+        return None
+
+
+_scaled: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _scaled_signs(device: torch.device, head_dim: int) -> Tensor:
+    """`signs` / sqrt(n), float32.
+
+    It is kept, unless it belongs to a graph that is being captured or is no real tensor: the call
+    that makes a fake one fails later.
+    """
+    on_gpu = device.type == "cuda"
+    key = (device, runtime.current_stream(device.index) if on_gpu else 0, head_dim)
+    if key in _scaled:
+        return _scaled[key]
+    # Computed where they are wanted, from Python integers: a graph may not copy from the host.
+    place = torch.arange(WORD, device=device)
+    words = [torch.full((WORD,), word, device=device) for word in _sign_words(head_dim)]
+    bits = torch.cat([word >> place & 1 for word in words])[:head_dim]
+    table = (1 - 2 * bits).float() / (head_dim & -head_dim) ** 0.5
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if not capturing and type(table) is Tensor:
+        _scaled[key] = table
+    return table
+
+
+WORD = 32
+
+
+@functools.cache
+def _sign_words(head_dim: int) -> list[int]:
+    """A bit for every column, set where it is negative."""
+    negative = [int(sign < 0) for sign in signs(head_dim).tolist()]
+    parts = [negative[i : i + WORD] for i in range(0, head_dim, WORD)]
+    return [sum(bit << i for i, bit in enumerate(part)) for part in parts]

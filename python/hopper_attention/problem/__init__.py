@@ -1,0 +1,1 @@
+"""What is asked: values, checks of arguments, memory."""

@@ -1,0 +1,1 @@
+"""PyTorch's view: operators, autograd, DTensor."""

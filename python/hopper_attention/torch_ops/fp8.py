@@ -1,0 +1,274 @@
+"""The library's operators for FP8: `torch.ops.hopper_attention.attention_fp8` and `.forward_fp8`.
+
+Of 16-bit tensors, quantised on the way, and differentiable; and of quantised tensors.  What
+attention.py is for the others: compilers and modes see them, a plain call goes past the dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hopper_attention.dispatch.plan import Plan, prepare
+from hopper_attention.launch.forward_fp8 import descale_and_attend, quantize_and_run
+from hopper_attention.launch.quantize import means_of
+from hopper_attention.problem import checks, memory, scalars
+from hopper_attention.problem.checks import check_fp8_shapes_of, check_shapes_of
+from hopper_attention.problem.fp8 import check_classes, check_operands, sequence_bounds
+from hopper_attention.problem.quantization import Treatment
+from hopper_attention.problem.values import (
+    DTYPES,
+    Fp8,
+    Inputs,
+    Lengths,
+    Options,
+    result_shapes,
+)
+from hopper_attention.torch_ops import attention, autograd
+from hopper_attention.torch_ops.eager import watched
+
+_TREATMENT = (
+    "str recipe, bool hadamard, bool? two_level, int accumulate_every, "
+    "SymInt? bound_q, SymInt? bound_k"
+)
+"""`Treatment`, in its order; `Options` has a max_seqlen_q already."""
+_DESCALES = "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor? out_descale"
+_NUM_DESCALES = 4
+_NUM_BOUNDS = 2
+attention.library.define(
+    f"attention_fp8({attention.TENSORS}, {attention.OPTIONS}, {_TREATMENT}) -> "
+    "(Tensor out, Tensor lse)"
+)
+attention.library.define(
+    f"forward_fp8({attention.TENSORS}, {_DESCALES}, {attention.OPTIONS}, "
+    "SymInt? bound_q, SymInt? bound_k) -> (Tensor out, Tensor lse)"
+)
+attention.library.define(
+    "means(Tensor k, Tensor? cu_seqlens, Tensor? seqused, SymInt bound) -> Tensor mean"
+)
+
+
+def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options, Treatment]:
+    inputs, given = Inputs.of(flat[: attention.NUM_TENSORS]), flat[attention.NUM_TENSORS :]
+    count = len(Options._fields)
+    return inputs, Options(*given[:count]), Treatment(*given[count:])
+
+
+@torch.library.impl(attention.library, "attention_fp8", attention.KERNELS)
+def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, treatment = _unflat(flat)
+    checks.check_tensors(*inputs[:3])
+    sink = checks.resolve_sink(inputs.sink, inputs.q)
+    inputs = inputs._replace(sink=sink)
+    return quantize_and_attend(inputs, options.checked(), treatment.checked())
+
+
+@torch.library.impl(attention.library, "forward_fp8", attention.KERNELS)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    tensors, flat = flat[: attention.NUM_TENSORS], flat[attention.NUM_TENSORS :]
+    descales, given = flat[:_NUM_DESCALES], flat[_NUM_DESCALES:]
+    options = Options(*given[:-_NUM_BOUNDS])
+    bound_q, bound_k = given[-_NUM_BOUNDS:]
+    bounds = (scalars.bound("bound_q", bound_q), scalars.bound("bound_k", bound_k))
+    inputs = Inputs.of(tensors)
+    checks.check_tensors(*inputs[:3])
+    inputs = inputs._replace(sink=checks.resolve_sink(inputs.sink, inputs.q))
+    return descale_and_attend(inputs, descales, bounds, options.checked())
+
+
+@torch.library.register_fake("hopper_attention::attention_fp8", lib=attention.library)
+def _fake_attention(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, treatment = _unflat(flat)
+    check_shapes_of(inputs)
+    check_fp8_shapes_of(inputs, options, treatment.two_level)
+    return _results(inputs, inputs.q.dtype)
+
+
+@torch.library.register_fake("hopper_attention::forward_fp8", lib=attention.library)
+def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    inputs = Inputs.of(flat[: attention.NUM_TENSORS])
+    options = Options(*flat[attention.NUM_TENSORS + _NUM_DESCALES : -_NUM_BOUNDS])
+    check_fp8_shapes_of(inputs, options, None)
+    return _results(inputs, options.out_dtype or torch.bfloat16)
+
+
+@torch.library.impl(attention.library, "means", attention.KERNELS)
+def _means(k: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, bound: int) -> Tensor:
+    lengths = Lengths(cu_seqlens, seqused)
+    return means_of(k, lengths, bound if lengths.given else None)
+
+
+@torch.library.register_fake("hopper_attention::means", lib=attention.library)
+def _fake_means(k: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, bound: int) -> Tensor:
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.new_empty((sequences, *k.shape[-2:]), dtype=torch.float32)
+
+
+def _results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q, v = inputs.q, inputs.v
+    out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
+    return q.new_empty(out_shape, dtype=dtype), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[: attention.NUM_TENSORS])
+    ctx.options = inputs[attention.NUM_TENSORS :][: len(Options._fields)]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As if nothing had been quantised."""
+    gradients = attention.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
+    return *gradients, *(None,) * len(Treatment._fields)
+
+
+torch.library.register_autograd(
+    "hopper_attention::attention_fp8", _differentiate, setup_context=_save, lib=attention.library
+)
+
+
+def _refuse_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError("FP8 tensors have no gradients: use attention_fp8 to train")
+
+
+torch.library.register_autograd(
+    "hopper_attention::forward_fp8", _refuse_derivatives, lib=attention.library
+)
+
+
+@register_flop_formula(
+    [torch.ops.hopper_attention.attention_fp8, torch.ops.hopper_attention.forward_fp8], get_raw=True
+)
+def _flops(*flat: Any, out_val: Any = None) -> int:
+    """Without quantisation, which multiplies little."""
+    return attention.forward_flops(Inputs.of(flat[: attention.NUM_TENSORS]))
+
+
+def attend_quantised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    lengths: tuple[Lengths, Lengths],
+    options: Options,
+    treatment: Treatment,
+    smooth_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `attention_fp8`'s arguments: 16-bit tensors, which are quantised on the way."""
+    checks.check_tensors(q, k, v)
+    check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
+    sink = checks.resolve_sink(learnable_sink, q)
+    if not (q.dtype is k.dtype is v.dtype and q.dtype in DTYPES):
+        q, k, v = checks.autocast(q, k, v)
+    inputs = Inputs(q, k, v, sink, *lengths)
+    if smooth_k and (options.softcap or sink is not None):
+        raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
+    watch = watched(inputs)
+    if smooth_k:
+        mean = _mean_of_keys(inputs, treatment, watch)
+        # A constant: softmax does not see it, so gradients are those of K, and more exact.
+        inputs = inputs._replace(k=k - _of_rows(mean, lengths[1], k))
+    if watch:
+        attention.refuse_tangents(q, k, v, sink)
+        out, lse = torch.ops.hopper_attention.attention_fp8(*inputs.flat, *options, *treatment)
+    else:
+        out, lse = quantize_and_attend(inputs, options, treatment)
+    if smooth_k:
+        lse = torch.where(lse > -torch.inf, lse + _scores_of(mean, inputs, options), lse)
+    return out, lse
+
+
+def _mean_of_keys(inputs: Inputs, treatment: Treatment, watch: bool) -> Tensor:
+    """(sequences, heads_kv, head_dim), rounded to k's dtype."""
+    k, keys = inputs.k.detach(), inputs.keys
+    bound = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)[1]
+    if watch:
+        check_shapes_of(inputs)
+        mean = torch.ops.hopper_attention.means(k, keys.cu_seqlens, keys.seqused, bound)
+    else:
+        check_operands(inputs)
+        mean = means_of(k, keys, bound)
+    return mean.to(k.dtype)
+
+
+def _of_rows(of_sequences: Tensor, lengths: Lengths, x: Tensor) -> Tensor:
+    """What each row of x has of (sequences, heads, head_dim); rows of no sequence anything."""
+    if lengths.cu_seqlens is None:
+        return of_sequences.unsqueeze(1)
+    if of_sequences.shape[0] == 0:
+        return of_sequences.new_zeros(1)
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    number = torch.searchsorted(lengths.cu_seqlens[1:], rows, right=True)
+    return of_sequences[number.clamp(max=of_sequences.shape[0] - 1)]
+
+
+def _scores_of(mean: Tensor, inputs: Inputs, options: Options) -> Tensor:
+    """In lse's layout: of the mean of the keys of each query's head."""
+    q, k = inputs.q, inputs.k
+    scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    mean = mean.repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)
+    scores = (q * _of_rows(mean, inputs.queries, q)).sum(dim=-1, dtype=torch.float32)
+    return scale * (scores.mT if inputs.queries.cu_seqlens is None else scores.T)
+
+
+def quantize_and_attend(
+    inputs: Inputs, options: Options, treatment: Treatment
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable if anything requires grad."""
+    if options.out_dtype is not None:
+        raise NotImplementedError("out_dtype: attention_fp8's is q's; use flash_attn_func")
+    check_operands(inputs)
+    plan = prepare(inputs, options, Fp8(treatment.two_level, treatment.accumulate_every))
+
+    def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return quantize_and_run(plan, inputs, treatment)
+
+    return autograd.Attention.apply(plan, run, *inputs)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    lengths: tuple[Lengths, Lengths],
+    descales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    bounds: tuple[int | None, int | None],
+    options: Options,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the public functions' arguments, where q is FP8.
+
+    `descales` are of q, k, v and out, `bounds` max_seqlen_q and _k.
+    """
+    checks.check_tensors(q, k, v)
+    check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
+    sink = checks.resolve_sink(learnable_sink, q)
+    inputs = Inputs(q, k, v, sink, *lengths)
+    names = (
+        "q",
+        "k",
+        "v",
+        "learnable_sink",
+        *(f"{name}_descale" for name in ("q", "k", "v", "out")),
+    )
+    for name, tensor in zip(names, (q, k, v, sink, *descales), strict=True):
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
+    if options.pack_gqa:
+        raise NotImplementedError("pack_gqa: not for FP8, where rows of a tile share a scale")
+    if out is not None:
+        memory.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
+    if watched(inputs):
+        attention.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
+        result, lse = torch.ops.hopper_attention.forward_fp8(
+            *inputs.flat, *descales, *options, *bounds
+        )
+        return (result if out is None else out.copy_(result)), lse
+    if out is not None:
+        memory.addressable("out", out)
+        torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
+    return descale_and_attend(inputs, descales, bounds, options, out)
