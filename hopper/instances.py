@@ -1,4 +1,4 @@
-"""The list of sm_90a kernels that are compiled: the build and the dispatcher have no other."""
+"""The list of attention kernels for sm_90a that a build can compile."""
 
 from itertools import product
 

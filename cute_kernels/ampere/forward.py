@@ -102,7 +102,7 @@ class Problem:
     scale_log2: Float32
     """Of the scores that softmax sees: after softcap if there is one."""
     cap_inner: Float32
-    """Of `softmax.cap`."""
+    """Of `softmax.online.cap`."""
     cap_outer: Float32
     """0: there is no softcap."""
     window: tuple

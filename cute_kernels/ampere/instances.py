@@ -1,4 +1,4 @@
-"""The list of Ampere kernels that are compiled: the build and the dispatcher have no other."""
+"""The list of Ampere kernels that a build can compile."""
 
 from hopper_attention.cute_kernels.ampere.config import (
     BACKWARD_TILES,

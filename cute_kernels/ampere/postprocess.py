@@ -15,6 +15,7 @@ from hopper_attention.cute_kernels.ampere.config import MATRIX, AmperePostproces
 from hopper_attention.cute_kernels.ampere.mma import Coordinates, accumulator
 from hopper_attention.cute_kernels.ampere.row_store import store_rounded
 from hopper_attention.cute_kernels.backward import workspace
+from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
@@ -29,7 +30,7 @@ class AmperePostprocess:
     def __init__(self, config: AmperePostprocessConfig):
         self.cfg = config
         self.dtype = DTYPES[config.dtype]
-        assert config.threads // 32 * MATRIX == workspace.ROWS
+        assert config.threads // 32 * MATRIX == WORKSPACE_ROWS
 
     def example_arguments(self) -> tuple:
         shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=ELEMENTS))
@@ -51,7 +52,7 @@ class AmperePostprocess:
         entries, seqlen_q, heads, _ = mdQ.shape
         queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
         rows = entries * seqlen_q
-        scheduler = VarlenScheduler(queries, num_sequences, heads, rows, workspace.ROWS)
+        scheduler = VarlenScheduler(queries, num_sequences, heads, rows, WORKSPACE_ROWS)
         self.kernel(dq_workspace, mdQ, softmax_scale, queries, scheduler).launch(
             grid=[scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
         )
@@ -67,7 +68,7 @@ class AmperePostprocess:
     ):
         """`dq_workspace`: (entries, heads, 16 rows, their elements)."""
         tile = scheduler.tile(cute.arch.block_idx()[0])
-        first = tile.m_block * workspace.ROWS
+        first = tile.m_block * WORKSPACE_ROWS
         first += cute.arch.make_warp_uniform(cute.arch.warp_idx()) * MATRIX
         sequence = queries.of(minimum(tile.batch, scheduler.batch - 1))
         if tile.batch < scheduler.batch and first < sequence.length:

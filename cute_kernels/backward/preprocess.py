@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from hopper_attention.cute_kernels.backward import workspace
 from hopper_attention.cute_kernels.backward.config import PreprocessConfig
+from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
@@ -30,7 +31,7 @@ class Preprocess:
         self.dtype = DTYPES[config.dtype]
         self.rows = config.threads // LANES
         """Of a pass of the block over its rows."""
-        self.passes = workspace.ROWS // self.rows
+        self.passes = WORKSPACE_ROWS // self.rows
 
     def example_arguments(self) -> tuple:
         operands = (strided(self.dtype, 4), strided(self.dtype, 4), row_statistics())
@@ -60,7 +61,7 @@ class Preprocess:
         entries, seqlen_q, heads, _ = mO.shape
         queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
         rows = entries * seqlen_q
-        scheduler = VarlenScheduler(queries, num_sequences, heads, rows, workspace.ROWS)
+        scheduler = VarlenScheduler(queries, num_sequences, heads, rows, WORKSPACE_ROWS)
         saved = (lse_workspace, delta_workspace, dq_workspace)
         self.kernel(mO, mdO, mLSE, mdLSE, with_dlse, saved, queries, scheduler).launch(
             grid=[scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
@@ -84,7 +85,7 @@ class Preprocess:
             entry, head = sequence.batch, tile.head
             first = workspace.first_row(queries.cu_seqlens != 0, sequence, tile.batch)
             thread = cute.arch.thread_idx()[0]
-            row, lane = tile.m_block * workspace.ROWS + thread // LANES, thread % LANES
+            row, lane = tile.m_block * WORKSPACE_ROWS + thread // LANES, thread % LANES
             last = sequence.offset + sequence.length - 1
             sums = self.row_sums(
                 mO[entry, None, head, None], mdO[entry, None, head, None],

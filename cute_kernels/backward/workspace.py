@@ -1,8 +1,8 @@
 """Backward's workspace: statistics of every query row, and dQ while it accumulates.
 
-A sequence's rows start at a multiple of ROWS and are followed by padding up to the next one, so
-that blocks of rows never touch two sequences: with `cu_seqlens`, entry b starts at row
-(cu_seqlens[b] + b * ROWS) rounded down.  All of it is float32:
+A sequence's rows start at a multiple of WORKSPACE_ROWS and are followed by padding up to the next
+one, so that blocks of rows never touch two sequences: with `cu_seqlens`, entry b starts at row
+(cu_seqlens[b] + b * WORKSPACE_ROWS) rounded down.  All of it is float32:
 
     lse    (entries, heads, rows)   LSE * log2(e); +inf in rows without keys and in padding,
                                     where exp2(score - lse) therefore is 0
@@ -14,10 +14,8 @@ that blocks of rows never touch two sequences: with `cu_seqlens`, entry b starts
 
 import cutlass.cute as cute
 from cutlass import Int32
+from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
 from hopper_attention.cute_kernels.scheduling.sequence import Sequence
-
-ROWS = 128
-"""Every kernel's block of query rows divides it."""
 
 
 @cute.jit
@@ -25,5 +23,5 @@ def first_row(packed: bool, queries: Sequence, batch: Int32) -> Int32:
     """Where the rows of sequence `batch` start in their entry of the workspace."""
     row = Int32(0)
     if packed:
-        row = (queries.offset + batch * ROWS) // ROWS * ROWS
+        row = (queries.offset + batch * WORKSPACE_ROWS) // WORKSPACE_ROWS * WORKSPACE_ROWS
     return row

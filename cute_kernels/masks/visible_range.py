@@ -7,6 +7,7 @@ the last key).  It sees a contiguous range of keys; both ends never decrease fro
 from dataclasses import dataclass
 from typing import Any
 
+from hopper_attention.cute_kernels.conventions import UNBOUNDED
 from hopper_attention.cute_kernels.primitives.arithmetic import (
     ceil_div,
     clamp,
@@ -14,9 +15,6 @@ from hopper_attention.cute_kernels.primitives.arithmetic import (
     minimum,
     select,
 )
-
-UNBOUNDED = 1 << 30
-"""A window side or a chunk that hides nothing; lengths must be smaller."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.conventions import SUM_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum, minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
 from hopper_attention.cute_kernels.quantization.config import ColumnMeansConfig, ColumnSumsConfig
@@ -20,8 +21,6 @@ from hopper_attention.cute_kernels.quantization.rotary import Embedding, Rotary,
 from hopper_attention.cute_kernels.quantization.vectors import VECTOR, widen
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Sequence
 
-SUM_ROWS = 256
-"""Of a chunk."""
 AHEAD = 4
 """Rows of a thread that are loaded before they are added; `unroll=4` crashes the compiler.
 

@@ -14,12 +14,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum
 from hopper_attention.cute_kernels.primitives.types import strided
 from hopper_attention.cute_kernels.quantization.config import NarrowConfig
 from hopper_attention.cute_kernels.quantization.rows import HALF, Rows, block_of, one_of_each_warp
 from hopper_attention.cute_kernels.quantization.store import Divisor, Values
-from hopper_attention.cute_kernels.quantization.v_layout import ROWS, Block
+from hopper_attention.cute_kernels.quantization.v_layout import Block
 from hopper_attention.cute_kernels.quantization.vectors import LANES
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
 
@@ -55,7 +56,7 @@ class Narrow:
         """mX, mValues, lengths as for Quantize; mFactors (sequences, heads, blocks of 64 rows)."""
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
         self.kernel(mX, mValues, mFactors, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mFactors.shape[0]],
+            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mFactors.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )

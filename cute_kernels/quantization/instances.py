@@ -1,4 +1,4 @@
-"""The list of quantisation kernels that are compiled; build and dispatcher have no other."""
+"""The list of quantisation kernels that a build can compile."""
 
 from itertools import product
 

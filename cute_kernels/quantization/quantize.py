@@ -28,6 +28,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.conventions import (
+    BLOCK_ROWS,
+    LARGEST_E4M3,
+    LEAST_DESCALE,
+    OCTAVES,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import strided
@@ -43,16 +49,9 @@ from hopper_attention.cute_kernels.quantization.rows import (
     one_of_each_warp,
 )
 from hopper_attention.cute_kernels.quantization.store import Divisor, Values
-from hopper_attention.cute_kernels.quantization.v_layout import ROWS, Block
+from hopper_attention.cute_kernels.quantization.v_layout import Block
 from hopper_attention.cute_kernels.quantization.vectors import LANES
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
-
-LARGEST = 448.0
-"""Of e4m3."""
-LEAST = 1e-12
-"""Of a descale."""
-OCTAVES = 60
-"""That a block's descale may be below the largest of its head."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Scales:
         top, place, writes = shared, Int32(0), block.number == 0 and thread == 0
         if self.block_rows > 0:
             top, place, writes = greater(low, high), block.number, thread == 0
-            if self.block_rows < ROWS:
+            if self.block_rows < BLOCK_ROWS:
                 half = thread // (HALF // 2 * LANES)
                 top = low if half == 0 else high
                 place = 2 * block.number + half
@@ -100,10 +99,10 @@ class Scales:
 
 @cute.jit
 def descale_of(top: Float32) -> Float32:
-    """An IEEE division by LARGEST, as `Divisor`'s; of what is tiny LEAST comes of it anyhow."""
-    quotient = Divisor(Float32(LARGEST), Float32(1 / LARGEST)).divide(top)
+    """An IEEE division by 448, as `Divisor`'s; what is tiny becomes LEAST_DESCALE anyhow."""
+    quotient = Divisor(Float32(LARGEST_E4M3), Float32(1 / LARGEST_E4M3)).divide(top)
     descale = top if top == Float32.inf else quotient
-    return Float32(LEAST) if descale < LEAST else descale
+    return Float32(LEAST_DESCALE) if descale < LEAST_DESCALE else descale
 
 
 def in_octaves(descale: Float32, largest: Float32) -> Float32:
@@ -167,7 +166,7 @@ class Quantize:
         preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
         self.kernel(mX, mValues, scales, preparation, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mDescale.shape[0]],
+            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mDescale.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
@@ -235,7 +234,7 @@ class AbsMax:
         preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
         lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
         self.kernel(mX, mTops, group, preparation, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, ROWS), mTops.shape[0]],
+            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mTops.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )

@@ -13,6 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint16, Uint32
 from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.primitives.instructions import permute_bytes
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
@@ -21,7 +22,6 @@ from hopper_attention.cute_kernels.quantization.v_layout import (
     CHUNKS,
     EIGHT,
     KEYS,
-    ROWS,
     Block,
     Staging,
     store_keys,
@@ -70,7 +70,11 @@ class ArrangeRows:
         cu_seqlens, seqused: addresses, of `Lengths`, at most `max_seqlen`.
         """
         lengths = Lengths(cu_seqlens, seqused, mV.shape[1])
-        grid = [mV.shape[2] * ceil_div(mV.shape[3], COLUMNS), ceil_div(max_seqlen, ROWS), sequences]
+        grid = [
+            mV.shape[2] * ceil_div(mV.shape[3], COLUMNS),
+            ceil_div(max_seqlen, BLOCK_ROWS),
+            sequences,
+        ]
         self.kernel(mV, mColumns, lengths).launch(
             grid=grid, block=[self.cfg.threads, 1, 1], stream=stream
         )
@@ -131,7 +135,7 @@ class ArrangeColumns:
         lengths = Lengths(cu_seqlens, seqused, max_seqlen)
         pieces = ceil_div(mVt.shape[2], COLUMNS)
         self.kernel(mVt, mColumns, lengths).launch(
-            grid=[mVt.shape[1] * pieces, ceil_div(max_seqlen, ROWS), sequences],
+            grid=[mVt.shape[1] * pieces, ceil_div(max_seqlen, BLOCK_ROWS), sequences],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )

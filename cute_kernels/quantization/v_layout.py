@@ -22,21 +22,20 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint16
 from cutlass.memory import SmemAllocator
+from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.scheduling.sequence import Sequence
 
-ROWS = 128
-"""Of a block."""
 KEYS = 16
 """That are interleaved: one store of a thread."""
-CHUNKS = ROWS // KEYS
+CHUNKS = BLOCK_ROWS // KEYS
 EIGHT = 8
 """Columns whose chunks are swizzled alike."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """ROWS rows of one head of a sequence, or what there is of them."""
+    """BLOCK_ROWS rows of one head of a sequence, or what there is of them."""
 
     index: Any
     """Which sequence."""
@@ -48,7 +47,7 @@ class Block:
     @property
     def first_row(self):
         """Among the sequence's."""
-        return self.number * ROWS
+        return self.number * BLOCK_ROWS
 
     @property
     def rows(self):
@@ -58,7 +57,7 @@ class Block:
     @property
     def among_columns(self):
         """Which block of its batch entry's columns this is (for V)."""
-        first = self.sequence.offset // ROWS + self.index - self.sequence.batch
+        first = self.sequence.offset // BLOCK_ROWS + self.index - self.sequence.batch
         return first + self.number
 
     def row(self, row):
@@ -79,21 +78,21 @@ class Staging:
 
     @staticmethod
     def allocate(allocator: SmemAllocator, columns: int) -> "Staging":
-        layout = cute.make_layout(columns * ROWS // 2)
+        layout = cute.make_layout(columns * BLOCK_ROWS // 2)
         return Staging(allocator.allocate_tensor(Uint16, layout, byte_alignment=16))
 
     def slots(self, eight: Int32, pair: Int32) -> cute.Tensor:
         """(EIGHT,): where rows 2 * pair and the next go, of columns 8 * eight and on."""
         chunk, place = pair // (KEYS // 2), pair % (KEYS // 2)
         slot = place % 4 * 2 + place // 4
-        start = eight * (EIGHT * ROWS // 2) + (chunk ^ (eight % 8)) * (KEYS // 2) + slot
-        layout = cute.make_layout(EIGHT, stride=ROWS // 2)
+        start = eight * (EIGHT * BLOCK_ROWS // 2) + (chunk ^ (eight % 8)) * (KEYS // 2) + slot
+        layout = cute.make_layout(EIGHT, stride=BLOCK_ROWS // 2)
         return cute.make_tensor(self.pairs.iterator + start, layout)
 
     @cute.jit
     def store(self, mColumns: cute.Tensor, block: Block, first: Int32, thread: Int32, threads: int):
         """All of it, to columns `first` and on, once all threads have come past a barrier."""
-        columns = cute.size(self.pairs) * 2 // ROWS
+        columns = cute.size(self.pairs) * 2 // BLOCK_ROWS
         for i in cutlass.range_constexpr(columns * CHUNKS // threads):
             column, chunk = (i * threads + thread) // CHUNKS, thread % CHUNKS
             stored = column * CHUNKS + (chunk ^ (column // EIGHT % 8))

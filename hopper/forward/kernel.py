@@ -228,7 +228,7 @@ class Forward:
         )
 
     def capped(self, softmax_scale: Float32, softcap: Optional[Float32]) -> tuple:
-        """Factors of `softmax.cap`, if there is one, and of the scores after it."""
+        """Factors of `softmax.online.cap`, if there is one, and of the scores after it."""
         if self.cfg.softcap:
             return (2.0 * LOG2_E * softmax_scale / softcap, softcap), Float32(1.0)
         return None, softmax_scale

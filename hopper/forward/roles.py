@@ -29,7 +29,7 @@ class Problem:
     scale_log2: Float32
     """Of the scores that softmax sees: after softcap if there is one."""
     softcap: Any
-    """(inner, outer) of `softmax.cap`, or None."""
+    """(inner, outer) of `softmax.online.cap`, or None."""
     window: Any
     """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
     sink: Int64

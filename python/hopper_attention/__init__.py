@@ -4,10 +4,9 @@ Tensors on such a GPU go to the compiled kernels; tensors on the CPU go to the r
 implementation, or, inside `simulator.enabled()`, to the same kernels on a functional simulator.
 Which kernels: dispatch/target.py.
 
-The way of a call leads from one folder to the next, and a feature has files of the same name in
-each of them: functional, fp8 and quantize (signatures) call torch_ops (the operator, or past it),
-which asks dispatch for the plan of all calls of one kind (what problem checks, and the instance),
-and launch runs that: results, workspaces, the extension.  Without kernels reference computes it.
+A call passes through functional or fp8 (signatures), torch_ops (the operator, or past it), dispatch
+(the plan of all calls of one kind: what problem checks, and the kernel's instance) and launch
+(results, workspaces, the extension), or reference.  Files and layers: docs/architecture.md.
 """
 
 from importlib.metadata import version

@@ -24,8 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopper_attention.cute_kernels.conventions import LEAST_DESCALE as LEAST
 from hopper_attention.launch import quantize as run
-from hopper_attention.problem.quantization import LEAST, Quantized, Recipe, Rotary
+from hopper_attention.problem.quantization import Quantized, Recipe, Rotary
 from hopper_attention.problem.values import WHOLE, Lengths
 from hopper_attention.reference.quantize import block_rows, rotated, signs, spread, stated
 
@@ -63,7 +64,7 @@ def quantize(
             the kernel multiplies P by the ratio before it rounds it, and what was 1 remains exact.
         arranged: values come as `columns_of` gives them, as the kernel wants V; head_dim then is a
             multiple of 16.
-        dtype: float8_e4m3fn; float8_e5m2 by the statement only.
+        dtype: float8_e4m3fn; float8_e5m2 by `stated` only.
         lengths: packed or partly used sequences.
         max_seqlen: an upper bound of their lengths; None: all rows.
         rotary: (cos, sin), or a `Rotary`: queries and keys are embedded before all else; positions

@@ -116,7 +116,7 @@ def test_flags_reach_the_quantiser():
     """Centring takes K's mean away; rotation spreads one channel over all."""
     inputs = draw(Distribution.CHANNELS, SMALL, 0)
     plain, centred, turned = (
-        lab.fp8_emulation.dequantized(Variant.parse(name).operands(inputs)[1])
+        lab.fp8.dequantized(Variant.parse(name).operands(inputs)[1])
         for name in ("per_head", "per_head+smooth_k", "per_head+hadamard")
     )
     assert plain.mean(dim=1).abs().max() > 6 and centred.mean(dim=1).abs().max() < 0.1

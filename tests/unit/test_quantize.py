@@ -471,7 +471,7 @@ def test_refusals_of_columns():
         with pytest.raises(error, match=message):
             columns_of(**given)
     for lengths, error, message in (
-        ([0, 8], TypeError, "lengths: expected arguments.Lengths, got list"),
+        ([0, 8], TypeError, "lengths: expected hopper_attention.quantize.Lengths, got list"),
         (Lengths(cu_seqlens=[0, 8]), TypeError, "cu_seqlens: expected a torch.Tensor, got list"),
         (Lengths(cu_seqlens=torch.tensor([0, 8])), ValueError, "cu_seqlens has dtype torch.int64"),
     ):

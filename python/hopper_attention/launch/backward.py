@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from hopper_attention import reference
+from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
 from hopper_attention.dispatch import manifest
 from hopper_attention.dispatch.instances import BackwardInstances, main_backward_instance, or_listed
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.dispatch.target import Backend, target_for
 from hopper_attention.launch import runtime
+from hopper_attention.launch.arguments import as_entry
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.values import DTYPES, Inputs
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Of q, k, v and the sinks."""
-ROWS = 128
-"""A sequence's rows start at a multiple of it in the workspace."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def statistics_shape(q: Tensor, sequences: int, packed: bool) -> tuple[int, int,
     """(entries, heads, rows) of the workspace."""
     *rows, heads, _ = q.shape
     if packed:
-        return 1, heads, (rows[0] + sequences * ROWS) // ROWS * ROWS
-    return rows[0], heads, -(-rows[1] // ROWS) * ROWS
+        return 1, heads, (rows[0] + sequences * WORKSPACE_ROWS) // WORKSPACE_ROWS * WORKSPACE_ROWS
+    return rows[0], heads, -(-rows[1] // WORKSPACE_ROWS) * WORKSPACE_ROWS
 
 
 def workspace_bytes(
@@ -166,20 +166,20 @@ def _run_kernels(
         scalars = [values[name] for name in manifest.scalar_names(instance)]
         runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
 
-    q, k, v, dout, out = (_as_entry(x, 4) for x in (q, k, v, dout, out))
-    lse = _as_entry(lse.contiguous(), 3)
+    q, k, v, dout, out = (as_entry(x, 4) for x in (q, k, v, dout, out))
+    lse = as_entry(lse.contiguous(), 3)
     statistics = (workspace.lse, workspace.delta)
-    dlse_or_any = lse if dlse is None else _as_entry(dlse, 3)
+    dlse_or_any = lse if dlse is None else as_entry(dlse, 3)
     launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
 
     def blocks_of(rows: int) -> Tensor:
         entries, heads, all_rows, _ = workspace.dq.shape
         return workspace.dq.view(entries, heads, all_rows // rows, -1)
 
-    gradients = (_as_entry(dk, 4), _as_entry(dv, 4))
+    gradients = (as_entry(dk, 4), as_entry(dv, 4))
     dq_blocks = blocks_of(instances.tile_m)
     launch(instances.main, (q, k, v, dout, *statistics, dq_blocks, *gradients))
-    launch(instances.postprocess, (blocks_of(instances.post_rows), _as_entry(dq, 4)))
+    launch(instances.postprocess, (blocks_of(instances.post_rows), as_entry(dq, 4)))
     dsink = None
     if inputs.sink is not None:
         exponent = inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse
@@ -196,14 +196,9 @@ def _sink_gradient_without_keys(inputs: Inputs, lse: Tensor, dlse: Tensor | None
         return None
     if dlse is None:
         return torch.zeros_like(inputs.sink)
-    lse = _as_entry(lse, 3)
+    lse = as_entry(lse, 3)
     counted = lse != -torch.inf
     if inputs.queries.cu_seqlens is not None:  # behind the last sequence lse is undefined
         rows = torch.arange(lse.shape[-1], device=lse.device)
         counted &= rows < inputs.queries.cu_seqlens[-1]
-    return torch.where(counted, _as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))
-
-
-def _as_entry(tensor: Tensor, rank: int) -> Tensor:
-    """Packed tensors are one batch entry."""
-    return tensor.unsqueeze(0) if tensor.ndim < rank else tensor
+    return torch.where(counted, as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))

@@ -1,6 +1,7 @@
 """out and lse of quantised tensors by the kernel, or by the reference; descales as it takes them.
 
-How values are quantised: quantize.py; what the kernel does with them: hopper/forward/kernel_fp8.py.
+How values are quantised: launch/quantize.py; what the kernel does with them: kernel_fp8.py in
+hopper/forward.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention import reference
+from hopper_attention.cute_kernels.conventions import LARGEST_E4M3, LEAST_DESCALE
 from hopper_attention.dispatch.plan import Plan, make_plan, prepare
 from hopper_attention.dispatch.target import Backend, target_for_fp8
 from hopper_attention.launch import runtime
@@ -19,7 +21,7 @@ from hopper_attention.launch.quantize import columns_of, narrowed, quantize
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.fp8 import checked_descale, checked_out_descale, sequence_bounds
-from hopper_attention.problem.quantization import LEAST, Quantized, Recipe, Treatment
+from hopper_attention.problem.quantization import Quantized, Recipe, Treatment
 from hopper_attention.problem.values import (
     FP8_TENSORS,
     NO_WINDOW,
@@ -35,7 +37,6 @@ BLOCK = 64
 """Rows that share a scale in the kernel."""
 FADED = 60.0
 """log2: V's blocks that are smaller than their head's largest by more count as so much smaller."""
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Scaling(NamedTuple):
@@ -103,14 +104,14 @@ def _run_reference(plan: Plan, inputs: Inputs, scaling: Scaling) -> tuple[Tensor
     )  # fmt: skip
     if narrow:
         scaled = out if scaling.out is None else out / scaling.out
-        out = scaled.clamp(-LARGEST, LARGEST).to(plan.out_dtype)
+        out = scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(plan.out_dtype)
     return out, lse
 
 
 def _query_scales(inputs: Inputs, scaling: Scaling) -> Tensor:
     """(sequences, heads, ceil(seqlen_q / 64)); strides of 0 where a scale covers more."""
     heads, blocks = inputs.q.shape[-2], -(-scaling.max_seqlen_q // BLOCK)
-    scales = _in_blocks(scaling.q, scaling.max_seqlen_q, heads).clamp(min=LEAST)
+    scales = _in_blocks(scaling.q, scaling.max_seqlen_q, heads).clamp(min=LEAST_DESCALE)
     return scales.expand(inputs.sequences, heads, blocks)
 
 
@@ -121,13 +122,13 @@ def _key_scales(inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
     k, v = (_in_blocks(d, bound, heads_kv) for d in (scaling.k, scaling.v))
     if k.shape[2] == v.shape[2] == 1:  # the same for all blocks
         table = k.new_zeros((sequences, heads_kv, 1, 4))
-        table[..., ::2] = k.clamp(min=LEAST)[..., None]
+        table[..., ::2] = k.clamp(min=LEAST_DESCALE)[..., None]
         return table.expand(-1, -1, pairs, -1), v.expand(sequences, heads_kv, 1)
     # Beyond the last key of a sequence: any number, as -inf is multiplied by K's.
     used = _used_blocks(inputs.keys, -(-bound // BLOCK))
     if used is not None:
         k, v = k.where(used, 1), v.where(used, 0)
-    k, largest = k.clamp(min=LEAST), v.amax(dim=2, keepdim=True)
+    k, largest = k.clamp(min=LEAST_DESCALE), v.amax(dim=2, keepdim=True)
     shift = torch.log2(v / largest.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=-FADED)
     table = torch.stack(torch.broadcast_tensors(k, shift), dim=3)
     if table.shape[2] % 2:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopper_attention.cute_kernels.conventions import SUM_ROWS
 from hopper_attention.dispatch import instances, manifest, target
 from hopper_attention.dispatch.target import Backend
 from hopper_attention.launch import runtime
@@ -37,9 +38,6 @@ from hopper_attention.reference.quantize import (
     signs,
     stated,
 )
-
-SUM_ROWS = 256
-"""Of one sum of the kernel."""
 
 
 def quantize(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hopper_attention.cute_kernels.conventions import LEAST_DESCALE
 from hopper_attention.problem import checks, memory
 from hopper_attention.problem.checks import check_shapes_of
-from hopper_attention.problem.quantization import LEAST
 from hopper_attention.problem.values import Inputs, Lengths
 
 
@@ -67,8 +67,8 @@ def checked_descale(
             f"{(sequences, heads_kv)}, or of blocks of 64 or 128 rows {fitting[3]} or "
             f"{fitting[4]}, as many as a max_seqlen_{side} of {seqlen} has"
         )
-    if descale.is_cpu and ((descale > 0) & (descale < LEAST)).any():
-        raise ValueError(f"{name} must be 0 or at least {LEAST:g}")
+    if descale.is_cpu and ((descale > 0) & (descale < LEAST_DESCALE)).any():
+        raise ValueError(f"{name} must be 0 or at least {LEAST_DESCALE:g}")
     return descale.resolve_neg()
 
 

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.problem import checks, memory, scalars
 from hopper_attention.problem.values import (
     DTYPES,
     MAX_HEAD_DIM,
     Lengths,
 )
-
-LEAST = 1e-12
-"""Of a descale: what is all zeros needs some."""
 
 
 class Recipe(str, enum.Enum):
@@ -102,8 +100,6 @@ class Treatment(NamedTuple):
         return Treatment.of(*self)
 
 
-BLOCK_ROWS = 128
-"""Of a block of the kernels."""
 GRID = 65535
 """Most blocks along the second and third dimension of a grid."""
 

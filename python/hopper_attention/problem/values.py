@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hopper_attention.cute_kernels.conventions import UNBOUNDED
 from hopper_attention.problem.scalars import bound, flag, integer, real, shown
 
 Shape = Sequence[int]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256
-UNBOUNDED = 1 << 30
-"""What the kernels take for a window side or chunk that hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ WHOLE = Lengths()
 class Options(NamedTuple):
     """The scalar arguments as plain values: equal calls have equal options, and a hash.
 
-    In the order of the library ops' scalar arguments.  A tuple, since it is made and hashed at
+    In the order of the operators' scalar arguments.  A tuple, since it is made and hashed at
     every call: a frozen dataclass costs 2 us more.
     """
 

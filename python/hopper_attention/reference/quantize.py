@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopper_attention.cute_kernels.conventions import BLOCK_ROWS, LEAST_DESCALE, OCTAVES
 from hopper_attention.problem.quantization import (
-    LEAST,
     Quantized,
     Recipe,
     Rotary,
@@ -20,10 +20,6 @@ from hopper_attention.problem.quantization import (
 )
 from hopper_attention.problem.values import WHOLE, Lengths
 
-OCTAVES = 60
-"""A block's descale is at most so many below the largest of its head, if they are powers of two."""
-COLUMN_BLOCK = 128
-"""Keys: packed sequences start at multiples of it in V's columns."""
 INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 """Which of 16 keys a place of V's columns has: as P lies in registers (`Fp8Fragment`)."""
 
@@ -106,7 +102,7 @@ def stated(
     if recipe.rows is not None:
         blocks = -(-(x.shape[-3] if max_seqlen is None else max_seqlen) // recipe.rows)
         behind = (0, blocks - descale.shape[2])
-        descale = torch.nn.functional.pad(descale, behind, value=LEAST)
+        descale = torch.nn.functional.pad(descale, behind, value=LEAST_DESCALE)
         if octaves:
             descale = in_octaves(descale)
     factor = _of_rows(descale, recipe.rows, rows)
@@ -168,7 +164,7 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
         assert recipe.rows is not None
         top = block_tops(x, recipe.rows)
     # On a GPU a division by a number is a multiplication by its reciprocal: another rounding.
-    return (top / torch.full_like(top, largest)).clamp(min=LEAST).contiguous()
+    return (top / torch.full_like(top, largest)).clamp(min=LEAST_DESCALE).contiguous()
 
 
 def block_tops(x: Tensor, rows: int) -> Tensor:
@@ -269,8 +265,8 @@ def arranged_shape(v: Tensor, lengths: Lengths) -> tuple[int, int, int, int]:
     if lengths.cu_seqlens is None:
         batch, seqlen = v.shape[:2]
         return batch, heads, head_dim, -(-seqlen // 16) * 16
-    blocks = v.shape[0] // COLUMN_BLOCK + number_of_sequences(v, lengths)
-    return 1, heads, head_dim, blocks * COLUMN_BLOCK
+    blocks = v.shape[0] // BLOCK_ROWS + number_of_sequences(v, lengths)
+    return 1, heads, head_dim, blocks * BLOCK_ROWS
 
 
 def arranged_columns(v: Tensor, lengths: Lengths = WHOLE) -> Tensor:
@@ -281,6 +277,6 @@ def arranged_columns(v: Tensor, lengths: Lengths = WHOLE) -> Tensor:
         keys = sequences.rows[entry, offset : offset + length].view(torch.uint8)
         groups = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, -length % 16)).unflatten(0, (-1, 16))
         columns = groups[:, INTERLEAVED].flatten(0, 1).permute(1, 2, 0)
-        start = (offset // COLUMN_BLOCK + i - entry) * COLUMN_BLOCK
+        start = (offset // BLOCK_ROWS + i - entry) * BLOCK_ROWS
         out[entry, :, :, start : start + columns.shape[2]] = columns
     return out.view(v.dtype)

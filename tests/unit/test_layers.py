@@ -1,0 +1,85 @@
+"""Imports go one way: docs/architecture.md has the order."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LAYERS = (
+    ("errors", "files", "nvtx"),
+    ("_cuda", "_simulator"),
+    ("simulator",),
+    ("problem",),
+    ("reference",),
+    ("dispatch",),
+    ("launch",),
+    ("torch_ops",),
+    ("functional", "fp8", "quantize"),
+    ("integrations",),
+    ("arguments", "backward", "fp8_emulation"),
+    ("__init__",),
+    ("sass", "profiling", "bench", "accuracy", "benchmarks"),
+    ("cli",),
+)
+"""Each may import itself and those before it."""
+PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
+PACKAGE = Path(__file__).parents[2] / "python" / "hopper_attention"
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+HOST = ("instance.py", "instances.py", "hardware.py", "conventions.py", "config.py")
+"""Of the kernels' folders: read where the DSL is not installed."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, also within functions; `from a import b` is a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(module: str) -> str:
+    """The first part of a module within the package; names that it exports are its own."""
+    first = module.split(".")[1:2]
+    return first[0] if first and first[0] in PLACE else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_no_layer_imports_one_above(file):
+    own = file.parts[0].removesuffix(".py")
+    assert own in PLACE, f"{own} has no place among the layers"
+    for module in imports(PACKAGE / file):
+        kernels = module.startswith(("hopper_attention.hopper", "hopper_attention.cute_kernels"))
+        if module.split(".")[0] == "hopper_attention" and not kernels:
+            assert PLACE[layer_of(module)] <= PLACE[own], f"{file} imports {module}"
+
+
+def test_shared_device_code_knows_no_architecture(root):
+    for path in (root / "cute_kernels").rglob("*.py"):
+        for module in imports(path):
+            assert not module.startswith("hopper_attention.hopper"), f"{path} imports {module}"
+
+
+def test_lists_and_configurations_need_no_dsl(root):
+    found = [p for name in ("hopper", "cute_kernels") for p in (root / name).rglob("*.py")]
+    lists = [path for path in found if path.name in HOST]
+    assert len(lists) >= len(HOST)
+    for path in lists:
+        assert not any(module.split(".")[0] == "cutlass" for module in imports(path)), path
+
+
+def test_folders_stay_small(root):
+    """A newcomer reads a listing at a glance; the simulator is still to be divided."""
+    later = {PACKAGE / "simulator"}
+    folders = [root / "hopper", root / "cute_kernels", root / "python"]
+    counts = Counter(
+        path.parent
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    assert {folder for folder, count in counts.items() if count > 15} <= later
