@@ -105,7 +105,7 @@ def _compile(instance: Any, out: Path) -> dict[str, Any]:
 
 
 def _skip_source_lines() -> None:
-    """Where ptxas is asked for remarks, the DSL looks up the line of every operation it traces.
+    """Keep the DSL from looking up the line of every operation it traces, as it does for remarks.
 
     A quarter of the time, and neither PTX nor cubin depends on it; 4.8.1 has no option for it.
     """
@@ -115,7 +115,7 @@ def _skip_source_lines() -> None:
 
 
 def describe_instance(instance: Any) -> dict[str, Any]:
-    """What the instance's line in its list says, and what follows from its configuration."""
+    """Return the facts of the instance's line in its list, and those of its configuration."""
     return {
         "name": instance.name,
         "family": instance.family,
@@ -130,7 +130,7 @@ def describe_instance(instance: Any) -> dict[str, Any]:
 
 
 def describe_build(instance: Any) -> dict[str, Any]:
-    """What was compiled from, and with; asked after compiling, when all sources are imported."""
+    """Return sources and versions of a compile, when all sources are imported."""
     files = sources.imported_sources()
     kernel = sys.modules[instance.kernel.partition(":")[0]]
     if Path(str(kernel.__file__)).resolve() not in files:

@@ -1,4 +1,4 @@
-"""What the compiled code says of itself: claimed opcodes in SASS, parameters of each PTX entry."""
+"""Facts read from compiled code: claimed opcodes in SASS, parameters of each PTX entry."""
 
 import itertools
 import re

@@ -24,7 +24,7 @@ def prune(out: Path, names: set[str]) -> None:
 
 
 def is_current(instance: Any, record: Path, cuda_major: int) -> bool:
-    """Whether the outputs beside `record` came from these very sources and this very instance.
+    """Say whether the outputs beside `record` came from these sources and this instance.
 
     Content decides, not time, so a touched file or another line of an instance list costs nothing.
     """
@@ -40,7 +40,7 @@ def is_current(instance: Any, record: Path, cuda_major: int) -> bool:
 
 
 def source_hash(instance: Any, files: list[Path]) -> str:
-    """Of the instance, the DSL's version and the sources imported to compile it, lists left out."""
+    """Hash the instance, the DSL's version and the sources imported for it, but for lists."""
     parts: dict[str, Any] = {
         "instance": asdict(instance),
         "dsl": version("nvidia-cutlass-dsl"),
@@ -67,7 +67,7 @@ def move(scratch: Path, out: Path, name: str) -> None:
 
 
 def scratch_folder(out: Path, name: str) -> Path:
-    """Where an instance is compiled; stays behind after a failure, for diagnosis."""
+    """Return the folder in which an instance is compiled; after a failure it stays."""
     return out / f"{name}.scratch"
 
 

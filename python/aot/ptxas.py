@@ -1,4 +1,4 @@
-"""What ptxas reports about a kernel, and the gate that a compiled instance must pass."""
+"""The report of ptxas on a kernel, and the gate that a compiled instance must pass."""
 
 import re
 from collections.abc import Mapping, Sequence

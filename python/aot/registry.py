@@ -9,7 +9,7 @@ BUILD_FACTS = ("compile_seconds", "sources")
 
 
 def manifest(records: Sequence[dict[str, Any]]) -> str:
-    """What is installed beside the extension: every instance's facts, by name."""
+    """Return the text of the manifest: every instance's facts, by name."""
     kept = {r["name"]: {k: v for k, v in r.items() if k not in BUILD_FACTS} for r in records}
     return json.dumps(kept, indent=1, sort_keys=True) + "\n"
 

@@ -19,7 +19,7 @@ INSTANCE_MODULES = (
 """Every module with a list of kernels to compile, `INSTANCES`."""
 
 SOURCE_FOLDERS = tuple(ROOT / name for name in ("hopper", "cute_kernels", "python"))
-"""What a kernel may depend on; a virtual environment may lie in the repository as well."""
+"""Folders whose files a kernel may depend on; a virtual environment may lie beside them."""
 
 
 def make_importable() -> None:
@@ -69,16 +69,16 @@ def is_instance_list(path: Path) -> bool:
 
 @functools.cache
 def hash_file(path: Path) -> str:
-    """Of the content when first asked, or first since `forget_hashes`."""
+    """Hash the content as it was when first asked, or first since `forget_hashes`."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def remember_hashes() -> None:
-    """Of what is imported by now: what somebody edits afterwards must not count."""
+    """Hash everything imported by now: later edits must not count."""
     for file in imported_sources():
         hash_file(file)
 
 
 def forget_hashes() -> None:
-    """Of files that were asked for before they are imported: they may be edited in between."""
+    """Forget hashes of files that are imported later: they may be edited in between."""
     hash_file.cache_clear()

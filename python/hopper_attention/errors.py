@@ -1,4 +1,4 @@
-"""What a command cannot do, and why."""
+"""Errors that the command line shows without a traceback."""
 
 
 class Refusal(Exception):

@@ -265,7 +265,7 @@ def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
 
 
 def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
-    """Where there is nothing to descale."""
+    """Refuse descales of tensors that are not FP8."""
     for name, descale in zip(("q", "k", "v", "out"), descales, strict=True):
         if descale is not None:
             raise NotImplementedError(f"{name}_descale: only of FP8 tensors; leave it out")

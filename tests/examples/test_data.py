@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples
+from support.strategies import examples
 
 from gpt.data import BOUNDARY, Corpus, Packing, TokenStream, read_documents, split
 from hopper_attention.errors import Refusal

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import ampere_cases
 import pytest
 import torch
-from cases import (
-    SHAPES,
-    Shape,
-    arguments_for,
-    backward_instances,
-    check_backward,
-    check_packed_backward,
-    inputs_for,
-    offsets,
-)
+from support import ampere
+from support.judge import check_backward, check_packed_backward
+from support.problems import SHAPES, Shape, arguments_for, backward_instances, inputs_for, offsets
 
 from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func
 
@@ -71,13 +63,13 @@ def test_deterministic_over_a_thousand_runs(case):
 
 
 @pytest.mark.gpu("ampere")
-@pytest.mark.parametrize("instance", ampere_cases.instances("ampere_backward", "sm_90"))
+@pytest.mark.parametrize("instance", ampere.instances("ampere_backward", "sm_90"))
 def test_ampere_kernels_match_fp64(instance):
     """The second opinion on Hopper's."""
     for number, shape in enumerate((*SHAPES, *LARGE)):
         q, k, v = inputs_for(instance, shape, device="cuda")
-        variant = ampere_cases.VARIANTS[number % len(ampere_cases.VARIANTS)]
-        arguments = ampere_cases.arguments_for(variant, number)
+        variant = ampere.VARIANTS[number % len(ampere.VARIANTS)]
+        arguments = ampere.arguments_for(variant, number)
         with backend("ampere"):
             dout, gradients = differentiate(flash_attn_func, q, k, v, **arguments)
         check_backward(q, k, v, dout, gradients, **arguments)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from support.judge import check_forward, check_packed
+from support.problems import (
     PACKED,
     SHAPES,
     Shape,
     arguments_for,
-    check_forward,
-    check_packed,
     forward_instances,
     inputs_for,
     offsets,

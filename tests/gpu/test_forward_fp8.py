@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Shape
-from fp8_cases import (
+from support.fp8 import (
     DENSE,
     INSTANCES,
     LENGTHS,
@@ -19,6 +18,7 @@ from fp8_cases import (
     packed_inputs,
     quantized,
 )
+from support.problems import Shape
 
 from hopper_attention import attention_fp8, simulator
 

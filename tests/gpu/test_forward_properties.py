@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
+from support.strategies import (
     check_dense,
     check_qkvpacked,
     check_varlen,

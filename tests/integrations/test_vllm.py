@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from cases import check_packed
+from support.judge import check_packed
 
 import hopper_attention
 from hopper_attention import simulator

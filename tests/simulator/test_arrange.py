@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantize_cases import check_columns, lengths_of, poisoned
+from support.quantize import check_columns, lengths_of, poisoned
 from torch import Tensor
 
 from hopper_attention import simulator

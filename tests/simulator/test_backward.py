@@ -6,13 +6,13 @@ import contextlib
 import os
 import random
 import re
-from functools import partial
 from itertools import product
 
-import ampere_cases
 import pytest
 import torch
-from cases import (
+from support import ampere
+from support.judge import check_backward, check_packed_backward
+from support.problems import (
     PACKED,
     SHAPES,
     TORCH_DTYPES,
@@ -20,13 +20,12 @@ from cases import (
     Shape,
     arguments_for,
     backward_instances,
-    check_backward,
-    check_packed_backward,
     inputs_for,
-    offsets,
+    packed_inputs,
     random_inputs,
 )
-from strategies import Problem, Side, check_dense_gradients, check_varlen_gradients
+from support.simulate import differentiate, leaves, like, packed
+from support.strategies import Problem, Side, check_dense_gradients, check_varlen_gradients
 
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
 from hopper_attention.dispatch import manifest
@@ -50,41 +49,6 @@ def with_kernels(name, hopper, ampere):
 
 per_head_dim = with_kernels("head_dim", HEAD_DIMS, (64, 96))
 """Ampere's swizzle shared memory differently."""
-
-
-def leaves(tensors):
-    return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def like(out, seed=0):
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-
-
-def differentiate(function, q, k, v, seed=0, dlse=None, **arguments):
-    """(dout, gradients) of a dout of its own; sinks are differentiated if there are any."""
-    inputs = leaves((q, k, v))
-    if "learnable_sink" in arguments:
-        sink = arguments["learnable_sink"].detach().requires_grad_()
-        inputs, arguments = [*inputs, sink], {**arguments, "learnable_sink": sink}
-    with simulator.enabled(seed=seed):
-        out, lse = function(*inputs[:3], return_lse=True, **arguments)
-        dout = like(out)
-        outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        return dout, torch.autograd.grad(outputs, inputs, grads)
-
-
-def packed(lengths):
-    sides = zip(*lengths)
-    cu_seqlens = [offsets(side) for side in sides]
-    return partial(
-        flash_attn_varlen_func, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
-        max_seqlen_q=None, max_seqlen_k=None,
-    )  # fmt: skip
-
-
-def packed_inputs(instance, lengths, heads=2, heads_kv=1):
-    total_q, total_k = (sum(side) for side in zip(*lengths))
-    return [x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, heads, heads_kv))]
 
 
 def dense_cases():
@@ -379,7 +343,7 @@ def deterministic_cases():
     every = bool(os.environ.get("HOPPER_ATTENTION_FUZZ"))
     instances = [name for varlen in (True, False) for name in backward_instances(varlen=varlen)]
     for architecture in ("sm_80", "sm_90") if every else ("sm_80",):
-        instances += ampere_cases.instances("ampere_backward", architecture)
+        instances += ampere.instances("ampere_backward", architecture)
     if not every:
         wide = [name for name in instances if re.match(r"bwd_bf16_d(192|256)\S*_varlen", name)]
         instances = wide + [name for name in instances if "bf16" in name and name not in wide][::6]
@@ -402,9 +366,9 @@ def test_deterministic_lengths_around_the_tile(instance, heads, layout, sums, mo
     number = generator.randrange(len(WINDOWS))
     device, options = contextlib.nullcontext(), {}
     if "ampere" in instance:
-        device = ampere_cases.device_of(monkeypatch, instance)
-        variant = generator.choice(ampere_cases.VARIANTS)
-        options = ampere_cases.arguments_for(variant, number)
+        device = ampere.device_of(monkeypatch, instance)
+        variant = generator.choice(ampere.VARIANTS)
+        options = ampere.arguments_for(variant, number)
     else:
         options = arguments_for(instance, number)
     problem = Problem(

@@ -6,23 +6,15 @@ What does not depend on the instance is tested with both backends in test_backwa
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import pytest
 import torch
-from ampere_cases import VARIANTS, arguments_for, device_of, instances, launched
-from cases import (
-    TORCH_DTYPES,
-    Shape,
-    check_backward,
-    check_packed_backward,
-    inputs_for,
-    offsets,
-    random_inputs,
-)
+from support.ampere import VARIANTS, arguments_for, device_of, instances, launched
+from support.judge import check_backward, check_packed_backward
+from support.problems import TORCH_DTYPES, Shape, inputs_for, random_inputs
+from support.simulate import differentiate, leaves, packed
 
 from hopper_attention import backend, flash_attn_func, simulator
-from hopper_attention import flash_attn_varlen_func as varlen_func
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.launch import backward
 from hopper_attention.problem.values import Options
@@ -33,27 +25,6 @@ FAMILY = "ampere_backward"
 DENSE = (Shape(1, 113, 147, 1, 1), Shape(1, 67, 70, 2, 1), Shape(1, 131, 70, 1, 1))
 """Blocks of each tile that are full, that end early, heads of a group, rows without keys."""
 LENGTHS = ((0, 0), (70, 90), (0, 5), (1, 1), (7, 0), (0, 0))
-
-
-def leaves(tensors):
-    return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def differentiate(function, q, k, v, seed=0, **arguments):
-    """(dout, gradients) of a dout of its own."""
-    inputs = leaves((q, k, v))
-    with simulator.enabled(seed=seed):
-        out = function(*inputs, **arguments)
-        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-        return dout, torch.autograd.grad(out, inputs, dout)
-
-
-def packed(lengths):
-    cu_seqlens = [offsets(side) for side in zip(*lengths)]
-    return partial(
-        varlen_func, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
-        max_seqlen_q=None, max_seqlen_k=None,
-    )  # fmt: skip
 
 
 def cases():

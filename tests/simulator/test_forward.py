@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from support.judge import check_forward, check_packed
+from support.problems import (
     FEW_SHAPES,
     PACKED,
     SHAPES,
     Shape,
     arguments_for,
-    check_forward,
-    check_packed,
     forward_instances,
     inputs_for,
     offsets,
+    packed_inputs,
     random_inputs,
 )
+from support.simulate import simulate, simulate_packed
 
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, reference, simulator
 from hopper_attention.dispatch import manifest, target
@@ -31,26 +32,6 @@ both = pytest.mark.usefixtures("kernels")
 SEEDS = (0, 1, 2)
 EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
-
-
-def simulate(q, k, v, seed=0, pack_gqa=False, **arguments):
-    with simulator.enabled(seed=seed):
-        return flash_attn_func(q, k, v, pack_gqa=pack_gqa, return_lse=True, **arguments)
-
-
-def simulate_packed(q, k, v, lengths, seed=0, **arguments):
-    lengths_q, lengths_k = zip(*lengths)
-    with simulator.enabled(seed=seed):
-        return flash_attn_varlen_func(
-            q, k, v, offsets(lengths_q), offsets(lengths_k), max(lengths_q), max(lengths_k),
-            return_lse=True, **arguments,
-        )  # fmt: skip
-
-
-def packed_inputs(instance, lengths, heads=2, heads_kv=1):
-    total_q, total_k = (sum(side) for side in zip(*lengths))
-    tensors = inputs_for(instance, Shape(1, total_q, total_k, heads, heads_kv))
-    return [x[0] for x in tensors]
 
 
 def dense_cases():

@@ -5,22 +5,16 @@ What does not depend on the instance is tested with both backends: test_forward.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from ampere_cases import VARIANTS, arguments_for, device_of, instances, launched
-from cases import (
-    PACKED,
-    SHAPES,
-    TORCH_DTYPES,
-    Shape,
-    check_forward,
-    check_packed,
-    inputs_for,
-    offsets,
-    random_inputs,
-)
+from support.ampere import VARIANTS, arguments_for, device_of, instances, launched
+from support.judge import check_forward, check_packed
+from support.problems import PACKED, SHAPES, TORCH_DTYPES, Shape, inputs_for, random_inputs
+from support.simulate import simulate, simulate_packed
 
-from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, reference, simulator
+from hopper_attention import backend, flash_attn_func, reference, simulator
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.launch import runtime
 from hopper_attention.problem.values import CAUSAL
@@ -33,18 +27,7 @@ FAMILY = "ampere_forward"
 FEW = (Shape(1, 203, 113, 1, 1), Shape(1, 97, 131, 2, 1))
 FEW_PACKED = (((0, 0), (70, 90), (0, 5), (1, 1), (7, 0), (40, 120)),)
 
-
-def simulate(q, k, v, seed=0, pack_gqa=False, **arguments):
-    with simulator.enabled(seed=seed):
-        return flash_attn_func(q, k, v, pack_gqa=pack_gqa, return_lse=True, **arguments)
-
-
-def simulate_packed(q, k, v, lengths, seed=0, **arguments):
-    cu_seqlens = (offsets(side) for side in zip(*lengths))
-    with simulator.enabled(seed=seed):
-        return flash_attn_varlen_func(
-            q, k, v, *cu_seqlens, None, None, return_lse=True, **arguments
-        )
+packed = partial(simulate_packed, bounded=False)
 
 
 def thorough(instance: str) -> bool:
@@ -78,7 +61,7 @@ def test_packed_sequences_match_fp64_for_every_schedule(monkeypatch, instance):
             total_q, total_k = (sum(side) for side in zip(*lengths))
             q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 2, 1)))
             arguments = arguments_for("local" if number else "causal", len(instance))
-            first, second = (simulate_packed(q, k, v, lengths, s, **arguments) for s in SEEDS)
+            first, second = (packed(q, k, v, lengths, s, **arguments) for s in SEEDS)
             check_packed(q, k, v, *first, lengths, **arguments)
             assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -95,8 +78,8 @@ def test_heads_that_share_tiles(monkeypatch, instance):
         "seqused_q": torch.tensor([37, 0, 51, 1], dtype=torch.int32),
     }
     with device_of(monkeypatch, instance):
-        expected = simulate_packed(q, k, v, lengths, pack_gqa=False, **arguments)
-        out, lse = simulate_packed(q, k, v, lengths, 1, pack_gqa=True, **arguments)
+        expected = packed(q, k, v, lengths, pack_gqa=False, **arguments)
+        out, lse = packed(q, k, v, lengths, 1, pack_gqa=True, **arguments)
     eps = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out, expected[0], rtol=eps, atol=eps / 4)
     torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)

@@ -10,8 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import Shape, offsets, random_inputs
-from fp8_cases import (
+from support.fp8 import (
     DENSE,
     INSTANCES,
     LENGTHS,
@@ -29,6 +28,7 @@ from fp8_cases import (
     quantized,
     unscaled,
 )
+from support.problems import Shape, offsets, random_inputs
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hopper_attention import (

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from cases import (
+from support.judge import check_forward, check_packed
+from support.problems import (
     Shape,
     arguments_for,
-    check_forward,
-    check_packed,
     forward_instances,
     inputs_for,
     offsets,
     random_inputs,
 )
+from support.simulate import simulate, simulate_packed
 
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
 from hopper_attention.dispatch import manifest, target
@@ -27,19 +28,8 @@ pytestmark = pytest.mark.simulator
 both = pytest.mark.usefixtures("kernels")
 
 MASKS = ({}, {"causal": True}, {"window_size": (9, 30)})
-
-
-def dense(q, k, v, seed=0, **arguments):
-    with simulator.enabled(seed=seed):
-        return flash_attn_func(q, k, v, return_lse=True, **arguments)
-
-
-def packed(q, k, v, lengths, seed=0, **arguments):
-    cu_seqlens = (offsets(side) for side in zip(*lengths))
-    with simulator.enabled(seed=seed):
-        return flash_attn_varlen_func(
-            q, k, v, *cu_seqlens, None, None, return_lse=True, **arguments
-        )
+dense = partial(simulate, pack_gqa=None)
+packed = partial(simulate_packed, bounded=False)
 
 
 @both

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from quantize_cases import (
+from support.quantize import (
     DTYPES,
     HEAD_DIMS,
     check_equal,

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from strategies import (
+from support.strategies import (
     check_dense_gradients,
     check_fp8,
     check_varlen_gradients,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PACKED, Shape, check_backward, offsets, random_inputs
+from support.judge import check_backward
+from support.problems import PACKED, Shape, offsets, random_inputs
 
 from hopper_attention import (
     flash_attn_func,

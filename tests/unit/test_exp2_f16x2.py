@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fp8_cases import exp2_in_halves
 from hopper_attention.cute_kernels.softmax import exp2_f16x2
+from support.fp8 import exp2_in_halves
 
 
 def test_error_is_as_stated():

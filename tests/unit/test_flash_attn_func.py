@@ -6,16 +6,8 @@ import inspect
 
 import pytest
 import torch
-from cases import (
-    PACKED,
-    SHAPES,
-    WINDOWS,
-    Shape,
-    check_forward,
-    check_packed,
-    offsets,
-    random_inputs,
-)
+from support.judge import check_forward, check_packed
+from support.problems import PACKED, SHAPES, WINDOWS, Shape, offsets, random_inputs
 
 from hopper_attention import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 

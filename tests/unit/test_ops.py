@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import offsets
+from support.problems import offsets
 from torch.autograd import forward_ad
 from torch.distributed.tensor import Shard
 from torch.fx.experimental.proxy_tensor import make_fx

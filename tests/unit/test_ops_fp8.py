@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import offsets
+from support.problems import offsets
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 

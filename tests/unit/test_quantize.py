@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize_cases import exists, lengths_of, poisoned
+from support.quantize import exists, lengths_of, poisoned
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hopper_attention.launch import quantize as kernels

@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import offsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.problems import offsets
 from torch.nn import attention
 from torch.nn.attention import varlen
 from torch.nn.attention.varlen import AuxRequest, varlen_attn

@@ -1,4 +1,4 @@
-"""What attention is measured on: random inputs of several kinds, and activations of a model."""
+"""Inputs of the measurements: random ones of several kinds, and a model's activations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RANDOM = tuple(d for d in Distribution if d is not Distribution.ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Size:
-    """Of a problem; `queries` are the last of seqlen, all by default."""
+    """The size of a problem; `queries` are the last of seqlen, all by default."""
 
     seqlen: int = 2048
     heads: int = 2

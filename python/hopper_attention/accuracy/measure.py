@@ -22,7 +22,7 @@ from hopper_attention.reference.quantize import stated
 
 
 class Accumulation(str, enum.Enum):
-    """Of PV; QK^T is cut to 14 bits except with `exact`."""
+    """How sums of PV are kept; QK^T is cut to 14 bits except with `exact`."""
 
     TWO_LEVEL = "two_level"
     PLAIN = "plain"
@@ -54,7 +54,7 @@ class Variant:
 
     @staticmethod
     def parse(name: str, accumulation: Accumulation = Accumulation.TWO_LEVEL) -> Variant:
-        """Of `name`; raises ValueError if it is none."""
+        """Return the variant `name`; raises ValueError if there is none."""
         recipe, *flags = name.split("+")
         if unknown := set(flags) - {"hadamard", "smooth_k"}:
             raise ValueError(f"{unknown.pop()!r} is neither hadamard nor smooth_k")
@@ -158,7 +158,7 @@ BASELINES: dict[str, Callable[[Inputs], Tensor]] = {
     "only P in e4m3": _p_cast_alone,
     "only V in e4m3 (block64)": _v_alone,
 }
-"""What FP8 stands beside: 16 bits; and two parts of its error that no treatment of Q, K lowers."""
+"""Rows to compare FP8 with: 16 bits, and two parts of its error that Q and K do not cause."""
 
 
 def measure(
@@ -227,7 +227,7 @@ def accumulation_modes(where: Cut = Cut.SUMS) -> dict[str, Arithmetic]:
 def accumulation(
     size: Size, recipe: Recipe, v_mean: float, seed: int, where: Cut = Cut.SUMS
 ) -> Iterator[Accumulated]:
-    """What sums of 14 bits lose over a context: normal inputs, values with a mean."""
+    """Measure what sums of 14 bits lose over a context: normal inputs, values with a mean."""
     inputs = draw(Distribution.NORMAL, size, seed)
     inputs = replace(inputs, v=inputs.v + v_mean)
     operands = Variant(recipe).operands(inputs)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BF16 = "PyTorch SDPA, bf16"
 COLOURS = {"none": "#7f8c9b", "smooth_k": "#e0a030", "hadamard": "#3b7dd8", "both": "#1d3f72"}
-"""By what is done before quantising."""
+"""Colours, by what is done before quantising."""
 
 
 def write_recipes(path: Path, rows: Sequence[Row], caption: str) -> None:

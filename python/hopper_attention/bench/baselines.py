@@ -1,4 +1,4 @@
-"""What the device can do: rows of every run, and what results are fractions of."""
+"""Baselines of the device: rows of every run, of which results are given as fractions."""
 
 from __future__ import annotations
 

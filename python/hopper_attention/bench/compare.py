@@ -24,7 +24,7 @@ class Change:
 
 
 def compare(before: Run, after: Run) -> list[Change]:
-    """What both runs timed.  Raises Refusal if that is nothing."""
+    """Return the rows that both runs timed.  Raises Refusal if there are none."""
     earlier, later = timed(before.rows), timed(after.rows)
     changes = []
     for key in (key for key in earlier if key in later):

@@ -18,11 +18,11 @@ from hopper_attention.reference.error import FLOOR, Error, cancellation
 SAMPLES = 3
 """(sequence, key head) pairs."""
 ROWS = 64
-"""Of each query head of a pair."""
+"""Rows of each query head that are judged."""
 CHUNK = 1024
 """Query rows at once in backward: memory is CHUNK * seqlen_k elements of 8 bytes."""
 FP8_P_SCALE = 256.0
-"""What FP8 kernels multiply P by, so that small probabilities survive e4m3."""
+"""The factor of P in FP8 kernels, with which small probabilities survive e4m3."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Precision:
 
     @staticmethod
     def like(name: str, result: torch.dtype) -> Precision:
-        """Of the tensor cores: operands in the dtype, sums in FP32; results as the judged one's."""
+        """Errors of the tensor cores: operands in the dtype, sums in FP32, results as judged."""
         dtype = DTYPES[name]
         if name == "fp8":
             scaled = lambda x: (x * FP8_P_SCALE).to(dtype).float() / FP8_P_SCALE  # noqa: E731
@@ -50,7 +50,7 @@ class Precision:
 @dataclass(frozen=True)
 class Verdict:
     ours: Error
-    """Of the result that is judged; the worst of its tensors and samples."""
+    """Errors of the judged result: the worst of its tensors and samples."""
     pytorch: Error
     passed: bool
 

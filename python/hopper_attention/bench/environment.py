@@ -1,4 +1,4 @@
-"""What a result depends on beside the code: device, clocks, driver, versions, commit."""
+"""The environment of a result: device, clocks, driver, versions, commit."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _ask_nvidia_smi(uuid: str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the installed ones among PACKAGES."""
+    """Return versions of Python and of the installed ones among PACKAGES."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the repository that this package is installed from, "+" for changes; else "unknown".
+    """Return the commit of the repository behind this package, "+" for changes; else "unknown".
 
     Where the sources were copied without their history, HOPPER_ATTENTION_COMMIT may say.
     """

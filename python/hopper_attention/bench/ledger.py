@@ -1,4 +1,4 @@
-"""What was seen on hardware of every instance of the library: `benchmarks/ledger.json`.
+"""The ledger of what hardware has seen of every instance: `benchmarks/ledger.json`.
 
     numerics  date, commit, device, by: it was right; "by" a committed result, or tests on a GPU
     speed     date, commit, device, problem, mode, error, milliseconds of the fastest problem that

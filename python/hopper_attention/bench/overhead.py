@@ -124,7 +124,7 @@ print(json.dumps({"import": times[1] - times[0], "first_call": times[4] - times[
 
 
 def _start_times(repeats: int) -> dict[str, dict[str, float]]:
-    """Of `import hopper_attention` after torch's, and of the first call, with a null launch."""
+    """Time `import hopper_attention` after torch's, and the first call, with a null launch."""
     runs = [
         json.loads(
             subprocess.run(

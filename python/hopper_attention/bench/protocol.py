@@ -31,7 +31,7 @@ class Protocol:
     GPU never waits for the call.  1 ms on an H200; 0.25 ms may have been too few for FP8 tensors
     that have to be arranged: 305 and 555 TFLOP/s at 1k keys in two runs of the same kernels."""
     load_seconds: float = 5.0
-    """Of matrix products before "sustained": until power, not the top clock, sets the pace."""
+    """Seconds of matrix products before "sustained": power sets the pace from then on."""
     idle_seconds: float = 0.5
     """Before every round of "burst"."""
     modes: tuple[str, ...] = MODES
@@ -44,11 +44,11 @@ class Timer(Interface):
     def load(self, seconds: float) -> None: ...
 
     def milliseconds(self, call: Call) -> float:
-        """Of one call with cold caches, and its launch hidden behind the work before it."""
+        """Milliseconds of one call with cold caches, its launch hidden behind other work."""
         ...
 
     def kernels(self, call: Call) -> dict[str, float]:
-        """Of each instance of ours that the call launches."""
+        """Milliseconds of each instance of ours that the call launches."""
         ...
 
 

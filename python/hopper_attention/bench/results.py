@@ -111,7 +111,7 @@ class Run:
         return None
 
     def fraction(self, row: Row) -> float | None:
-        """Of cuBLAS's rate in bf16, or of the copy's; None without that baseline."""
+        """The fraction of cuBLAS's rate in bf16, or of the copy's; None without that baseline."""
         if row.memory_bound:
             copy = self.baseline(DEVICE_COPY, row.mode)
             return row.terabytes_per_second / copy.terabytes_per_second if copy else None

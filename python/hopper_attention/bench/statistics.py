@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one series of samples, in the samples' unit."""
+    """Statistics of one series of samples, in the samples' unit."""
 
     median: float
     spread: float

@@ -39,14 +39,14 @@ class Problem:
     head_dim: int
     head_dim_v: int
     seqlen: int
-    """Of keys, and of queries unless seqlen_q says otherwise."""
+    """The length of keys, and of queries unless seqlen_q says otherwise."""
     seqlen_q: int
     causal: bool = False
     window: int = -1
     """Keys to the left that a query sees beside its own; -1: all."""
     lengths: tuple[int, ...] = ()
     page_size: int = 0
-    """Of a paged cache; 0: contiguous."""
+    """The page size of a paged cache; 0: contiguous."""
     softcap: float = 0.0
     sink: bool = False
 
@@ -90,7 +90,7 @@ class Problem:
 
     @property
     def flop(self) -> int:
-        """Of the GEMMs.  Plain causal squares count as half of all pairs, as is the custom;
+        """FLOPs of the GEMMs.  Plain causal squares count as half of all pairs, as is the custom;
         everything else by its unmasked pairs."""
         pairs = 0
         for queries, keys in self.sequences:

@@ -16,7 +16,7 @@ from hopper_attention.cli.simulate import simulate
 from hopper_attention.errors import Refusal
 
 TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
-"""What only the extra `tools` installs."""
+"""Packages that only the extra `tools` installs."""
 
 app = typer.Typer(
     help="Exact attention for NVIDIA Hopper GPUs.", no_args_is_help=True, add_completion=False

@@ -112,7 +112,7 @@ def _device() -> torch.device:
 
 
 def _instance(q: Tensor) -> CompiledInstance:
-    """What attention of q runs.  Raises Refusal where that is no compiled kernel."""
+    """Return the instance that attention of q runs.  Raises Refusal if it is not compiled."""
     target = target_for(q)
     if target.backend == REFERENCE:
         raise Refusal(f"{VARIABLE}={target.backend}: the demo is of a compiled kernel")

@@ -50,7 +50,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _backend(capability: tuple[int, int]) -> dict[str, str | None]:
-    """What calls run there, or why they are refused."""
+    """Return the kernels that calls run there, or why they are refused."""
     try:
         return {"backend": target.choose(capability, target.forced()).backend}
     except NotImplementedError as reason:

@@ -116,7 +116,7 @@ def _instance(problem: Problem) -> str:
 
 
 def _roles(instance: str) -> list[str]:
-    """Of the instance's instructions; empty without the disassembler."""
+    """Return roles of the instance's instructions; empty without the disassembler."""
     from hopper_attention.sass.cubin import find_cubins
     from hopper_attention.sass.disassembler import disassemble, find_nvdisasm
     from hopper_attention.sass.roles import roles_of

@@ -68,7 +68,7 @@ def forward_fp8_instance(
     varlen: bool,
     two_level: bool | None,
 ) -> str:
-    """As `forward_instance`, for e4m3; `two_level` None: if there is an instance for it."""
+    """Like `forward_instance`, for e4m3; `two_level` None: two levels where there is one."""
     refusals: list[NotImplementedError] = []
     for level in (True, False) if two_level is None else (two_level,):
         try:
@@ -81,7 +81,7 @@ def forward_fp8_instance(
 
 
 def is_two_level(instance: str) -> bool:
-    """Whether an FP8 instance, compiled or not, adds P V of each key block to O in float32."""
+    """Say whether an FP8 instance, compiled or not, adds P V of each key block to O in float32."""
     return bool(manifest.config_of(instance)["two_level"])
 
 
@@ -110,7 +110,7 @@ def backward_instances(
     varlen: bool,
     target: Target = HOPPER,
 ) -> BackwardInstances:
-    """As `forward_instance`, of backward."""
+    """Like `forward_instance`, for the kernels of backward."""
     main = main_backward_instance(dtype, head_dim, head_dim_v, mask, softcap, varlen, target)
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
@@ -137,7 +137,7 @@ def main_backward_instance(
     varlen: bool,
     target: Target = HOPPER,
 ) -> str:
-    """As `forward_instance`: the kernel that makes dK and dV and adds up dQ."""
+    """Like `forward_instance`, for the kernel that makes dK and dV and adds up dQ."""
     family, wanted = "ampere_backward", {"dtype": dtype}
     if target.backend != AMPERE:
         family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
@@ -152,13 +152,13 @@ def quantize_instance(dtype: str, head_dim: int, arranged: bool) -> str:
 
 @functools.cache
 def narrow_instance(head_dim: int, arranged: bool) -> str:
-    """As `quantize_instance`: e4m3 from e5m2."""
+    """Like `quantize_instance`, for e4m3 from e5m2."""
     return _column_instance("narrow", {"arranged": arranged}, head_dim)
 
 
 @functools.cache
 def abs_max_instance(dtype: str, head_dim: int) -> str:
-    """As `quantize_instance`: greatest magnitudes."""
+    """Like `quantize_instance`, for greatest magnitudes."""
     return _column_instance("quantize_absmax", {"dtype": dtype}, head_dim)
 
 
@@ -259,7 +259,7 @@ def _listed() -> list[_Candidate]:
 
 
 Tiles = dict[tuple[int, int], _Candidate]
-"""By head_dim and head_dim_v."""
+"""Candidates by (head_dim, head_dim_v)."""
 
 
 def _tiles(
@@ -282,7 +282,7 @@ def _least(tiles: Tiles, head_dim: int, head_dim_v: int) -> str:
 
 
 def _by_mask(dtype: str, mask: str, softcap: bool, varlen: bool, **more: bool) -> dict[str, Any]:
-    """What Hopper's instances are told apart by, beside head dims."""
+    """Return the values by which Hopper's instances differ, beside head dims."""
     mask = "local" if softcap else mask  # windows that hide nothing, or what causal hides
     return {"dtype": dtype, "mask": mask, "softcap": softcap, "varlen": varlen, **more}
 
@@ -298,7 +298,7 @@ def packs_heads(
     wanted: bool | None,
     target: Target = HOPPER,
 ) -> bool:
-    """Whether the `group` query heads of a key head share tiles, of at most `seqlen_q` positions.
+    """Say whether a key head's `group` query heads share tiles of at most `seqlen_q` positions.
 
     If it is left to us (`wanted` None): where that saves a third of the tiles.  Such tiles are
     loaded and stored row by row, without TMA.

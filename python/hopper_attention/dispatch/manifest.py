@@ -1,4 +1,4 @@
-"""What the build compiled: `kernels/manifest.json`, installed beside the extensions.
+"""The instances that the build compiled: `kernels/manifest.json`, beside the extensions.
 
 `listed` is what a build can compile, of which this one may have only a part.
 """
@@ -86,7 +86,7 @@ COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
 
 @functools.cache
 def scalar_names(instance: str) -> list[str]:
-    """Of the instance's arguments that are not tensors, addresses included.
+    """Return the names of the instance's arguments that are not tensors, addresses included.
 
     Without those that `launch` adds.
     """
@@ -95,13 +95,13 @@ def scalar_names(instance: str) -> list[str]:
 
 @functools.cache
 def is_persistent(instance: str) -> bool:
-    """Whether blocks take tile after tile from a counter."""
+    """Say whether blocks take tile after tile from a counter."""
     return COUNTER in _all_scalar_names(instance)
 
 
 @functools.cache
 def takes_limit(instance: str) -> bool:
-    """Whether there may be fewer blocks than tiles."""
+    """Say whether there may be fewer blocks than tiles."""
     return MAX_BLOCKS in _all_scalar_names(instance)
 
 

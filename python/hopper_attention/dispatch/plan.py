@@ -1,4 +1,4 @@
-"""What a call runs: its checked inputs, and the plan that all calls of one kind share."""
+"""The plan of a call: checked shapes and options, the kernel, shared by all equal calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _target(q: Tensor, fp8: Fp8 | None) -> Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all calls of one kind share: shapes, dtypes and options checked, the instance chosen."""
+    """Everything that equal calls share: shapes, dtypes and options, checked, and the instance."""
 
     target: Target
     """Whose kernels."""
@@ -80,7 +80,7 @@ class Plan:
     output_type: int
     """Number of out_dtype among those that the kernel stores."""
     like_q: bool
-    """Whether out has q's shape and dtype."""
+    """True if out has q's shape and dtype."""
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
     varlen: bool
@@ -95,7 +95,7 @@ class Plan:
         return self.scalars_with({})
 
     def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
-        """The same with addresses and the number of sequences by name; 0 where absent."""
+        """Scalar arguments with addresses and the number of sequences by name; 0 where absent."""
         absent = dict.fromkeys(("learnable_sink", "out_descale", *LENGTHS), 0)
         values: dict[str, float | int] = {**absent, **self.values, **tensors}
         return [values[name] for name in manifest.scalar_names(self.instance)]
@@ -115,7 +115,7 @@ class Plan:
         }
 
     def backend_for(self, q: Tensor) -> Backend:
-        """Where it runs; gradients may be asked for where nothing is forced any more."""
+        """The executor for q's device; the plan remembers a forced reference for its gradients."""
         if self.target.backend == REFERENCE:
             return Backend.REFERENCE
         return backend_for(q)

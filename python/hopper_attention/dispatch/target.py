@@ -34,11 +34,11 @@ class Target:
 
     backend: str
     architecture: str = ""
-    """Of the instances."""
+    """The architecture that its instances are compiled for."""
     shared_memory: int = 0
     """Bytes that a block may have."""
     launches: bool = True
-    """Whether kernels run; else the reference runs what there is a kernel for, compiled or not."""
+    """False: the reference computes everything that a kernel exists for, compiled or not."""
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(name: str | None) -> Iterator[None]:
-    """As it was where `forced` gave `name`: for gradients, which other threads may compute."""
+    """Restore the choice `name` of forward, for gradients, which other threads may compute."""
     token = _forced.set(name)
     try:
         yield
@@ -112,7 +112,7 @@ def restored(name: str | None) -> Iterator[None]:
 
 
 def target_for(tensor: Tensor) -> Target:
-    """What a call with `tensor` runs, here and now.  Raises NotImplementedError as `choose`.
+    """Return the target of a call with `tensor`.  Raises NotImplementedError as `choose`.
 
     CPU tensors launch kernels inside `simulator.enabled()` only.
     """
@@ -131,7 +131,7 @@ def _built() -> str:
 
 @functools.cache
 def of_device(index: int, forced: str | None) -> Target:
-    """The same for a GPU; messages name it."""
+    """Return the target of a GPU, which messages name."""
     try:
         return choose(torch.cuda.get_device_capability(index), forced)
     except NotImplementedError as reason:
@@ -140,7 +140,7 @@ def of_device(index: int, forced: str | None) -> Target:
 
 
 def target_for_fp8(tensor: Tensor) -> Target:
-    """As `target_for`.  Raises NotImplementedError for Ampere's kernels too: they have no FP8.
+    """Like `target_for`; also raises NotImplementedError for Ampere's kernels, which have no FP8.
 
     Not where they were only built: CPU tensors that launch nothing need no kernel.
     """
@@ -156,7 +156,7 @@ def target_for_fp8(tensor: Tensor) -> Target:
 
 
 SIMULATED_SMS = 132
-"""Of an H200."""
+"""Multiprocessors of the simulated GPU, as many as an H200 has."""
 
 
 class Backend(enum.Enum):

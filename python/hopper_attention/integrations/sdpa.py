@@ -96,7 +96,7 @@ class _Overrides:
     """Our implementations of PyTorch's operators on one device, until `remove`."""
 
     device = "cuda"
-    """Of the one that was made last."""
+    """The device of the registration that was made last."""
 
     def __init__(self, device: str):
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
@@ -141,7 +141,7 @@ class _Overrides:
 
 
 def _refuse(**arguments: Any) -> None:
-    """What is neither False nor 0 nor None is asked for, and not there."""
+    """Refuse arguments that are neither False nor 0 nor None."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) or value:
             raise NotImplementedError(f"{name}: not supported; leave it at its default")
@@ -213,7 +213,7 @@ def _sdpa_forward(
     scale: float | None = None,
     **more: Any,
 ) -> tuple[Any, ...]:
-    """Of (batch, heads, seqlen, head_dim); out with query's strides."""
+    """Attention of (batch, heads, seqlen, head_dim); out has query's strides."""
     _refuse(dropout_p=dropout_p, return_debug_mask=return_debug_mask, **more)
     out = torch.empty_like(query)
     q, k, v, written = _transposed(query, key, value, out)
@@ -259,7 +259,7 @@ def _flash_forward(
     return_debug_mask: bool,
     **more: Any,
 ) -> tuple[Tensor, ...]:
-    """Of (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim)."""
+    """Attention of (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim)."""
     out = torch.empty_like(query)
     lse = _flash_forward_inplace(
         out, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,

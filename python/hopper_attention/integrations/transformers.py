@@ -192,7 +192,7 @@ CHANGES_THE_RESULT = (
     *("indices", "block_indices", "topk_indices", "attention_chunk", "output_attentions"),
     *("cache", "block_table", "k_cache", "v_cache"),
 )
-"""Of what models hand to attention functions; the rest says how, or is for others."""
+"""Arguments that models hand over and that would change the result; others do not."""
 
 
 def attention_forward(
@@ -354,7 +354,7 @@ def _check_unmasked(module: torch.nn.Module, pattern: Pattern, q: Tensor, k: Ten
 
 
 def _as_it_came(mask: Tensor | None, q: Tensor, k: Tensor, pattern: Pattern) -> Padding | None:
-    """Of a padding mask (batch, tokens) that a model passed on, in every layer anew.
+    """Read a padding mask (batch, tokens) that a model passed on, in every layer anew.
 
     transformers' convention: the mask ends with the queries; keys behind it are unwritten.
     """
@@ -431,7 +431,7 @@ def _packed(
 
 
 class Sequences(NamedTuple):
-    """What one forward pass found in position_ids."""
+    """The sequences that one forward pass found in position_ids."""
 
     position_ids: Tensor
     content: Tensor
@@ -502,7 +502,7 @@ def _serves(known: Sequences, position_ids: Tensor, module: torch.nn.Module) -> 
 
 
 def _restarts(position_ids: Tensor) -> Tensor:
-    """Whether tokens 1, 2, ... of each row begin a sequence.
+    """Say for tokens 1, 2, ... of each row whether they begin a sequence.
 
     Where positions fall, or are the row's least one again (not always 0): transformers' rule for
     its flash path, which leaves positions that jump ahead alone.

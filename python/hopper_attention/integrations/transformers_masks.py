@@ -98,7 +98,7 @@ def make_mask(
     device: torch.device | str | None = None,
     **_: object,
 ) -> Tensor:
-    """What of a batch counts and who sees whom, in one of the forms above; transformers' interface.
+    """Return a mask in one of the forms above: which tokens count, who sees whom.
 
     Queries are tokens q_offset .. q_offset + q_length of their rows (q_offset is a tensor for a
     static cache), keys are kv_offset .. kv_offset + kv_length; those behind the last query are
@@ -358,7 +358,7 @@ def in_graph() -> bool:
 
 
 def cu_seqlens_of(restarts: Tensor) -> Tensor | None:
-    """Of rows in which tokens 1, 2, ... begin a sequence or not; None: each row is one."""
+    """Return cu_seqlens, from whether tokens 1, 2, ... begin a sequence; None: each row is one."""
     starts = torch.nn.functional.pad(restarts, (1, 0), value=True)
     first = starts.flatten().nonzero().flatten()  # waits for the device
     if first.shape[0] == starts.shape[0]:

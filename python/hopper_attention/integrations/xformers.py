@@ -132,7 +132,7 @@ def _lse_shape(lse: Tensor, query: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """What to call: with cu_seqlens rows of batch 1 hold all sequences."""
+    """The call to make: with cu_seqlens, rows of batch 1 hold all sequences."""
 
     q: Tensor
     k: Tensor
@@ -228,7 +228,7 @@ def _in_blocks(mask: Masking | None = None) -> Masking:
 
 
 def _in_blocks_from_top_left(mask: Masking) -> Masking:
-    """By leaving out the keys behind the queries of a block, which nobody sees."""
+    """Leave out the keys behind the queries of a block, which nobody sees."""
 
     def masked(problem: Problem, bias: Any) -> Problem:
         queries, keys = (_lengths(s.seqstart_py) for s in (bias.q_seqinfo, bias.k_seqinfo))
@@ -313,6 +313,6 @@ MASKS: dict[str, Masking] = {
     "BlockDiagonalGappyKeysMask": _in_blocks(),
     "BlockDiagonalCausalWithOffsetGappyKeysMask": _in_blocks(_causal),
 }
-"""By the name of xFormers' class; what another reads of its own pages or tensors is not here."""
+"""Readers of masks by the name of xFormers' class; those with pages of their own are not here."""
 
 NEAREST = "use one of " + ", ".join(MASKS)

@@ -1,4 +1,4 @@
-"""What several launches share: addresses by name, batch entries, rows of no sequence."""
+"""Steps that several launches share: addresses by name, batch entries, rows of no sequence."""
 
 from __future__ import annotations
 

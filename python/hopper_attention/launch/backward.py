@@ -25,7 +25,7 @@ from hopper_attention.problem import memory
 from hopper_attention.problem.values import DTYPES, Inputs
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Of q, k, v and the sinks."""
+"""Gradients of q, k, v and the sinks."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def run(
 def _check_results(
     plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> None:
-    """Of forward, and their gradients: kernels take them as they come."""
+    """Check forward's results and their gradients, which the kernels take as they come."""
     rows = (plan.out_shape, inputs.q.dtype)
     statistics = (plan.lse_shape, torch.float32)
     given = (("dout", dout, rows), ("out", out, rows), ("lse", lse, statistics))

@@ -45,7 +45,7 @@ def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tens
 def _run_plain(
     backend: target.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What most calls are, in as little Python as it takes: no scalar stands for a tensor."""
+    """Run a call without lengths, sinks and packed heads, as most are, in little Python."""
     q, k, v, *_ = inputs
     described = [
         memory.described("q", q), memory.described("k", k), memory.described("v", v)

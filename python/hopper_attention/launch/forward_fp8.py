@@ -40,16 +40,16 @@ FADED = 60.0
 
 
 class Scaling(NamedTuple):
-    """What goes with quantised inputs, of any of the shapes of `quantize.Quantized`."""
+    """Scales that go with quantised inputs, of any of the shapes of `quantize.Quantized`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     max_seqlen_q: int
-    """Of the sequences that blocks are counted in; the rows of tensors that are not packed."""
+    """The bound of lengths in which blocks are counted; the rows of tensors that are not packed."""
     max_seqlen_k: int
     out: Tensor | None = None
-    """What an e4m3 result must be multiplied by, (1,); None: 1."""
+    """The descale of an e4m3 result, (1,); None: 1."""
     columns: Tensor | None = None
     """V as `quantize.columns_of` has it, if that was made already."""
 
@@ -180,7 +180,7 @@ def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple[
 
 
 def _arranges(plan: Plan, inputs: Inputs) -> bool:
-    """Whether a kernel takes V, arranged as it wants it."""
+    """Say whether a kernel takes V, which is then arranged for it."""
     reference = plan.backend_for(inputs.q) is Backend.REFERENCE
     return not reference and inputs.k.numel() > 0
 

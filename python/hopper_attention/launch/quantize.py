@@ -258,14 +258,14 @@ def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the kernels find and put the scale of a head."""
+    """The table in which the kernels find and put the scale of a head."""
 
     shape: tuple[int, ...]
     sequences: int
     group: int
     """Successive heads with one scale."""
     tops_shape: tuple[int, int]
-    """Of the greatest magnitudes that AbsMax finds."""
+    """Shape of the greatest magnitudes that AbsMax finds."""
 
     @staticmethod
     def of(problem: _Problem, recipe: Recipe, heads_kv: int | None) -> _Table:

@@ -1,4 +1,4 @@
-"""Where kernels run: the CUDA extension for GPU tensors, the simulator's for CPU tensors."""
+"""Launches: by the CUDA extension for GPU tensors, by the simulator's for CPU tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hopper_attention.dispatch.target import Backend, multiprocessors
 from hopper_attention.problem.memory import Description
 
 NO_MORE_TILES = 1 << 30
-"""As a tile counter's first entry: blocks end after the tile they start with."""
+"""A first entry of a tile counter with which blocks end after the tile they start with."""
 NO_LIMIT = 1 << 30
 REGISTERS = 1 << 16
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 _intercept: Callable[..., None] | None = None
 _simulating = threading.Lock()
 """The extension has one launch handler."""
@@ -120,7 +120,7 @@ def intercepted(handler: Callable[..., None]) -> Iterator[None]:
 
 
 def current_stream(device: int) -> int:
-    """What `torch.cuda.current_stream(device).cuda_stream` is, without making an object for it.
+    """Return `torch.cuda.current_stream(device).cuda_stream` without making an object for it.
 
     Inductor's and Triton's launchers use it too.
     """
@@ -128,7 +128,7 @@ def current_stream(device: int) -> int:
 
 
 class _Simulation:
-    """What the host code's launches need to become simulations: the memory of their tensors."""
+    """The memory of a launch's tensors, and the handler that simulates the kernel on it."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.memory = simulator.GlobalMemory()

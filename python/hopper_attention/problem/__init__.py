@@ -1,1 +1,1 @@
-"""What is asked: values, checks of arguments, memory."""
+"""The arguments of a call as values, and their checks."""

@@ -33,7 +33,7 @@ def check_unsupported(**arguments: object) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What every call must check anew: types and devices."""
+    """Check types and devices, which a plan does not remember."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q: expected a torch.Tensor, got {type(q).__name__}")
     device = q.device
@@ -47,7 +47,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_dtypes(*dtypes: torch.dtype) -> None:
-    """Of q, k and v."""
+    """Check the dtypes of q, k and v: one of 16 bits, the same for all three."""
     for name, dtype in zip("qkv", dtypes, strict=True):
         if dtype not in DTYPES:
             raise NotImplementedError(
@@ -127,7 +127,7 @@ def check_index(
 
 
 def readable(index: Tensor) -> bool:
-    """Whether to look at values: a GPU would have to be waited for."""
+    """Say whether the values may be looked at: reading from a GPU would wait for it."""
     return not index.is_cuda or bool(os.environ.get("HOPPER_ATTENTION_DEBUG"))
 
 
@@ -204,11 +204,11 @@ def check_sink_values(sink: Tensor | None) -> None:
 
 
 FP8_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn)
-"""By their number in the kernels (`Output.types` of hopper/forward/kernel_fp8.py)."""
+"""Dtypes of out, at their numbers in the kernels (`Output.types`, hopper/forward/output.py)."""
 
 
 def check_shapes_of(inputs: Inputs) -> None:
-    """What can be said of tensors without data."""
+    """Check dtypes and shapes, which tensors without data have, too."""
     q, k, v, _, queries, keys = inputs
     packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
     check_dtypes(q.dtype, k.dtype, v.dtype)
@@ -216,7 +216,7 @@ def check_shapes_of(inputs: Inputs) -> None:
 
 
 def check_fp8_shapes_of(inputs: Inputs, options: Options, two_level: bool | None) -> None:
-    """The same of what FP8 kernels take."""
+    """Check shapes, head dims and out's dtype for the FP8 kernels."""
     q, k, v, _, queries, keys = inputs
     packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
     check_shapes(q.shape, k.shape, v.shape, *packed)

@@ -15,7 +15,7 @@ from hopper_attention.problem.values import Inputs, Lengths
 
 
 def check_operands(inputs: Inputs) -> None:
-    """What is quantised here: 16 bits, as the kernels can load it."""
+    """Check tensors that are about to be quantised: 16 bits, as the kernels can load them."""
     checks.check_dtypes(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
     check_shapes_of(inputs)
     for name, tensor in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):

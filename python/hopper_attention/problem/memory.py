@@ -1,4 +1,4 @@
-"""Where tensors lie: what TMA can address, and what may be written."""
+"""Memory of tensors: which ones TMA can address, and which may be written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Description = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def described(name: str, tensor: Tensor) -> Description:
-    """Of the tensor as `addressable` makes it."""
+    """Return address, shape and strides of the tensor as `addressable` makes it."""
     address, strides = tensor.data_ptr(), tensor.stride()
     outer_bits = strides[0] | strides[1] | strides[-2]  # of three or four dimensions
     if strides[-1] == 1 and not (outer_bits % ALIGNMENT or address % 16):
@@ -51,7 +51,7 @@ def addressable(name: str, tensor: Tensor) -> Tensor:
 
 
 def made_addressable(name: str, tensor: Tensor) -> Tensor:
-    """The same, copied where TMA cannot address it: what the caller has not laid out."""
+    """Return what `addressable` does, or a copy: for tensors that the caller has not laid out."""
     try:
         return addressable(name, tensor)
     except ValueError:
@@ -90,7 +90,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether elements may be shared; they are not where both are columns of the same rows."""
+    """Say whether elements may be shared; columns of the same rows are told apart."""
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel():
         return False
     (first, n), (second, m) = ((x.data_ptr(), _reach(x)) for x in (a, b))

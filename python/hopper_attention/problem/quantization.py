@@ -1,4 +1,4 @@
-"""What is asked of quantisation, and the checks of it before anything is launched."""
+"""The arguments of quantisation as values, and their checks before anything is launched."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Recipe(str, enum.Enum):
 
     @property
     def rows(self) -> int | None:
-        """Of a block."""
+        """Rows that share a scale; None if they are not counted."""
         return {Recipe.BLOCK64: 64, Recipe.BLOCK128: 128}.get(self)
 
 
 class Quantized(NamedTuple):
     values: Tensor
-    """As x lies, FP8; or arranged, as `columns_of` gives them."""
+    """FP8 numbers in x's layout; or arranged, as `columns_of` gives them."""
     descale: Tensor
     """float32."""
 
@@ -46,7 +46,7 @@ class Rotary(NamedTuple):
     """(positions, rotary_dim / 2), any float dtype."""
     sin: Tensor
     interleaved: bool = False
-    """Whether columns 2i and 2i + 1 are a pair, else i and i + rotary_dim / 2."""
+    """True: columns 2i and 2i + 1 are a pair; false: i and i + rotary_dim / 2."""
     offsets: int | Tensor = 0
     """Position of a sequence's first row, or of each one's: (sequences,) int32."""
 
@@ -246,7 +246,7 @@ def check_kernels(x: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_head_dim(x: Tensor) -> None:
-    """Of what the kernels take."""
+    """Check the head dim of a tensor for the quantisation kernels."""
     head_dim = x.shape[-1]
     if head_dim % 8 != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
         nearest = min(MAX_HEAD_DIM, max(8, -(-head_dim // 8) * 8))

@@ -22,7 +22,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
-    """Of Python, NumPy or whatever else says that it is one (`__index__`).
+    """Return an integer of Python, NumPy or any type with `__index__` as Python's.
 
     No bool, no float, no tensor: reading a tensor may wait for a device.
     """
@@ -70,7 +70,7 @@ def bound(name: str, value: Any) -> int | None:
 
 
 def _traced() -> bool:
-    """By other tracers than compilers, or a transform to which tensors stand for several."""
+    """Say whether a tracer other than a compiler, or a transform over many tensors, is at work."""
     return (
         _get_tracing_state() is not None
         or peek_interpreter_stack() is not None

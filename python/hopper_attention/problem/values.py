@@ -1,4 +1,4 @@
-"""What is asked of attention, as plain values: masks, lengths, options, inputs."""
+"""The arguments of attention as plain values: masks, lengths, options, inputs."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Inputs(NamedTuple):
 
     @property
     def flat(self) -> tuple[Tensor | None, ...]:
-        """As an operator's tensors."""
+        """The same tensors in the order of an operator's."""
         q, k, v, sink, queries, keys = self
         index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
         return q, k, v, sink, *index
@@ -220,6 +220,6 @@ class Inputs(NamedTuple):
 
 
 def result_shapes(q: Shape, v: Shape, packed_q: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of out and lse."""
+    """Return the shapes of out and lse."""
     *rows, heads, _ = q
     return (*rows, heads, v[-1]), ((heads, *rows) if packed_q else (rows[0], heads, rows[1]))

@@ -18,7 +18,7 @@ FAULTS = {
     "No kernels were profiled": "the program launched no kernel of that name",
     "ERR_NVGPUUNAVAILABLE": "the GPU's counters are in use, or not available here",
 }
-"""What ncu prints -> what the user is told."""
+"""Messages of ncu -> what the user is told."""
 
 
 def find_ncu() -> str:

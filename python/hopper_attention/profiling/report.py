@@ -1,4 +1,4 @@
-"""What a profiler measured of one kernel launch: metrics, and stalled warps by instruction."""
+"""A profiler's report of one kernel launch: metrics, and stalled warps by instruction."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _by_address(action: Action, name: str) -> dict[int, int]:
 
 
 def from_csv(text: str) -> list[KernelReport]:
-    """Of `ncu --page raw --csv --print-units base`: names, units, then a line for each launch."""
+    """Read `ncu --page raw --csv --print-units base`: names, units, then a line for each launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]  # not ncu's remarks
     rows = list(csv.reader(io.StringIO("\n".join(lines))))
     if len(rows) < 2 or "Kernel Name" not in rows[0]:

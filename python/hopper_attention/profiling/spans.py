@@ -1,4 +1,4 @@
-"""What warps did when: ranges by block and warp, as a Perfetto trace or a picture."""
+"""Spans of warps: ranges by block and warp, as a Perfetto trace or a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {
 }
 ROW_INCHES = 0.35
 PICTURE_UNITS = 20_000
-"""Of time that a picture shows, from the middle: some key blocks.  The trace has everything."""
+"""Units of time that a picture shows, from the middle.  The trace has everything."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _labels(spans: Iterable[Span]) -> dict[int, str]:
 
 
 def middle(spans: list[Span]) -> list[Span]:
-    """What lies, at least in part, in the middle `PICTURE_UNITS`; cut to it."""
+    """Return the spans in the middle `PICTURE_UNITS`, cut to it."""
     start, end = min(s.start for s in spans), max(s.end for s in spans)
     first = max(start, (start + end - PICTURE_UNITS) // 2)
     last = min(end, first + PICTURE_UNITS)

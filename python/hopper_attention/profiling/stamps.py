@@ -25,7 +25,7 @@ CAPACITY = 4096
 STAMP_BYTES = 8
 
 PTX_VERSION = "8.7"
-"""What the oldest supported driver (CUDA 12.8) compiles; the kernels use nothing newer."""
+"""The PTX version that the oldest supported driver (CUDA 12.8) compiles."""
 
 BEGIN = "// begin inline asm"
 END = "// end inline asm"
@@ -77,11 +77,11 @@ class Stamped:
     kernel: str
     blocks: int
     warps: int
-    """Of a block."""
+    """Warps of a block."""
 
     @property
     def slots(self) -> int:
-        """Of the buffer: 64-bit words, zero before the launch."""
+        """The size of the buffer: 64-bit words, zero before the launch."""
         return self.blocks * self.warps * CAPACITY
 
 

@@ -12,7 +12,7 @@ from hopper_attention.profiling.report import KernelReport
 from hopper_attention.sass.disassembler import INSTRUCTION_BYTES
 
 TENSOR_FLOP_PER_CLOCK = {"bf16": 4096, "fp16": 4096, "fp8": 8192}
-"""Of one SM."""
+"""FLOPs that the tensor cores of one SM do in a clock, by dtype."""
 
 DURATION = ("gpu__time_duration.sum",)
 CLOCK = (
@@ -66,7 +66,7 @@ class Summary:
     tflops: float
     clock_ghz: float | None
     peak_fraction: float | None
-    """Of the tensor cores at the measured clock."""
+    """The fraction of the tensor cores' rate at the measured clock."""
     utilisation: dict[str, float | None]
     """Percent; None where the report has no such metric."""
     waves: float | None

@@ -1,4 +1,4 @@
-"""What the warps of a block do when: on a GPU by stamps, without one by the simulator's model."""
+"""Timelines of a block's warps: by stamps on a GPU, by the simulator's model without one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Launch:
-    """What the instance's host code asked for; addresses are those of the parameters' values."""
+    """A launch that an instance's host code asked for, with its parameters' addresses."""
 
     kernel: str
     grid: Triple

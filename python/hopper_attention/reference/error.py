@@ -18,7 +18,7 @@ FLOOR = 1e-5
 
 @dataclass(frozen=True)
 class Error:
-    """Of one tensor against FP64."""
+    """Errors of one tensor against FP64."""
 
     maximum: float
     rms: float
@@ -36,7 +36,7 @@ class Error:
 
 
 def cancellation(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, softmax_scale: float) -> float:
-    """What is left of dP - rowsum(dO * O) in float32 where both are equal: a floor for gradients.
+    """A floor for errors of gradients: what float32 leaves of dP - rowsum(dO * O) = 0.
 
     That is so for a row with one key: PyTorch, which sums both in the same order, may be exact.
     """
@@ -95,7 +95,7 @@ def _eager(
     softcap: float | None,
     sink: Tensor | None,
 ) -> Tensor:
-    """As transformers' eager attention does it, on (batch, heads, seqlen, head_dim)."""
+    """Eager attention as transformers has it, on (batch, heads, seqlen, head_dim)."""
     scores = q @ k.mT * softmax_scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -49,9 +49,9 @@ P_EXPONENT = 8
 """P is at most 2^8."""
 LOG2_E = math.log2(math.e)
 ELEMENTS = 1 << 20
-"""Of a tile's scores that are computed at once: what caches hold."""
+"""The number of a tile's scores that are computed at once, as caches hold so many."""
 PRODUCTS = 1 << 24
-"""Of Cut.PRODUCTS that are held at once."""
+"""The number of products that `Cut.PRODUCTS` holds at once."""
 VISIBLE = 1 << 26
 """Elements of a mask that are held at once."""
 
@@ -63,7 +63,7 @@ class Cut(enum.Enum):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What the emulated kernel computes with; by default what Hopper has, with two levels.
+    """The arithmetic of the emulated kernel; by default Hopper's, with two levels.
 
     bits: significant bits that tensor cores keep of sums; None: float32's.
     cut: where bits are lost.
@@ -171,7 +171,7 @@ def _aligned_step(a: Tensor, b: Tensor, total: Tensor | None, bits: int) -> Tens
 
 @dataclass
 class _Sequence:
-    """Of a batch.  Heads come first: heads_kv batches of products, a group's rows together."""
+    """One sequence of a batch.  Heads come first: heads_kv products, a group's rows together."""
 
     q: Tensor
     """(heads, seqlen_q, d), float32."""
@@ -253,7 +253,7 @@ class _Sequence:
 
 @dataclass
 class _State:
-    """Of online softmax, for (heads, rows)."""
+    """The state of online softmax, for (heads, rows)."""
 
     arithmetic: Arithmetic
     row_max: Tensor

@@ -1,4 +1,4 @@
-"""What the quantisation kernels compute, in plain PyTorch: what `quantize` gives without a GPU.
+"""The quantisation kernels' results in plain PyTorch, which `quantize` gives without a GPU.
 
 Sequences of their own lengths are gathered into one tensor first, (sequences, longest, heads,
 head_dim), float32, zeros behind their last rows.
@@ -26,7 +26,7 @@ INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the sequences of (batch, seqlen, heads, head_dim) lie."""
+    """The places of sequences in (batch, seqlen, heads, head_dim)."""
 
     rows: Tensor
     """That tensor; packed ones are one batch entry."""
@@ -63,7 +63,7 @@ class Sequences:
         return found
 
     def scattered(self, values: Tensor, out: Tensor) -> Tensor:
-        """What was gathered back to where it was, in `out`, of which other rows stay."""
+        """Put gathered rows back to their places in `out`, whose other rows stay."""
         for i, (entry, start, length) in enumerate(self.places):
             out[entry, start : start + length] = values[i, :length]
         return out
@@ -113,7 +113,7 @@ def stated(
 
 
 def means(rows: Tensor, counts: Tensor) -> Tensor:
-    """Of each sequence, head and channel of what was gathered: (sequences, 1, heads, head_dim)."""
+    """Return means by sequence, head and channel: (sequences, 1, heads, head_dim)."""
     return rows.sum(dim=1, keepdim=True) / counts.clamp(min=1).view(-1, 1, 1, 1)
 
 
@@ -153,7 +153,7 @@ def embedded(rows: Tensor, rotary: Rotary) -> Tensor:
 
 
 def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) -> Tensor:
-    """What maps the greatest magnitude that shares it to the format's greatest number."""
+    """Return descales that map the greatest magnitudes to the format's greatest number."""
     batch, seqlen, heads, _ = x.shape
     if recipe is Recipe.PER_TENSOR:
         top = x.abs().amax().reshape(1) if x.numel() else x.new_zeros(1)
@@ -260,7 +260,7 @@ def signs(head_dim: int) -> Tensor:
 
 
 def arranged_shape(v: Tensor, lengths: Lengths) -> tuple[int, int, int, int]:
-    """Of `columns_of(v, lengths)`."""
+    """Return the shape of `columns_of(v, lengths)`."""
     *_, heads, head_dim = v.shape
     if lengths.cu_seqlens is None:
         batch, seqlen = v.shape[:2]

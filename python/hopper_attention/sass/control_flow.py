@@ -42,7 +42,7 @@ class ControlFlow:
         ]
 
     def dominates(self, block: int, other: int) -> bool:
-        """Whether every path from the entry to `other` passes `block`."""
+        """Say whether every path from the entry to `other` passes `block`."""
         above: int | None = other
         while above is not None and above != block:
             above = self.dominators.get(above)

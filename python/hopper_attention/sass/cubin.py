@@ -34,7 +34,7 @@ class Kernel:
 
     symbol: str
     architecture: str
-    """As nvdisasm spells it: SM90a."""
+    """The architecture in nvdisasm's spelling: SM90a."""
     code: bytes
     registers: int
     """Per thread at entry; `setmaxnreg` redistributes them between warpgroups."""

@@ -73,7 +73,7 @@ def disassemble_together(kernels: Iterable[Kernel]) -> list[list[Instruction]]:
 
 
 def _read(kernels: Sequence[Kernel]) -> list[list[Instruction]]:
-    """Of kernels of one architecture, whose machine code may as well be one program."""
+    """Disassemble kernels of one architecture together, as one program."""
     program = b"".join(kernel.code for kernel in kernels)
     ((_, instructions),) = _run(program, "-b", kernels[0].architecture)
     found, start = [], 0

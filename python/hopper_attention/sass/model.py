@@ -14,13 +14,13 @@ from hopper_attention.sass.disassembler import Instruction
 from hopper_attention.sass.pipes import count_pipes
 
 SMS = 132
-"""Of an H100 or H200 SXM."""
+"""Multiprocessors of an H100 or H200 SXM."""
 CLOCK_GHZ = 1.755
 SHARED_MEMORY_BYTES_PER_CLOCK = 128
 TENSOR_CORE_COLUMNS_PER_CLOCK = 2
 """m64nNkK takes N / 2 clocks, whatever the type: K shrinks as the elements grow."""
 CLOCKS_PER_INSTRUCTION = {"mufu": 8, "fma": 1, "alu": 2, "cvt": 2, "issue": 1}
-"""Of a warp instruction on its sub-core: 4, 32, 16, 16 lanes a clock, and one issue a clock."""
+"""Clocks of a warp instruction on its sub-core: 4, 32, 16, 16 lanes and one issue a clock."""
 OPERAND_ROW_BYTES = 32
 """K elements of one row of A or B, in every type."""
 
@@ -67,14 +67,14 @@ class Wgmma:
 @dataclass(frozen=True)
 class Prediction:
     clocks: dict[str, int]
-    """By unit: tensor, mufu, fma, alu, cvt, issue, shared."""
+    """Clocks by unit: tensor, mufu, fma, alu, cvt, issue, shared."""
     bound: str
     tflops: float
     """At the clock asked for, if the bound is reached all the time."""
 
 
 def predict(code: Sequence[Instruction], warpgroups: int, clock_ghz: float) -> Prediction:
-    """Of one pass of the loop by each of `warpgroups` consumers, one warp of each on a sub-core.
+    """Predict the clocks of one pass of the loop by each of `warpgroups` consumers.
 
     Shared memory is read by every warpgroup's own operands and written once by TMA: operand B of a
     pass, as the key and value tiles are in forward.

@@ -183,7 +183,7 @@ def _main_loop(
 
 
 def _mark(instruction: Instruction) -> str | None:
-    """What an instruction is in the schedule of a loop; None for arithmetic."""
+    """Return an instruction's kind in the schedule of a loop; None for arithmetic."""
     opcode = instruction.opcode
     if instruction.name in ("HGMMA", "QGMMA"):
         return instruction.name

@@ -13,7 +13,7 @@ MARKERS = {"USETMAXREG.DEALLOC": PRODUCER, "USETMAXREG.TRY_ALLOC": CONSUMER}
 
 
 def roles_of(code: Sequence[Instruction]) -> list[str]:
-    """Of every instruction: the role whose register change dominates it, or `all`."""
+    """Return for every instruction the role whose register change dominates it, or `all`."""
     flow = ControlFlow(code)
     block_of = {i: block for block in flow.graph for i in flow.graph.nodes[block]["range"]}
     starts = [

@@ -57,7 +57,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Header:
-    """What the generated header says."""
+    """The facts of a generated header."""
 
     entry: str
     returns: str
@@ -257,7 +257,7 @@ class AotFunction:
         return values[-1].value
 
     def _load_module(self) -> None:
-        """What the header's Kernel_Module_Load does, for one device."""
+        """Do for one device what the header's Kernel_Module_Load does."""
         library, device = ctypes.c_void_p(), ctypes.c_int32(0)
         pointer = ctypes.c_void_p(ctypes.addressof(library))
         results = [

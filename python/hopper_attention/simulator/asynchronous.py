@@ -1,4 +1,4 @@
-"""What proceeds beside the warps: mbarriers, named barriers, bulk copies, WGMMA groups.
+"""State that proceeds beside the warps: mbarriers, named barriers, bulk copies, WGMMA groups.
 
 An asynchronous operation poisons its destination when issued and takes effect at a time drawn from
 the seed, between its issue and the wait that orders it:

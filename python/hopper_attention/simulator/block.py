@@ -85,7 +85,7 @@ class Block:
         self.free_registers = 0
 
     def check_end(self) -> None:
-        """What must not be under way any more when all threads have exited."""
+        """Check that nothing is under way any more when all threads have exited."""
         last = self.kernel.instructions[-1]
         for warpgroup in self.warpgroups:
             if warpgroup.queue.groups or warpgroup.queue.open.items:
@@ -159,7 +159,7 @@ class Block:
         return self.bulk.setdefault(thread, BulkGroups(thread))
 
     def live_threads(self) -> int:
-        """What barriers count: whole warps, as long as one lane is left."""
+        """Return the threads that barriers count: whole warps, as long as one lane is left."""
         return 32 * int(np.count_nonzero(self.live_lanes))
 
     def exit_threads(self, lanes: Lanes) -> None:
@@ -203,7 +203,7 @@ class Block:
     # --- memory accesses of lanes
 
     def _parts(self, lanes: Lanes, space: str, addresses: np.ndarray):
-        """Where lanes access memory: (block or None for global, lane selection, offsets)."""
+        """Yield places of lanes' accesses: (block or None for global, lane selection, offsets)."""
         everyone = slice(None)
         if space == "global":
             yield None, everyone, addresses.astype(np.uint64)

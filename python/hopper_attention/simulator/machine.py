@@ -33,7 +33,7 @@ MAX_IDLE_STEPS = 20_000_000  # the same, with no cluster left that could help
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a launch did.  warp_instructions counts each PTX instruction once a warp."""
+    """Counts of a launch.  warp_instructions counts each PTX instruction once a warp."""
 
     blocks: int
     warp_instructions: int

@@ -31,7 +31,7 @@ _GENERIC, _PROXY = 0, 1
 
 @dataclass
 class Sync:
-    """What a barrier hands from those who arrive to those who wait."""
+    """The knowledge that a barrier hands from those who arrive to those who wait."""
 
     pending: np.ndarray
     released: np.ndarray
@@ -81,7 +81,7 @@ class Clocks:
         sync.released[:, agent] = phase
 
     def release_fence(self, agents: np.ndarray) -> None:
-        """What a later relaxed arrival may hand over."""
+        """Keep the knowledge that a later relaxed arrival may hand over."""
         for agent in agents.tolist():
             self.fenced[agent] = self.known[agent].copy()
         self.known[agents, _GENERIC, agents] += np.uint32(1)
@@ -246,7 +246,7 @@ class Shadow:
     # --- bulk and wgmma accesses, on 16-byte pieces
 
     def bulk_read(self, agents: np.ndarray, pieces: np.ndarray | slice) -> Conflict | None:
-        """By the asynchronous proxy: what the agents know and what is fenced counts."""
+        """Check a read by the asynchronous proxy: what agents know and what is fenced counts."""
         step = 16 // self.grain
         even = self.even[pieces].all()
         units = np.arange(len(self.even))[pieces] if isinstance(pieces, slice) else pieces
@@ -268,7 +268,7 @@ class Shadow:
     def bulk_write(
         self, agent: int, low: int, high: int, owner: int, clock: int, line: int
     ) -> Conflict | None:
-        """By an operation that ``agent`` issues and that agent ``owner`` at ``clock`` completes."""
+        """Check a write that ``agent`` issues and that ``owner`` completes at ``clock``."""
         units = slice(low // self.grain, high // self.grain)
         writer, written = self.writer[units], self.written[units]
         known = self.clocks.known[agent, _GENERIC]

@@ -1,4 +1,4 @@
-"""What the warps of a block did, in program order, for the timeline.
+"""A record of a block's warps, in program order, for the timeline.
 
 A recording knows no time: each warp has a list of steps, and barriers tie the lists together.  The
 cost model (timeline.py) replays it.

@@ -157,7 +157,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 def gradients(
     saved: tuple[Tensor, ...], scalars: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Of `forward`'s arguments; `saved` are its results and tensors, `scalars` its options."""
+    """Return gradients of `forward`'s arguments from its results, tensors and options."""
     none = (None,) * (NUM_TENSORS - 4 + len(scalars))
     if dout is None and dlse is None:
         return (None,) * 4 + none
@@ -187,7 +187,7 @@ def _forward_flops(*flat: Any, out_val: Any = None) -> int:
 
 
 def forward_flops(inputs: Inputs) -> int:
-    """As PyTorch counts its own attention: masks hide nothing, packed sequences see themselves."""
+    """Count FLOPs as PyTorch does: masks hide nothing, packed sequences see themselves."""
     d, dv = inputs.q.shape[-1], inputs.v.shape[-1]
     return 2 * (d + dv) * inputs.q.shape[-2] * _scores(inputs)
 
@@ -203,7 +203,7 @@ def _backward_flops(
 
 
 def _scores(inputs: Inputs) -> int:
-    """Of one head: the sum of seqlen_q * seqlen_k."""
+    """Return the number of scores of one head: the sum of seqlen_q * seqlen_k."""
     sides = ((inputs.q, inputs.queries), (inputs.k, inputs.keys))
     queries, keys = (_sequence_lengths(x, lengths) for x, lengths in sides)
     return sum(m * n for m, n in zip(queries, keys, strict=True))

@@ -1,4 +1,4 @@
-"""Whether something would miss a call that goes past PyTorch's dispatcher."""
+"""The test whether a call may go past PyTorch's dispatcher."""
 
 from __future__ import annotations
 

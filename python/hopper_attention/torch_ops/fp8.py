@@ -120,7 +120,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As if nothing had been quantised."""
+    """Differentiate as if nothing had been quantised."""
     gradients = attention.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
     return *gradients, *(None,) * len(Treatment._fields)
 
@@ -195,7 +195,7 @@ def _mean_of_keys(inputs: Inputs, treatment: Treatment, watch: bool) -> Tensor:
 
 
 def _of_rows(of_sequences: Tensor, lengths: Lengths, x: Tensor) -> Tensor:
-    """What each row of x has of (sequences, heads, head_dim); rows of no sequence anything."""
+    """Return for each row of x its sequence's entry; rows of no sequence get any."""
     if lengths.cu_seqlens is None:
         return of_sequences.unsqueeze(1)
     if of_sequences.shape[0] == 0:

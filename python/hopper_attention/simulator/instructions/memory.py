@@ -234,7 +234,7 @@ def _convert_address(instruction: Instruction) -> list[Operation]:
 
 @pure("mapa")
 def _map_address(instruction: Instruction) -> list[Operation]:
-    """The same offset in the shared memory of another block of the cluster."""
+    """Map an address to the same offset in the shared memory of another block of the cluster."""
     refuse_unknown(instruction, {"shared::cluster", "u32", "u64"})
     view = "W" if instruction.parts[-1] == "u64" else "U"
     dtype, bits = ("np.uint64", 64) if view == "W" else ("np.uint32", 32)

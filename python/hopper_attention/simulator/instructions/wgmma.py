@@ -35,7 +35,7 @@ from .synchronisation import operand_values
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 _BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}
 CANONICAL_NAN = 0x7FFFFFFF
-"""Of tensor cores: no sign and no payload of an operand's NaN is taken over, as far as is known."""
+"""The NaN of tensor cores, which take over neither sign nor payload, as far as is known."""
 _NAN = 0xFFFFFFFF
 _ONE_THREAD = 1 << 18  # multiplications of a product up to which OpenBLAS uses one thread
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from cases import WINDOWS
 
 from hopper_attention import backend
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.launch import runtime
+from support.problems import WINDOWS
 
 VARIANTS = ("full", "causal", "local", "softcap")
 """Ways through one instance."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import check_forward, expected_gradients, judge, mask_of, offsets
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,8 @@ from hopper_attention import (
 )
 from hopper_attention.problem.values import Lengths
 from hopper_attention.quantize import Recipe, spread, stated
+from support.judge import check_forward, expected_gradients, judge, mask_of
+from support.problems import offsets
 
 EXAMPLES = os.environ.get("HOPPER_ATTENTION_EXAMPLES")
 """How many random problems a test tries; unset: a few, always the same ones."""

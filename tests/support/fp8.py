@@ -6,13 +6,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from cases import WINDOWS, Shape, offsets, random_inputs
 
 from hopper_attention import reference
 from hopper_attention.dispatch import manifest
 from hopper_attention.problem.values import WHOLE, Lengths, Options, resolve_mask
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 from hopper_attention.reference.error import Error, pytorch_attention
+from support.problems import WINDOWS, Shape, offsets, random_inputs
 
 INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
 DENSE = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
