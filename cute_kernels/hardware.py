@@ -36,6 +36,6 @@ class Registers:
 
 
 REGISTERS = {2: Registers(240, 24), 3: Registers(160, 32)}
-"""By number of consumer warpgroups; the producer is one warpgroup more."""
+"""Registers by number of consumer warpgroups; the producer is one warpgroup more."""
 BUSY_PRODUCER = {2: Registers(232, 40), 3: Registers(152, 56)}
-"""Where the producer looks up lengths, and windows besides: 24 and 32 spill."""
+"""Registers where the producer looks up lengths, and windows besides: 24 and 32 spill."""

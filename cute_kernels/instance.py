@@ -14,7 +14,7 @@ class Instance:
     name: str
     """Name of the object, of the kernel in a profiler, and of the instance in Python."""
     family: str
-    """What the dispatcher looks under: "forward", ..."""
+    """The key of the dispatcher: "forward", ..."""
     kernel: str
     """Kernel class as "module:Class"; constructed with the configuration."""
     config: Any

@@ -86,7 +86,7 @@ from hopper_attention.cute_kernels.softmax.online import LOG2_E, cap
 
 @dataclass(frozen=True)
 class Tensors:
-    """As passed: (batch, row, head, column); LSE, delta and dQ as in backward/workspace.py."""
+    """Tensors as they are passed: (batch, row, head, column); LSE, delta and dQ: workspace.py."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -102,7 +102,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known of the launch."""
+    """Everything that is known of the launch."""
 
     dense: DenseScheduler
     packed: VarlenScheduler
@@ -115,9 +115,9 @@ class Problem:
     scale: Float32
     """softmax_scale."""
     scale_log2: Float32
-    """Of the scores that exp sees: after softcap if there is one."""
+    """The factor of the scores that exp sees: after softcap if there is one."""
     cap_inner: Float32
-    """Of `softmax.online.cap`."""
+    """The inner factor of `softmax.online.cap`."""
     cap_outer: Float32
     """0: there is no softcap."""
     window: tuple
@@ -132,9 +132,9 @@ class Work:
     n_block: Int32
     head_kv: Int32
     workspace_row: Int32
-    """Where the sequence's rows start in the workspace."""
+    """The workspace's row at which the sequence starts."""
     shift: Int32
-    """Of `RowOrder`."""
+    """The shift of `RowOrder`."""
     queries: Sequence
     keys: Sequence
     blocks: BlockRange
@@ -169,7 +169,7 @@ class Visit:
     number: Int32
     head: Int32
     step: Int32
-    """Of `RowOrder`."""
+    """The step of `RowOrder`."""
 
     def following(self, count: Int32) -> "Visit":
         last = self.step + 1 == count
@@ -179,7 +179,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Place:
-    """Of the block in shared memory."""
+    """Addresses of the block in shared memory."""
 
     shared: Int32
     """Address of its beginning."""
@@ -208,7 +208,7 @@ class AmpereBackward:
         assert self.ds.end + statistics + 8 * cfg.tile_n + 4 * WORDS <= cfg.shared_memory_bytes
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         shape = tuple(cute.sym_int32() for _ in range(3)) + (self.cfg.tile_m * self.cfg.head_dim,)
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
@@ -313,7 +313,7 @@ class AmpereBackward:
 
     @cute.jit
     def find_work(self, problem: Problem) -> Work:
-        """By every warp."""
+        """Every warp finds the block's work."""
         cfg = self.cfg
         number = cute.arch.block_idx()[0]
         m_block, head, batch, exists = Int32(0), Int32(0), Int32(0), Boolean(True)
@@ -347,7 +347,7 @@ class AmpereBackward:
 
     @cute.jit
     def note(self, problem: Problem, work: Work, place: Place):
-        """What is looked up later."""
+        """Write to shared memory what is looked up later."""
         thread = cute.arch.thread_idx()[0]
         if thread == 0:
             for i, word in enumerate(work.words()):
@@ -573,7 +573,7 @@ class AmpereBackward:
         return cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
     def keys_and_part(self) -> tuple[Int32, Int32]:
-        """Of dK and dV: the warp's first key, and its part of the columns."""
+        """The warp's first key of dK and dV, and its part of the columns."""
         cfg, warp = self.cfg, self.warp()
         groups, parts = cfg.key_warps
         return warp // parts * (cfg.tile_n // groups), warp % parts

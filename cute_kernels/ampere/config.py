@@ -20,7 +20,7 @@ class AmpereForwardConfig:
     head_dim: int
     """Columns of the tiles of Q and K; smaller heads are filled up with zeros."""
     head_dim_v: int
-    """The same of V and O."""
+    """Columns of the tiles of V and O."""
     tile_m: int
     tile_n: int
     warps: int
@@ -87,7 +87,7 @@ class AmpereBackwardConfig:
 
     @property
     def span(self) -> int:
-        """Of the tiles of Q, dO, K and V; see shared_tile.py."""
+        """Columns of a swizzle span of the tiles of Q, dO, K and V; see shared_tile.py."""
         return 64 if self.head_dim % 64 == 0 else 32
 
     @property
@@ -155,7 +155,7 @@ HOPPER_FORWARD_TILES = {dims: tiles[:1] for dims, tiles in FORWARD_TILES.items()
     (192, 128): ((128, 48, 4),),  # 64 keys spill when compiled for sm_90
     (256, 256): ((64, 64, 4),),  # two blocks fit: 300 TFLOP/s at 16k keys where 128 rows have 280
 }
-"""The same on sm_90, which has more memory."""
+"""Tiles on sm_90, which has more memory."""
 
 BACKWARD_TILES = {
     (64, 64): ((128, 128, 1, 8), (64, 128, 2, 8)),
@@ -171,4 +171,4 @@ HOPPER_BACKWARD_TILES = {dims: tiles[:1] for dims, tiles in BACKWARD_TILES.items
     (64, 64): ((128, 128, 2, 8),),  # 275; with one stage 269; 64 rows, two stages 232
     (256, 256): ((64, 64, 2, 8),),  # 244; with one stage 237
 }
-"""The same on sm_90, which has more memory."""
+"""Tiles on sm_90, which has more memory."""

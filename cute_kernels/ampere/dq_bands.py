@@ -12,9 +12,9 @@ from cutlass.cutlass_dsl import dsl_user_op
 from hopper_attention.cute_kernels.ampere.config import MATRIX
 
 REGISTER_BYTES = 4 * 32
-"""Of one register of all lanes."""
+"""Bytes of one register of all lanes."""
 BLOCK_BYTES = 4 * REGISTER_BYTES
-"""Of 16 rows and 8 columns."""
+"""Bytes of 16 rows and 8 columns."""
 
 
 def block_place(row, column, head_dim: int):

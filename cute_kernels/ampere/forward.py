@@ -75,7 +75,7 @@ from hopper_attention.cute_kernels.softmax.online import (
 
 @dataclass(frozen=True)
 class Tensors:
-    """As passed: (batch, row, head, column), LSE (batch, head, row)."""
+    """Tensors as they are passed: (batch, row, head, column), LSE (batch, head, row)."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -86,7 +86,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known of the launch."""
+    """Everything that is known of the launch."""
 
     dense: DenseScheduler
     packed: VarlenScheduler
@@ -100,9 +100,9 @@ class Problem:
     tiles_per_kvhead: Int32
     """Tiles of the same positions that read the same keys: the others of the group."""
     scale_log2: Float32
-    """Of the scores that softmax sees: after softcap if there is one."""
+    """The factor of the scores that softmax sees: after softcap if there is one."""
     cap_inner: Float32
-    """Of `softmax.online.cap`."""
+    """The inner factor of `softmax.online.cap`."""
     cap_outer: Float32
     """0: there is no softcap."""
     window: tuple
@@ -110,7 +110,7 @@ class Problem:
     sink: Int64
     """Address of a float32 score for each head, or 0."""
     output_type: Int32
-    """Whether O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
+    """1 if O is stored unrounded; its tensor has two 16-bit columns for each of O's."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Place:
-    """Of the block in shared memory."""
+    """Addresses of the block in shared memory."""
 
     shared: Int32
     """Address of its beginning."""
@@ -200,7 +200,7 @@ class AmpereForward:
         assert self.v.end + 8 * cfg.tile_m + 4 * WORDS <= cfg.shared_memory_bytes
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
         window, lengths = (Int32(1),) * 3, (Int64(0),) * 4
         return (
@@ -283,7 +283,7 @@ class AmpereForward:
 
     @cute.jit
     def find_work(self, problem: Problem, number: Int32) -> Work:
-        """By every warp; a number left over has m_block -1."""
+        """Every warp finds the block's work; a number left over has m_block -1."""
         cfg = self.cfg
         m_block, head, batch = Int32(0), Int32(0), Int32(0)
         if problem.num_sequences > 0:
@@ -426,7 +426,7 @@ class AmpereForward:
     def stream(
         self, copy: TileCopy, tensor: cute.Tensor, problem: Problem, place: Place, n_block: Int32
     ) -> Stream:
-        """Of the tile's keys, from block `n_block` on, down."""
+        """The stream of the tile's keys, from block `n_block` on, down."""
         work, thread = Work.of(place.words), cute.arch.thread_idx()[0]
         row = work.keys.offset + n_block * copy.tile.rows + copy.row(thread, 0)
         line = tensor[work.keys.batch, row, work.tile.head // problem.tiles_per_kvhead, None]

@@ -21,7 +21,7 @@ PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16"}
 
 
 def accumulator(rows: int, columns: int) -> cute.Tensor:
-    """Of one warp."""
+    """The accumulator of one warp."""
     shape = ((2, 2, columns // 8), rows // MATRIX, 1)
     return cute.make_rmem_tensor(cute.make_layout(shape), Float32)
 
@@ -31,7 +31,7 @@ class Coordinates:
     """(row, column) in a tile of a thread's accumulator [i, j], as `rows_and_columns` has them."""
 
     first_row: Any
-    """Of the warp."""
+    """The first row of the warp."""
     lane: Any
     first_column: Any = 0
 
@@ -47,7 +47,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class PartCoordinates(Coordinates):
-    """The same where warps share columns: each has a part of every span."""
+    """Coordinates where warps share columns: each has a part of every span."""
 
     span: int = 64
     parts: int = 1
@@ -65,7 +65,7 @@ class SharedA:
     lanes: Lanes
     transposed: bool = False
     parts: int = 1
-    """Of M, if it is `transposed`."""
+    """Parts of M, if it is `transposed`."""
 
     def block(self, m: int, k: int) -> list[Int32]:
         if self.transposed:
@@ -94,11 +94,11 @@ class SharedB:
     lanes: Lanes
     transposed: bool
     parts: int = 1
-    """Of N, if it is `transposed`."""
+    """Parts of N, if it is `transposed`."""
 
     @property
     def slices(self) -> int:
-        """Of K."""
+        """The number of slices of K."""
         return (self.tile.rows if self.transposed else self.tile.columns) // MATRIX
 
     def block(self, n: int, k: int) -> tuple[tuple[Int32, Int32], tuple[Int32, Int32]]:

@@ -40,7 +40,7 @@ def store_rounded(
 
 @cute.jit
 def store_float32(acc: cute.Tensor, coordinates: Coordinates, target: cutlass.Constexpr):
-    """The same unrounded; the columns in global memory are halves of float32 numbers."""
+    """Store unrounded; the columns in global memory are halves of float32 numbers."""
     values = rows_and_columns(acc)
     pair = cute.make_rmem_tensor((2,), Float32)
     for i in cutlass.range_constexpr(cute.size(values, mode=[0])):

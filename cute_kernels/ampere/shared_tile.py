@@ -74,7 +74,7 @@ class SharedTile:
         return within // MATRIX, self.start + 2 * self.span * (span * self.rows + row)
 
     def column_of(self, number: int, parts: int) -> int:
-        """Where the `number`-th block of 16 columns begins of those that are one of `parts`'s.
+        """The first column of the `number`-th block of 16 among those that are one of `parts`'s.
 
         Each part has as much of every span; the first part's are meant.
         """
@@ -175,15 +175,15 @@ class TileCopy:
         return (split(thread, self.row_threads)[1] + step * self.row_threads) * CHUNK
 
     def columns(self, thread, width) -> list[Any]:
-        """Whether the chunk of each step exists."""
+        """Say for each step whether its chunk exists."""
         return [self.column(thread, step) < width for step in range(self.column_steps)]
 
     def place(self, thread):
-        """Of this thread's first chunk, from the block's shared memory."""
+        """The address of this thread's first chunk, from the block's shared memory."""
         return self.tile.start + self.tile.place(*split(thread, self.row_threads))
 
     def constant(self, row_step: int, column_step: int) -> int:
-        """What to add for the others."""
+        """The offset of the other chunks."""
         row_bytes = 2 * self.tile.span
         spans = column_step * self.row_threads // self.tile.span_chunks
         return row_bytes * (row_step * self.rows_at_once + spans * self.tile.rows)
@@ -233,7 +233,7 @@ def copy_chunk(shared, constant: int, source, offset: int, wanted, *, loc=None, 
 def copy_chunk_or_zeros(
     shared, constant: int, source, offset: int, wanted, *, loc=None, ip=None
 ) -> None:
-    """The same, but zeros where it is not wanted; the source is not read then."""
+    """Copy a chunk, or zeros where it is not wanted; the source is not read then."""
     llvm.inline_asm(
         None,
         [x.ir_value(loc=loc, ip=ip) for x in (shared, source, Int32(wanted) * 16)],

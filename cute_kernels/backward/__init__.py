@@ -1,1 +1,1 @@
-"""What the backward kernels of every architecture share."""
+"""Parts that the backward kernels of every architecture share."""

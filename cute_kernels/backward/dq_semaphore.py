@@ -21,7 +21,7 @@ class Semaphore:
 
     @cute.jit
     def wait(self, place: tuple, turn: Int32):
-        """By one thread: until `turn` others have given theirs, whose writes are then visible."""
+        """One thread waits until `turn` others have given theirs, whose writes are then visible."""
         counter = self.counter(place)
         given = Int32(-1)
         while given != turn:
@@ -32,7 +32,7 @@ class Semaphore:
             )
 
     def give(self, place: tuple) -> None:
-        """By one thread, when its own writes are complete."""
+        """One thread gives its turn, when its own writes are complete."""
         cute.arch.inline_ptx(
             "red.release.gpu.global.add.s32 [{$r0}], {$r1};",
             read_only_args=[self.counter(place), Int32(1)],

@@ -22,7 +22,7 @@ from hopper_attention.cute_kernels.scheduling.tile_scheduler import VarlenSchedu
 from hopper_attention.cute_kernels.softmax.online import LOG2_E, add
 
 LANES = 8
-"""Of a row."""
+"""Lanes that read a row."""
 
 
 class Preprocess:
@@ -30,7 +30,7 @@ class Preprocess:
         self.cfg = config
         self.dtype = DTYPES[config.dtype]
         self.rows = config.threads // LANES
-        """Of a pass of the block over its rows."""
+        """Rows of a pass of the block."""
         self.passes = WORKSPACE_ROWS // self.rows
 
     def example_arguments(self) -> tuple:

@@ -16,7 +16,7 @@ class Scores:
     acc: cute.Tensor
     """Accumulator of S^T or dP^T, keys in rows."""
     packed: PackedFragment
-    """The same, rounded."""
+    """The probabilities, rounded."""
     coordinates: cute.Tensor
     """(rows, columns) -> (key, query) in the tile."""
     tile_m: cutlass.Constexpr
@@ -55,7 +55,7 @@ class Scores:
                 scores[i, j] = cute.math.exp2(-cute.math.absf(exponent), fastmath=True)
 
     def multiply_by_slope(self, capped: cute.Tensor, outer: Float32) -> None:
-        """Of `cap`, where it gave `capped`."""
+        """Multiply by the slope of `cap`, where it gave `capped`."""
         inverse = cute.arch.rcp_approx(outer)
         for i in range(cute.size(self.acc)):
             tanh = capped[i] * inverse
@@ -73,7 +73,7 @@ class Scores:
         pin(self.acc)  # copies come before the fence of the WGMMA
 
     def load_columns(self, statistics: cute.Tensor) -> cute.Tensor:
-        """What is known of this thread's columns: pairs of adjacent ones, every 8."""
+        """Load the statistics of this thread's columns: pairs of adjacent ones, every 8."""
         layout = cute.make_layout((2, self.tile_m // 8), stride=(1, 8))
         start = (statistics.iterator + self.coordinates[0, 0][1]).align(8)
         values = cute.make_rmem_tensor((2, self.tile_m // 8), Float32)

@@ -20,7 +20,7 @@ from hopper_attention.cute_kernels.scheduling.sequence import Sequence
 
 @cute.jit
 def first_row(packed: bool, queries: Sequence, batch: Int32) -> Int32:
-    """Where the rows of sequence `batch` start in their entry of the workspace."""
+    """The row of their entry of the workspace at which the rows of sequence `batch` start."""
     row = Int32(0)
     if packed:
         row = (queries.offset + batch * WORKSPACE_ROWS) // WORKSPACE_ROWS * WORKSPACE_ROWS

@@ -62,7 +62,7 @@ def columns_below(limit: Int32) -> Int32:
 
 
 def columns_after(count: Int32, start: int) -> Int32:
-    """Of the first `count` >= 0 columns, those from `start`."""
+    """The number of columns from `start` on, among the first `count` >= 0."""
     return count if start == 0 else maximum(count - start, 0)
 
 

@@ -31,7 +31,7 @@ class Visibility:
     """Keys are seen only within the aligned key's chunk: [n * chunk, (n + 1) * chunk)."""
 
     bounds_end = True
-    """Whether `end` hides anything: what a mask must look at."""
+    """False if `end` hides nothing, so that a mask need not look at it."""
 
     @property
     def bounds_begin(self) -> bool:
@@ -39,7 +39,7 @@ class Visibility:
 
     @property
     def viewers(self) -> "Viewers":
-        """The same mask from the keys' side."""
+        """This mask from the keys' side."""
         return Viewers(self)
 
     def begin(self, row):

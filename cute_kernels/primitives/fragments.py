@@ -44,7 +44,7 @@ class PackedFragment:
 
     words: cute.Tensor
     view: cute.Tensor
-    """The same registers with the accumulator's shape and the 16-bit type."""
+    """The registers with the accumulator's shape and the 16-bit type."""
 
     @staticmethod
     def like(acc: cute.Tensor, dtype) -> "PackedFragment":
@@ -95,7 +95,7 @@ class Fp8Fragment:
     words: cute.Tensor
     """Four columns each: rows r and r + 8 of the first 16 columns, then of the second."""
     in_halves: tuple[int, ...]
-    """Of a thread's groups of four columns, those that come as two registers of halves."""
+    """A thread's groups of four columns that come as two registers of halves."""
 
     @staticmethod
     def like(acc: cute.Tensor, in_halves: tuple[int, ...]) -> "Fp8Fragment":
@@ -146,7 +146,7 @@ def pin(fragment: cute.Tensor, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def opaque(value, *, loc=None, ip=None):
-    """The same Int32 or Int64, kept in a register: ptxas cannot compute it again in a loop."""
+    """The value, kept in a register: ptxas cannot compute it again in a loop."""
     kind, letter = {32: (T.i32(), "r"), 64: (T.i64(), "l")}[value.width]
     copy = llvm.inline_asm(
         kind,

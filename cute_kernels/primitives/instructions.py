@@ -22,12 +22,12 @@ def _asm(kind: Any, code: str, result: str, operands: tuple, *, loc=None, ip=Non
 
 
 def word(code: str, *operands: Any) -> Int32:
-    """What PTX leaves in $0 of Int32 and Float32 operands, $1 and so on; without side effects."""
+    """The Int32 that PTX leaves in $0, of operands $1 and so on; it has no side effects."""
     return Int32(_asm(T.i32(), code, "=r", operands))
 
 
 def number(code: str, *operands: Any) -> Float32:
-    """The same, a Float32."""
+    """The Float32 that PTX leaves in $0."""
     return Float32(_asm(T.f32(), code, "=f", operands))
 
 

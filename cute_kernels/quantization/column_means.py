@@ -63,7 +63,7 @@ class Team:
     def sum_rows(
         self, x: cute.Tensor, first: Int32, rows: Int32, embedding: Optional[Embedding]
     ) -> Float32:
-        """Of rows [first, first + rows) of x, the sum of column `thread`, if there is one."""
+        """Add rows [first, first + rows) of x, in column `thread`, if there is one."""
         sums = cute.make_rmem_tensor((VECTOR,), Float32)
         sums.fill(0.0)
         if cutlass.const_expr(embedding is None):

@@ -33,7 +33,7 @@ class QuantizeConfig:
     dtype: str
     columns: int
     arranged: bool
-    """As the columns of V that the FP8 forward kernel reads, else as the rows lie."""
+    """True: in the layout of V that the FP8 forward kernel reads; false: as the rows lie."""
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
@@ -54,7 +54,7 @@ class NarrowConfig:
 
     columns: int
     arranged: bool
-    """As `QuantizeConfig`'s."""
+    """Like `QuantizeConfig`'s."""
 
     def __post_init__(self) -> None:
         assert self.columns in QUANTIZE_COLUMNS, self.columns
@@ -94,7 +94,7 @@ class ArrangeConfig:
     """V^T from V in e4m3, any head dim."""
 
     by_columns: bool
-    """Whether V's columns lie together, else its rows."""
+    """True if V's columns lie together; false: its rows."""
 
     threads: int = 256
 

@@ -25,7 +25,7 @@ from hopper_attention.cute_kernels.quantization.vectors import LANES
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
 
 EXPONENT = 8
-"""Of e4m3's greatest number."""
+"""The exponent of e4m3's greatest number."""
 LEAST = -7
 """k."""
 
@@ -81,7 +81,7 @@ class Narrow:
     def factor(
         self, low: Float32, high: Float32, mFactors: cute.Tensor, block: Block, thread: Int32
     ) -> Float32:
-        """Of this thread's half of the block, which is stored as well."""
+        """The factor of this thread's half of the block, which is stored as well."""
         half, place = thread // (HALF // 2 * LANES), thread % (HALF // 2 * LANES)
         top = low if half == 0 else high
         exponent = (top.bitcast(Int32) >> 23) - 127

@@ -56,7 +56,7 @@ from hopper_attention.cute_kernels.scheduling.sequence import Lengths
 
 @dataclass(frozen=True)
 class Scales:
-    """What values are divided by: run-time arguments."""
+    """Divisors of values: run-time arguments."""
 
     mDescale: cute.Tensor
     """(sequences, heads / group, blocks or 1), written for each."""
@@ -72,7 +72,7 @@ class Scales:
 
     @cute.jit
     def descale(self, low: Float32, high: Float32, block: Block, thread: Int32) -> Float32:
-        """What this thread's values are divided by, which is stored as well.
+        """The divisor of this thread's values, which is stored as well.
 
         low, high: the greatest magnitudes of the block's halves.
         """

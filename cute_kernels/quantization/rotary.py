@@ -48,13 +48,13 @@ class Rotary:
 
 
 def example_rotary() -> tuple:
-    """What a `Rotary` is made of."""
+    """Arguments that a `Rotary` is made of."""
     return (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1), Int32(0), Int64(0))
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Of one sequence."""
+    """The embedding of one sequence."""
 
     rotary: Rotary
     shift: Any

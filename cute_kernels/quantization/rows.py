@@ -28,7 +28,7 @@ HALF = 64
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to rows before they are quantised: run-time arguments, each may be absent."""
+    """Steps before rows are quantised: run-time arguments, each may be absent."""
 
     rotary: Rotary
     mean: Int64
@@ -42,7 +42,7 @@ class Rows:
     def __init__(self, dtype: str, columns: int):
         self.dtype = DTYPES[dtype]
         self.vectors = columns // SPAN
-        """Of a lane."""
+        """Vectors of a lane."""
 
     @cute.jit
     def load(self, mX: cute.Tensor, block: Block, thread: Int32):

@@ -43,7 +43,7 @@ class Divisor:
 
 
 class Values:
-    """Where the values of one block go."""
+    """The place of one block's values."""
 
     def __init__(self, columns: int, arranged: bool):
         self.columns, self.arranged = columns, arranged

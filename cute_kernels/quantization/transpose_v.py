@@ -29,7 +29,7 @@ from hopper_attention.cute_kernels.quantization.v_layout import (
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
 
 COLUMNS = 64
-"""Of a thread block: four threads with 16 bytes of a row."""
+"""Columns of a thread block: four threads with 16 bytes of a row."""
 LANES = COLUMNS // KEYS
 ALL = 0xFFFFFFFF
 """Bits of a word."""

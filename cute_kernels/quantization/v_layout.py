@@ -61,7 +61,7 @@ class Block:
         return first + self.number
 
     def row(self, row):
-        """Of the tensor: this block's `row`, or the last there is."""
+        """The tensor's row that is this block's `row`, or the last there is."""
         return self.sequence.offset + minimum(self.first_row + row, self.sequence.length - 1)
 
 

@@ -6,7 +6,7 @@ from cutlass import Float32, Int32, Int64, Uint32
 from hopper_attention.cute_kernels.primitives.instructions import permute_bytes
 
 LANES = 4
-"""Of a row."""
+"""Lanes that read a row."""
 VECTOR = 8
 """Columns of 16 bytes: one load."""
 SPAN = LANES * VECTOR

@@ -1,4 +1,4 @@
-"""Where the sequence of one batch entry lies, and how long it is."""
+"""The place of one batch entry's sequence, and its length."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class Rows:
     group: Any
     first_head: Any
     first_row: Any
-    """Of this tile, among the sequence's."""
+    """The first row of this tile, among the sequence's."""
 
     def position(self, row):
         return (self.first_row + row) // self.group

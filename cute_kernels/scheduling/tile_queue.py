@@ -41,7 +41,7 @@ class TileQueue:
 
     @cute.jit
     def take(self) -> Int32:
-        """By the producer warp: the number of its next tile."""
+        """The producer warp takes the number of its next tile."""
         following = Int32(0)
         if cute.arch.lane_idx() == 0:
             following = cute.arch.grid_dim()[0] + cute.arch.atomic_add(self.place(0), Int32(1))
@@ -49,7 +49,7 @@ class TileQueue:
 
     @cute.jit
     def publish(self, state: pipeline.PipelineState, words: Sequence[Int32]):
-        """By the producer warp: the tile that the consumers do next."""
+        """The producer warp says which tile the consumers do next."""
         self.pipe.producer_acquire(state)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(words)):
@@ -57,19 +57,19 @@ class TileQueue:
             self.pipe.producer_commit(state)
 
     def words(self, state: pipeline.PipelineState) -> list[Int32]:
-        """By consumers, between `pipe.consumer_wait` and `release`."""
+        """Consumers read the tile, between `pipe.consumer_wait` and `release`."""
         return [self.slots[i, state.index] for i in range(cute.size(self.slots, mode=[0]))]
 
     @cute.jit
     def release(self, state: pipeline.PipelineState):
-        """By every consumer warp: it will not look up this tile again."""
+        """Every consumer warp says that it will not look up this tile again."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             self.pipe.consumer_release(state)
 
     @cute.jit
     def finish(self):
-        """By the producer warp: the last block to finish leaves the counter as it was found."""
+        """The producer warp of the last block to finish leaves the counter as it was found."""
         if cute.arch.lane_idx() == 0:
             finished = cute.arch.atomic_add(self.place(1), Int32(1))
             if finished == cute.arch.grid_dim()[0] - 1:

@@ -81,7 +81,7 @@ class VarlenScheduler:
 
     @cute.jit
     def tile(self, number: Int32) -> Tile:
-        """By a whole warp: each lane looks at one sequence of 32."""
+        """A whole warp finds the tile: each lane looks at one sequence of 32."""
         wanted = number // self.heads
         lane = cute.arch.lane_idx()
         first = Int32(0)

@@ -20,7 +20,7 @@ from hopper_attention.cute_kernels.primitives.instructions import number, word
 SMALLEST = -15
 """log2 of what becomes 0."""
 OCTAVES = 32.0
-"""Of a half's exponent."""
+"""The range of a half's exponent."""
 PARABOLA = (0.243408203125, -0.72607421875, 1.482421875)
 """2^(h - 1) / h for 1 <= h < 2, highest power first, as halves: 1 where h is 1, mean error 2e-5."""
 ONES = 2.0**23
@@ -38,7 +38,7 @@ def exp2_pair(x: tuple[Float32, Float32], scale: Float32, shift: Float32) -> Int
 
 
 def fractions(scale: Float32, shift: Float32) -> tuple[Float32, Float32]:
-    """What `exp2_pair` takes for them: x * scale - shift as a fraction of the exponent's range."""
+    """Factors for `exp2_pair`: x * scale - shift as a fraction of the exponent's range."""
     return scale * (1.0 / OCTAVES), shift * (-1.0 / OCTAVES) - SMALLEST / OCTAVES
 
 

@@ -22,7 +22,7 @@ LN_2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 
 LOWEST = -1e30
-"""What row_max starts with.  Lower scores, -inf above all, weigh nothing; it is finite, times the
+"""The start of row_max.  Lower scores, -inf above all, weigh nothing; it is finite, times the
 greatest scale (1e6) as well, since -inf - -inf would be NaN."""
 CHAINS = 4
 """Independent chains of a row's reduction: one dependent chain would be bound by latency."""
@@ -63,15 +63,15 @@ class Part:
     """Columns of a block whose scores share a scale."""
 
     columns: range
-    """Of one thread."""
+    """The columns of one thread."""
     scale_log2: Float32
     """softmax_scale * log2(e), positive."""
     headroom: Any = None
     """exp2 of it is what the largest score so far becomes; None: 0."""
     weight: Any = None
-    """What the columns count in the sum; None: 1."""
+    """The factor of the columns in the sum; None: 1."""
     inner: Any = None
-    """Of `cap`, if there is one."""
+    """The inner factor of `cap`, if there is one."""
 
     def of(self, scores: cute.Tensor) -> cute.Tensor:
         """These columns of (rows, columns)."""
@@ -90,9 +90,9 @@ class OnlineSoftmax:
     scale_log2: Any = None
     """Common to all parts; None: not."""
     headroom: float = 0.0
-    """Of parts whose weight is 1."""
+    """Headroom of parts whose weight is 1."""
     integer_maxima: bool = False
-    """Whether scores that are not masked are compared as integers: worth it on sm_90."""
+    """True: scores that are not masked are compared as integers, which is worth it on sm_90."""
 
     @classmethod
     def create(cls, rows: int, **fields: Any) -> "OnlineSoftmax":
@@ -108,7 +108,7 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...], masked: bool) -> cute.Tensor:
-        """Of this thread's columns of a block's scores (rows, columns), in row_max's unit.
+        """Maxima of this thread's columns of a block's scores (rows, columns), in row_max's unit.
 
         `parts` are all of the columns.  Where they are `in_integers`, any negative number stands
         for the negative maximum until `raise_to` settles it.
@@ -134,7 +134,7 @@ class OnlineSoftmax:
             self.row_max[i] = fmax(quad_max(maxima[i]), Float32(LOWEST))
 
     def exceeded_by(self, maxima: cute.Tensor, masked: bool) -> Boolean:
-        """Whether a row of the warp may have a new maximum; NaN is one.
+        """True if a row of the warp may have a new maximum; NaN is one.
 
         In integers, always while the largest so far is negative: such blocks take longer.
         """
@@ -201,7 +201,7 @@ class OnlineSoftmax:
         return cute.math.exp2(score * part.scale_log2 - shift, fastmath=True)
 
     def log2(self, score: Float32) -> Float32:
-        """Of exp(score in row_max's unit)."""
+        """The logarithm of exp(score in row_max's unit)."""
         return score if self.scale_log2 is None else score * self.scale_log2
 
     @cute.jit

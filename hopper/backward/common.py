@@ -1,4 +1,4 @@
-"""What both backward kernels share: the launch, a block's work, its loads.
+"""The launch, a block's work and its loads, which both backward kernels share.
 
 hopper/backward/kernel.py serves head dims up to 128, hopper/backward/kernel_wide.py those above.
 """
@@ -54,7 +54,7 @@ OVER_THREADS = CONSUMER_THREADS + 32
 
 @dataclass(frozen=True)
 class Problem:
-    """What all roles know of the launch."""
+    """Everything that all roles know of the launch."""
 
     queries: Any
     """EqualLengths or Lengths, by `BackwardConfig.varlen`."""
@@ -63,7 +63,7 @@ class Problem:
     scale: Float32
     """softmax_scale."""
     scale_log2: Float32
-    """Of the scores that exp sees: after softcap if there is one."""
+    """The factor of the scores that exp sees: after softcap if there is one."""
     softcap: Any
     """(inner, outer) of `softmax.online.cap`, or None."""
     window: Any
@@ -112,18 +112,18 @@ class Work:
     visibility: Visibility
     order: RowOrder
     workspace_row: Int32
-    """Where the sequence's rows start in the workspace."""
+    """The workspace's row at which the sequence starts."""
 
 
 def stage_of(number: Int32, stages: int = BACKWARD_STAGES) -> pipeline.PipelineState:
-    """Where row block `number` is, in a pipeline of 2 or 4 stages, for its consumers."""
+    """The state of row block `number` in a pipeline of 2 or 4 stages, for its consumers."""
     phase = number >> stages.bit_length() - 1 & 1
     return pipeline.PipelineState(stages, Int32(0), number & stages - 1, phase)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of `__call__` of both kernels, by name."""
+    """The arguments of both kernels' `__call__`, by name."""
 
     mQ: Any
     mK: Any
@@ -147,7 +147,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is launched with."""
+    """Everything that a kernel is launched with."""
 
     tma: Tma
     saved: Workspace
@@ -157,7 +157,7 @@ class Launch:
 
 
 class Parts:
-    """Of one configuration, BackwardConfig or WideBackwardConfig."""
+    """Parts of a kernel with one configuration, BackwardConfig or WideBackwardConfig."""
 
     def __init__(self, config: Any):
         self.cfg = config
@@ -176,7 +176,7 @@ class Parts:
         self.store_dv = RowStore(self.dtype, rows, config.head_dim_v, self.spans["v"])
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         shape = tuple(cute.sym_int32() for _ in range(3)) + (2 * self.dq_tile.elements,)
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
@@ -272,7 +272,7 @@ class Parts:
         return {**tiles, "keys": storage.keys.get_tensor(cute.make_layout(5))}
 
     def input_pipelines(self, storage) -> dict[str, pipeline.PipelineTmaAsync]:
-        """Of Q with LSE, dO with delta, K, V; the block is synchronised after it."""
+        """Pipelines of Q with LSE, dO with delta, K, V; the block is synchronised after it."""
         group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
 
         def make(name: str, last: bool = False):
@@ -348,14 +348,14 @@ class Parts:
     def address_of_dq(
         self, saved: Workspace, work: Work, head: Int32, m_block: Int32, index: Int32
     ) -> Int64:
-        """Of the first element of a block of dQ that thread `index` of a consumer has."""
+        """The address of the first element that thread `index` of a consumer has of dQ."""
         block = work.workspace_row // self.cfg.tile_m + m_block
         start = saved.dq[work.queries.batch, head, block, None].iterator
         return self.dq_tile.of_thread(start, consumer_warpgroup(), index).iterator.toint()
 
     @cute.jit
     def add_dq(self, acc: cute.Tensor, address: Int64, problem: Problem):
-        """By each consumer its part, from registers; in turns or not."""
+        """Each consumer adds its part, from registers; in turns or not."""
         if problem.turns.address != 0:
             own = consumer_warpgroup() + TurnBarrier.TURN
             cute.arch.barrier(barrier_id=own, number_of_threads=TURN_THREADS)
@@ -430,7 +430,7 @@ class Parts:
         thread: Int32,
         barrier: cutlass.Constexpr,
     ):
-        """By both consumers: zero the rows from `valid` of a stage of the tile `name`."""
+        """Both consumers zero the rows from `valid` of a stage of the tile `name`."""
         rows, columns, _ = self.tile_shapes()[name]
         start = tile.iterator + stage * (rows * columns)
         clear_tail(

@@ -10,7 +10,7 @@ from hopper_attention.cute_kernels.conventions import DTYPES, MASKS
 from hopper_attention.cute_kernels.hardware import REGISTERS, SHARED_MEMORY_CAPACITY, Registers
 
 BACKWARD_STAGES = 2
-"""Of dO and dS in the backward kernels, and of Q where there is no room for more."""
+"""Stages of dO and dS in the backward kernels, and of Q where there is no room for more."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class WideBackwardConfig:
 
     @property
     def gradient_stays_under_way(self) -> bool:
-        """Whether dK of a row block runs while the next one begins: 208 registers too many."""
+        """True if dK of a row block runs while the next one begins: 208 registers too many."""
         return self.head_dim <= 192
 
     def __post_init__(self) -> None:

@@ -28,17 +28,17 @@ class DqTile:
 
     @property
     def columns(self) -> int:
-        """Of one warpgroup."""
+        """Columns of one warpgroup."""
         return self.head_dim // self.split[1]
 
     @property
     def elements(self) -> int:
-        """Of one warpgroup."""
+        """Elements of one warpgroup."""
         return self.tile_m * self.head_dim // 2
 
     @property
     def vectors(self) -> int:
-        """Of 4 elements, a thread."""
+        """Vectors of 4 elements that a thread has."""
         return self.elements // 512
 
     @property

@@ -147,13 +147,13 @@ class Pipelines:
 
 @dataclass(frozen=True)
 class Fragments:
-    """Of one consumer thread: descriptors of shared tiles; registers."""
+    """Operands of one consumer thread: descriptors of shared tiles; registers."""
 
     k: wgmma.Operand
     v: wgmma.Operand
     q: wgmma.Operand
     do: tuple
-    """Of PART rows each."""
+    """Descriptors of PART rows each."""
     do_columns: wgmma.Operand
     """dO as the B operand of dV: rows are the K mode."""
     q_columns: wgmma.Operand
@@ -167,7 +167,7 @@ class Fragments:
 
 @dataclass(frozen=True)
 class Thread:
-    """Of one consumer thread: its places."""
+    """Places of one consumer thread."""
 
     index: Int32
     """Among the consumers."""
@@ -175,7 +175,7 @@ class Thread:
     """(rows, columns) -> (key, query) in the tile."""
     copy_ds: cute.TiledCopy
     ds: cute.Tensor
-    """Where its part of dS^T goes, with stages."""
+    """The place of its part of dS^T, with stages."""
 
 
 class Backward:
@@ -187,7 +187,7 @@ class Backward:
         self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         return self.parts.example_arguments()
 
     @cute.jit

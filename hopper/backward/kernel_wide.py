@@ -86,7 +86,7 @@ class Barrier(IntEnum):
 
 @dataclass(frozen=True)
 class Mmas:
-    """Of one warpgroup each, but for dQ."""
+    """MMAs of one warpgroup each, but for dQ."""
 
     sdp: cute.TiledMma
     """S^T = K Q^T or dP^T = V dO^T, from shared memory."""
@@ -122,7 +122,7 @@ class Pipelines:
 
 @dataclass(frozen=True)
 class Consumer:
-    """What both consumers have: their place, dQ's operands, and their own gradient.
+    """State that both consumers have: their place, dQ's operands, and their own gradient.
 
     `rows`, `stages`: operands of S or dP, K and Q or V and dO; `columns`: the B operand of the
     gradient, dO or Q; `packed`: its A operand, P or dS.
@@ -151,7 +151,7 @@ class BackwardWide:
         self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         return self.parts.example_arguments()
 
     @cute.jit

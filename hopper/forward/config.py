@@ -23,7 +23,7 @@ class ForwardConfig:
     head_dim: int
     """Columns of the tiles of Q and K; smaller heads are filled up with zeros."""
     head_dim_v: int
-    """The same of V and O."""
+    """Columns of the tiles of V and O."""
     mask: str
     """"full"; "causal"; "local": windows and chunks given at run time, which may be causal too."""
     softcap: bool
@@ -35,11 +35,11 @@ class ForwardConfig:
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     element_bytes: ClassVar[int] = 2
-    """Of Q, K, V; O has two."""
+    """Bytes of an element of Q, K, V; O has two."""
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
     turns: ClassVar[bool] = True
-    """Whether consumers take turns with issuing their GEMMs."""
+    """True if consumers take turns with issuing their GEMMs."""
 
     def __post_init__(self) -> None:
         assert self.dtype in self.dtypes, self.dtype
@@ -69,12 +69,12 @@ class ForwardConfig:
 
     @property
     def packs_heads(self) -> bool:
-        """Whether heads of a group may share tiles (`sequence.Rows`)."""
+        """True if heads of a group may share tiles (`sequence.Rows`)."""
         return self.varlen
 
     @property
     def output_over_q(self) -> bool:
-        """Whether O is staged where Q was, else in a buffer of its own.
+        """True if O is staged where Q was; false: in a buffer of its own.
 
         Both are stored swizzle span by swizzle span: a row of O lies in the same row of Q if the
         spans are as wide.
@@ -91,7 +91,7 @@ class ForwardConfig:
 
     @property
     def releases_late(self) -> bool:
-        """Whether Q, where O is staged, is given back during the next tile, not at the end of its.
+        """True if Q, where O is staged, is given back during the next tile, not at the end of its.
 
         The store has read O by then, so nothing waits for it; the next tile has Q's other stage.
         """
@@ -114,7 +114,7 @@ class ForwardFp8Config(ForwardConfig):
     """One forward kernel for e4m3 Q, K and V; V transposed, its keys interleaved."""
 
     two_level: bool = False
-    """Whether P V of some key blocks is added up by itself, and to O in float32."""
+    """True if P V of some key blocks is added up by itself, and to O in float32."""
 
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
@@ -174,4 +174,4 @@ FP8_TWO_LEVEL_TILES = {
     (96, 96): {"full": (128, 128)},
     (128, 128): {"full": (128, 128), "causal_varlen": (128, 64), "local": (128, 64)},
 }
-"""The same where O is in registers twice: no room for that with wider heads."""
+"""Tiles where O is in registers twice: no room for that with wider heads."""

@@ -119,7 +119,7 @@ class Forward:
         self.output = Output(config, self.dtype)
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         softcap = Float32(1.0) if self.cfg.softcap else None
         window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
         lengths = (Int64(0),) * 4 + (Int32(1),) * 2 if self.cfg.varlen else (None,) * 6
@@ -216,7 +216,7 @@ class Forward:
         )
 
     def tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor) -> Tma:
-        """Of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
+        """TMA atoms of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
         cfg = self.cfg
         layout_q, layout_k, layout_v, _ = self.shared_layouts()
         load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
@@ -308,16 +308,16 @@ class Forward:
     def load_scales(
         self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
     ) -> None:
-        """What comes to shared memory beside a block of K, in the same stage."""
+        """Load what comes to shared memory beside a block of K, in the same stage."""
 
     def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Any:
-        """What `parts` has to know of a tile."""
+        """The scales of a tile that `parts` takes; None without FP8."""
 
     def read_scales(self, scales: Any, stage: Int32, n_block: Int32) -> Any:
-        """Of a key block in a stage of K."""
+        """The scales of a key block in a stage of K; None without FP8."""
 
     def parts(self, problem: Problem, scales: Any, of_block: Any) -> tuple[Part, ...]:
-        """Of a key block, by what its scores are scaled; `of_block`: from `read_scales`."""
+        """Parts of a key block that are scaled alike; `of_block`: from `read_scales`."""
         inner = problem.softcap[0] if self.cfg.softcap else None
         return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
 
@@ -330,7 +330,7 @@ class Forward:
 
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
-        """By the producer warp."""
+        """The producer warp finds its work."""
         cfg = self.cfg
         tile = scheduler.tile(number)
         batch = tile.batch
@@ -355,7 +355,7 @@ class Forward:
         return Visibility(self.cfg.mask, queries.length, keys.length, *window)
 
     def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
-        """By consumers, of their tile number `count`: what the producer has found."""
+        """Consumers read the work of their tile number `count`: what the producer has found."""
         words = queue.words(state_after(count, TILE_STAGES))
         work = Work.of(words, self.group(problem), self.cfg.tile_m)
         if self.cfg.mask == "local":
@@ -699,7 +699,7 @@ class Forward:
 
     @cute.jit
     def rescale(self, fragments: Fragments, factors: cute.Tensor):
-        """What was added up so far, when a maximum has grown."""
+        """Rescale the sums so far, when a maximum has grown."""
         scale_rows(rows_and_columns(fragments.acc_o), factors)
 
     @cute.jit
@@ -745,7 +745,7 @@ class Forward:
 
     @cute.jit
     def release_queries(self, pipe, state: pipeline.PipelineState):
-        """By each warp, when the store of the O that it staged there has read it."""
+        """Each warp releases Q when the store of the O that it staged there has read it."""
         if const_expr(self.cfg.output_over_q):
             self.output.finish()
         pipe.consumer_release(state)

@@ -57,7 +57,7 @@ from hopper_attention.hopper.primitives.tma import load_row, permute
 
 @dataclass(frozen=True)
 class Scaling:
-    """What quantised values must be multiplied by, and when sums become float32."""
+    """Factors of quantised values, and when sums become float32."""
 
     q: cute.Tensor
     """(sequences, heads, ceil(seqlen_q / 64))"""
@@ -74,7 +74,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Scales:
-    """Of one tile and consumer."""
+    """Scales of one tile and consumer."""
 
     q: Float32
     """With what all scores are multiplied by."""
@@ -98,7 +98,7 @@ class ForwardFp8(Forward):
         self.output = Output(config, BFloat16, (Float32, Float16, self.dtype))
 
     def example_arguments(self) -> tuple:
-        """What `__call__` is compiled for, without the stream."""
+        """Arguments that `__call__` is compiled for, without the stream."""
         operands = (*(strided(self.dtype, 4) for _ in range(3)), strided(BFloat16, 4))
         table = row_statistics(strided_rows=True)
         descales = (table, key_scales(), table)
@@ -182,7 +182,7 @@ class ForwardFp8(Forward):
 
     @cute.jit
     def values_offset(self, problem: Problem, work: Work) -> Int32:
-        """Of packed keys, sequence b begins in block offset // 128 + b: room enough for each."""
+        """The first column of packed keys: sequence b begins in block offset // 128 + b."""
         offset = Int32(0)
         if const_expr(self.cfg.varlen):
             if problem.keys.cu_seqlens != 0:
@@ -196,7 +196,7 @@ class ForwardFp8(Forward):
     def load_scales(
         self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
     ):
-        """Of the 128 keys that the tile is, or is half of."""
+        """Load the scales of the 128 keys that the tile is, or is half of."""
         head_kv = work.tile.head // problem.tiles_per_kvhead
         pair = n_block * self.cfg.tile_n // (2 * BLOCK)
         source = problem.scaling.keys[work.tile.batch, head_kv, pair, None]
@@ -265,5 +265,5 @@ class ForwardFp8(Forward):
             scale_rows(rows_and_columns(fragments.acc_pv), factors)
 
     def sums_end(self, problem: Problem, n_block: Int32) -> Boolean:
-        """Whether P V of this key block is the last of those that are summed together."""
+        """True if P V of this key block is the last of those that are summed together."""
         return n_block & (problem.scaling.accumulate_every - 1) == 0

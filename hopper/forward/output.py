@@ -34,7 +34,7 @@ class Output:
 
     @property
     def types(self) -> tuple:
-        """What O can be stored as: the first by TMA, any from registers (`Problem.output_type`)."""
+        """Types of O in memory: the first by TMA, any from registers (`Problem.output_type`)."""
         return (self.dtype, *self.others)
 
     @property

@@ -1,4 +1,4 @@
-"""What the roles of forward pass to each other, and how its consumers keep their registers free."""
+"""Values that forward's roles pass to each other; how consumers keep their registers free."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from hopper_attention.hopper.primitives import wgmma
 
 @dataclass(frozen=True)
 class Problem:
-    """What all roles know of the launch."""
+    """Everything that all roles know of the launch."""
 
     queries: Any
     """EqualLengths or Lengths, by `ForwardConfig.varlen`."""
@@ -27,7 +27,7 @@ class Problem:
     tiles_per_kvhead: Int32
     """Tiles of the same positions that read the same keys: the others of the group."""
     scale_log2: Float32
-    """Of the scores that softmax sees: after softcap if there is one."""
+    """The factor of the scores that softmax sees: after softcap if there is one."""
     softcap: Any
     """(inner, outer) of `softmax.online.cap`, or None."""
     window: Any
@@ -35,14 +35,14 @@ class Problem:
     sink: Int64
     """Address of a float32 score for each head, or 0."""
     scaling: Any
-    """What kernel_fp8.py has to know besides, or None."""
+    """Factors that only kernel_fp8.py has, or None."""
     output_type: Int32
     """Number among `Output.types`; O's tensor is passed as if it was of the first."""
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """What is read or written other than by TMA: (row, column, head, entry), LSE as passed."""
+    """Tensors that are not accessed by TMA: (row, column, head, entry), LSE as passed."""
 
     q: Any
     """None where tiles are never packed."""
@@ -97,7 +97,7 @@ class Work:
 
 WORDS = 13
 NO_MORE = -1
-"""As m_block: the block is done."""
+"""The m_block that says that the block is done."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Tiles:
     v: cute.Tensor
     o: cute.Tensor
     scales: Any
-    """Of FP8: (4, stages of K) float32; or None."""
+    """Scales of FP8: (4, stages of K) float32; or None."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Pipelines:
 
 @dataclass(frozen=True)
 class Fragments:
-    """Of one consumer thread: descriptors of Q, K, V; registers of P, S, O."""
+    """Operands of one consumer thread: descriptors of Q, K, V; registers of P, S, O."""
 
     q: wgmma.Operand
     k: wgmma.Operand
@@ -132,7 +132,7 @@ class Fragments:
     acc_s: cute.Tensor
     acc_o: cute.Tensor
     acc_pv: cute.Tensor
-    """What P V is added to by WGMMA: acc_o, or a part of it that is added later."""
+    """The accumulator of P V: acc_o, or a part of it that is added later."""
 
 
 def consumer_thread() -> Int32:

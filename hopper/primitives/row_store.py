@@ -13,7 +13,7 @@ from hopper_attention.hopper.primitives.tma import partition
 
 @dataclass(frozen=True)
 class RowStore:
-    """Of (rows, columns) tiles, 16 bits an element, in swizzle spans of the tile they overwrite."""
+    """Stores of (rows, columns) tiles of 16 bits, in swizzle spans of the tile they overwrite."""
 
     dtype: Any
     rows: int

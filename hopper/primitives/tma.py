@@ -16,7 +16,7 @@ def partition(tma: cpasync.TmaInfo, s: cute.Tensor, g: cute.Tensor):
 
 @cute.jit
 def load_stage(pipe, state, atom, source, stages):
-    """By a whole warp: wait until the stage is free, then fill it.  The caller advances."""
+    """A whole warp waits until the stage is free, then fills it.  The caller advances."""
     pipe.producer_acquire(state)
     full = pipe.producer_get_barrier(state)
     cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full)
@@ -24,7 +24,7 @@ def load_stage(pipe, state, atom, source, stages):
 
 @cute.jit
 def load_row(source: cute.Tensor, target: cute.Tensor, full: cute.Pointer):
-    """By a whole warp: a contiguous vector to shared memory, counted by the barrier `full`."""
+    """A whole warp copies a contiguous vector to shared memory, counted by the barrier `full`."""
     bits = cute.size(target) * target.element_type.width
     atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), target.element_type, num_bits_per_copy=bits)
     with cute.arch.elect_one():

@@ -17,7 +17,7 @@ from hopper_attention.cute_kernels.primitives.fragments import opaque
 
 PTX_TYPES = {cutlass.BFloat16: "bf16", cutlass.Float16: "f16", cutlass.Float8E4M3FN: "e4m3"}
 DEPTH_BITS = 256
-"""Of one instruction: K is 16, or 32 of FP8."""
+"""Bits of one instruction's depth: K is 16, or 32 of FP8."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Operand:
 
     @property
     def transposed(self) -> bool:
-        """Whether M or N, not K, is contiguous."""
+        """True if M or N, not K, is contiguous."""
         return self.tile.stride[0][1] != 1
 
     @property
