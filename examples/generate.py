@@ -19,7 +19,7 @@ from gpt import checkpoint as checkpoints
 from gpt.data import BOUNDARY, Packing
 from gpt.model import GPT, GPTConfig
 from hopper_attention import flash_attn_func
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 
 class CachedAttention:
@@ -132,6 +132,6 @@ def main(
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except (Refusal, NotImplementedError) as refusal:
+    except (UserError, NotImplementedError) as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)

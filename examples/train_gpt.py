@@ -32,7 +32,7 @@ from gpt.model import GPT, SIZES, GPTConfig
 from gpt.report import Report
 from gpt.stopwatch import TimedAttention
 from hopper_attention.dispatch import target
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.1
@@ -85,18 +85,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.full_context and self.tokens % self.model.context:
-            raise Refusal(
+            raise UserError(
                 f"--full-context: {self.tokens} tokens are not a multiple of the context, "
                 f"{self.model.context}"
             )
         if self.warmup >= self.steps:
-            raise Refusal(f"--warmup {self.warmup} must be less than --steps {self.steps}")
+            raise UserError(f"--warmup {self.warmup} must be less than --steps {self.steps}")
         if self.sdpa_backend is not SdpaBackend.AUTO:
             if self.attention is not Kind.SDPA or self.device == "cpu":
-                raise Refusal("--sdpa-backend is for --attention sdpa on a GPU")
+                raise UserError("--sdpa-backend is for --attention sdpa on a GPU")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             flag = "--resume" if self.resume else "--checkpoint-every"
-            raise Refusal(f"{flag} needs --checkpoint DIR")
+            raise UserError(f"{flag} needs --checkpoint DIR")
 
 
 class Trainer:
@@ -192,15 +192,15 @@ class Trainer:
         return checkpoint.save(folder, self.model, self.optimizer, progress)
 
     def resume(self, folder: Path) -> None:
-        """Raises Refusal if the checkpoint does not continue into these settings."""
+        """Raises UserError if the checkpoint does not continue into these settings."""
         path = checkpoint.latest(folder)
         progress = checkpoint.read_progress(path)
         if progress.config != self.settings.model:
-            raise Refusal(f"{path} is of another model: {progress.config}")
+            raise UserError(f"{path} is of another model: {progress.config}")
         if progress.stream != self.training.fingerprint:
-            raise Refusal(f"{path} was trained on other data, or with another seed or packing")
+            raise UserError(f"{path} was trained on other data, or with another seed or packing")
         if progress.step >= self.settings.steps:
-            raise Refusal(f"{path} has all of its {self.settings.steps} steps; give more --steps")
+            raise UserError(f"{path} has all of its {self.settings.steps} steps; give more --steps")
         checkpoint.restore(path, self.model, self.optimizer)
         self.done, self.position = progress.step, progress.position
 
@@ -268,7 +268,7 @@ def one_step(trainer: Trainer, report: Report, last: int) -> None:
         loss, norm = trainer.step()
         seconds = time.perf_counter() - start
     if not math.isfinite(loss):
-        raise Refusal(f"the loss of step {trainer.done} is {loss}; try a lower --lr")
+        raise UserError(f"the loss of step {trainer.done} is {loss}; try a lower --lr")
     tokens = trainer.tokens_per_step
     report.add(
         "step", step=trainer.done, loss=loss, lr=trainer.optimizer.param_groups[0]["lr"],
@@ -335,7 +335,7 @@ def choose_device(attention: Kind) -> str:
         try:
             target.check_gpu(torch.device("cuda", torch.cuda.current_device()))
         except NotImplementedError as reason:
-            raise Refusal(f"{reason}; or give --device cpu, or --attention sdpa") from None
+            raise UserError(f"{reason}; or give --device cpu, or --attention sdpa") from None
     return "cuda"
 
 
@@ -418,11 +418,11 @@ def main(
 ) -> None:
     """Train a byte-level GPT on real text."""
     if device not in (None, "cpu", "cuda"):
-        raise Refusal(f"--device {device}: choose cpu or cuda")
+        raise UserError(f"--device {device}: choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("--device cuda: torch sees no GPU")
+        raise UserError("--device cuda: torch sees no GPU")
     if compare and not plot_file:
-        raise Refusal("--compare needs --plot FILE")
+        raise UserError("--compare needs --plot FILE")
     model = replace(SIZES[size.value], tied=not untied)
     model = replace(model, context=context or model.context)
     defaults = DEFAULTS[size.value]
@@ -444,6 +444,6 @@ def main(
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except (Refusal, NotImplementedError) as refusal:
+    except (UserError, NotImplementedError) as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)

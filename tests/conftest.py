@@ -30,7 +30,7 @@ _import_aot()
 
 def _runs_on(capability: tuple[int, int] | None, kernels: str) -> bool:
     try:
-        return capability is not None and target.choose(capability, kernels).backend == kernels
+        return capability is not None and target.choose(capability, kernels).kernels == kernels
     except NotImplementedError:
         return False
 

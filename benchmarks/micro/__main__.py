@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hopper_attention.bench import environment
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 from .kernel import Case
 from .measure import Figure, Gpu
@@ -58,7 +58,7 @@ def run(
 def _select(programs: list[str]) -> list[Case]:
     for program in programs:
         if program not in PROGRAMS:
-            raise Refusal(f"unknown program {program!r}; there are: {', '.join(PROGRAMS)}")
+            raise UserError(f"unknown program {program!r}; there are: {', '.join(PROGRAMS)}")
     return [case for case in cases() if not programs or case.program in programs]
 
 
@@ -109,7 +109,7 @@ def _result(figures: list[Figure], device: Any) -> dict[str, Any]:
 def main() -> None:
     try:
         typer.run(run)
-    except Refusal as refusal:
+    except UserError as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)
 

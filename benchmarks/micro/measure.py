@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling import driver
 
 from .kernel import KERNEL, MAX_GROUPS, Case
@@ -90,14 +90,14 @@ class Gpu:
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
     def measure(self, case: Case, repeats: int) -> list[Figure]:
-        """Raises Refusal if a kernel's results are wrong: then it is not what should be timed."""
+        """Raises UserError if a kernel's results are wrong: then it is not what should be timed."""
         function = driver.load(case.ptx(), KERNEL, case.shared_bytes)
         passes = first_passes(case)
         for _ in range(BALANCING_RUNS):
             clocks, results = self._launch(case, function, passes)
             wrong = case.check(results, passes)
             if wrong:
-                raise Refusal("; ".join(wrong))
+                raise UserError("; ".join(wrong))
             passes = balanced(case, passes, clocks)
         samples = [self._launch(case, function, passes)[0] for _ in range(repeats)]
         return figures_of(case, passes, np.concatenate(samples))

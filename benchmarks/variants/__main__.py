@@ -19,7 +19,7 @@ from hopper_attention.bench.protocol import Protocol
 from hopper_attention.bench.results import OURS
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.cli.bench import select_peers
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 from . import run as running
 from .build import Variant
@@ -43,7 +43,7 @@ def build(
         failed += bool(fault)
     console.print(f"HOPPER_ATTENTION_PREBUILT={out} pip install .")
     if failed:
-        raise Refusal(f"{failed} did not compile")
+        raise UserError(f"{failed} did not compile")
 
 
 @app.command()
@@ -91,7 +91,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     try:
         app()
-    except Refusal as refusal:
+    except UserError as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)
 

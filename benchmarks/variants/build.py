@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 SEPARATOR = "__"
 """Between an instance's name and its variant's."""
@@ -46,16 +46,16 @@ class Variant:
 
     @staticmethod
     def parse(text: str) -> Variant:
-        """NAME=REVISION:PATTERN[,PATTERN...].  Raises Refusal."""
+        """NAME=REVISION:PATTERN[,PATTERN...].  Raises UserError."""
         name, equals, rest = text.partition("=")
         revision, colon, patterns = rest.rpartition(":")
         if not (equals and colon and name.isidentifier() and SEPARATOR not in name and patterns):
-            raise Refusal(f"{text!r}: expected NAME=REVISION:INSTANCE[,INSTANCE...]")
+            raise UserError(f"{text!r}: expected NAME=REVISION:INSTANCE[,INSTANCE...]")
         return Variant(name, revision, tuple(patterns.split(",")))
 
 
 def build(variants: list[Variant], repository: Path, out: Path) -> Iterator[tuple[str, str]]:
-    """(instance, "" or what went wrong) as they are compiled.  Raises Refusal."""
+    """(instance, "" or what went wrong) as they are compiled.  Raises UserError."""
     shipped = _shipped(repository)
     out.mkdir(parents=True, exist_ok=True)
     for record in shipped.glob("*.json"):
@@ -66,7 +66,7 @@ def build(variants: list[Variant], repository: Path, out: Path) -> Iterator[tupl
     for variant in variants:
         names = [n for n in known if any(fnmatchcase(n, p) for p in variant.patterns)]
         if not names:
-            raise Refusal(f"{variant.name}: no instance matches {', '.join(variant.patterns)}")
+            raise UserError(f"{variant.name}: no instance matches {', '.join(variant.patterns)}")
         tree = out / "sources" / variant.name
         _check_out(repository, variant.revision, tree)
         jobs += [(tree, name, f"{name}{SEPARATOR}{variant.name}") for name in sorted(names)]
@@ -79,7 +79,7 @@ def build(variants: list[Variant], repository: Path, out: Path) -> Iterator[tupl
 def _shipped(repository: Path) -> Path:
     builds = [path for path in repository.glob("build/*/kernels") if any(path.glob("*.o"))]
     if not builds:
-        raise Refusal("no compiled kernels in build/*/kernels: make test, or pip install . first")
+        raise UserError("no compiled kernels in build/*/kernels: make test, or pip install . first")
     return max(builds, key=lambda path: path.stat().st_mtime)
 
 
@@ -89,7 +89,7 @@ def _check_out(repository: Path, revision: str, tree: Path) -> None:
     command = ["git", "-C", str(repository), "archive", revision, "hopper", "cute_kernels"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
-        raise Refusal(f"git archive {revision}: {done.stderr.decode().strip()}")
+        raise UserError(f"git archive {revision}: {done.stderr.decode().strip()}")
     with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
         archive.extractall(tree, filter="data")
     shutil.copytree(repository / "python" / "aot", tree / "python" / "aot")

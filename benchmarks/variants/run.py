@@ -18,7 +18,7 @@ from hopper_attention.bench.runner import Peer, Unsupported, one_line
 from hopper_attention.bench.statistics import Summary
 from hopper_attention.bench.workloads import Problem
 from hopper_attention.dispatch import manifest
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime
 
 from .build import FAMILY, SEPARATOR
@@ -42,13 +42,13 @@ class Candidate:
 
 
 def variants_of(instance: str) -> list[str]:
-    """Of the build at hand, by name.  Raises Refusal for one that takes other arguments."""
+    """Of the build at hand, by name.  Raises UserError for one that takes other arguments."""
     known, found = manifest.instances(), []
     for name, record in known.items():
         base, _, variant = name.partition(SEPARATOR)
         if record.family == FAMILY and base == instance:
             if record.config.get("tile_m") != known[base].config.get("tile_m") and "bwd" in base:
-                raise Refusal(f"{name}: dQ's workspace is laid out by the shipped tile_m")
+                raise UserError(f"{name}: dQ's workspace is laid out by the shipped tile_m")
             found.append(variant)
     return found
 
@@ -122,7 +122,7 @@ def measure(
         found = candidates(problem, peers, device)
         time(found, rounds, timer)
         return rows(problem, found)
-    except Refusal:
+    except UserError:
         raise
     except Exception as fault:
         return [{"problem": problem.name, "failed": one_line(fault)}]

@@ -18,7 +18,7 @@ NaN and infinity reach everything that shares their scale: dequantised it is NaN
 
 Values are stored as x lies or, "arranged", as V's columns (store.py).
 
-What it costs beside the copy: docs/tuning.md.
+What it costs beside the copy: docs/kernels/quantization.md.
 """
 
 from dataclasses import dataclass

@@ -54,11 +54,11 @@ def describe(kind: Kind, backend: SdpaBackend, device: torch.device, full: bool)
     """What will run, in words."""
     if kind is Kind.HOPPER:
         return {
-            target.Backend.CUDA: "hopper_attention's kernels on the GPU",
-            target.Backend.SIMULATOR: "hopper_attention's kernels on the simulator (very slow)",
-            target.Backend.REFERENCE: "flash_attn_varlen_func, which on a CPU is the reference "
+            target.Executor.CUDA: "hopper_attention's kernels on the GPU",
+            target.Executor.SIMULATOR: "hopper_attention's kernels on the simulator (very slow)",
+            target.Executor.REFERENCE: "flash_attn_varlen_func, which on a CPU is the reference "
             "(HOPPER_ATTENTION_SIMULATOR=1: the kernels on the simulator)",
-        }[target.backend_for(torch.empty(0, device=device))]
+        }[target.executor_for(torch.empty(0, device=device))]
     if kind is Kind.REFERENCE:
         return f"hopper_attention.reference, plain PyTorch in float32, on {device}"
     if packs(backend, device, full):

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gpt.model import GPT, GPTConfig
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 PROGRESS = "progress.json"
 
@@ -56,10 +56,10 @@ def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: P
 
 
 def latest(folder: Path) -> Path:
-    """Raises Refusal if there is none."""
+    """Raises UserError if there is none."""
     steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     if not steps:
-        raise Refusal(f"there is no checkpoint in {folder}")
+        raise UserError(f"there is no checkpoint in {folder}")
     return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
 
 

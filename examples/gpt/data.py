@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 BOUNDARY = 0
 """The byte before and after every document."""
@@ -105,7 +105,7 @@ def read_documents(files: Sequence[Path]) -> list[bytes]:
     documents = [file.read_bytes() for file in files]
     for file, document in zip(files, documents):
         if not document:
-            raise Refusal(f"{file} is empty")
+            raise UserError(f"{file} is empty")
     return documents
 
 
@@ -114,7 +114,7 @@ def split(documents: Sequence[bytes], seed: int) -> tuple[list[bytes], list[byte
     if len(documents) == 1:
         cut = len(documents[0]) - len(documents[0]) // VALIDATION_SHARE
         if cut == len(documents[0]):
-            raise Refusal(f"{cut} bytes of text are too few to keep some for validation")
+            raise UserError(f"{cut} bytes of text are too few to keep some for validation")
         return [documents[0][:cut]], [documents[0][cut:]]
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     held_out = max(1, len(documents) // VALIDATION_SHARE)
@@ -139,13 +139,13 @@ class TokenStream:
         a compiled model sees tensors of the same shapes in every step.
         """
         if full_context and tokens % context:
-            raise Refusal(f"{tokens} tokens are no multiple of the context, {context}")
+            raise UserError(f"{tokens} tokens are no multiple of the context, {context}")
         self.corpus, self.tokens, self.context, self.seed = corpus, tokens, context, seed
         self.full_context = full_context
         self.pieces = _rows(corpus, context) if full_context else _pieces(corpus, context)
         if not len(self.pieces):
             size = len(corpus.data)
-            raise Refusal(f"{corpus.name} has {size} bytes, less than one context of {context}")
+            raise UserError(f"{corpus.name} has {size} bytes, less than one context of {context}")
         self.epoch_tokens = int(self.pieces[:, 1].sum())
         self.sequences = self._most_sequences() if fixed_shapes else None
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)

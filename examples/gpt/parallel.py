@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gpt.model import GPT
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Ranks:
 def ranks(device: torch.device, distributed: bool) -> Iterator[Ranks]:
     """The process's place; with `distributed` as torchrun's environment says, on a GPU of its own.
 
-    Raises Refusal if torchrun did not start it.
+    Raises UserError if torchrun did not start it.
     """
     if not distributed:
         yield Ranks(0, 1, device)
         return
     if "LOCAL_RANK" not in os.environ:
-        raise Refusal("start it with torchrun: torchrun --nproc-per-node 8 train_gpt.py --fsdp")
+        raise UserError("start it with torchrun: torchrun --nproc-per-node 8 train_gpt.py --fsdp")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

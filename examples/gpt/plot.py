@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt.report import Record
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 SMOOTHED = 9
 """Steps in a mean.  Centred: a running mean would lag behind a falling loss."""
@@ -45,14 +45,14 @@ class Curve:
 
     @staticmethod
     def read(path: Path) -> Curve:
-        """Raises Refusal if it is not the metrics of a run."""
+        """Raises UserError if it is not the metrics of a run."""
         try:
             records = [json.loads(line) for line in path.read_text().splitlines()]
             curve = Curve.of(records)
         except (ValueError, KeyError, TypeError) as error:
-            raise Refusal(f"{path} is not what --json writes: {error}") from None
+            raise UserError(f"{path} is not what --json writes: {error}") from None
         if not len(curve.steps):
-            raise Refusal(f"{path} holds no steps")
+            raise UserError(f"{path} holds no steps")
         return curve
 
     @property

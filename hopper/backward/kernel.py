@@ -45,7 +45,7 @@ Timeline   of a consumer and row block i ("|" where it waits):
 
            Where one consumer computes dS, the other has WGMMAs under way.  More at a time would be
            better and does not fit: ptxas keeps a fragment that WGMMA has touched alive as a whole,
-           and if they exceed the registers it waits after every WGMMA (docs/tuning.md).
+           and if they exceed the registers it waits after every WGMMA (docs/kernels/backward.md).
 
 dQ         is added by vector reductions from registers.  Staged in shared memory and added by bulk
            reductions it takes as long and a sixth of shared memory's time besides.  Adding is a

@@ -140,7 +140,7 @@ class ForwardFp8Config(ForwardConfig):
 
 
 FORWARD_TILES = {
-    # Model of a tile's clocks and the peers' choices: docs/tuning.md.
+    # Model of a tile's clocks and the peers' choices: docs/kernels/forward.md.
     # d64: 192 rows amortise each K/V byte best; 192x192 would force P into shared memory.
     # Windows and softcap need more registers: 128 and 96 keys would spill.
     (64, 64): {"full": (192, 128), "causal": (192, 128), "local": (192, 112), "softcap": (192, 96)},

@@ -1,7 +1,7 @@
 """WGMMA: descriptors of shared memory; groups of fence, instructions, commit.
 
 The DSL's own descriptors are computed from the address in shared memory anew in each iteration of a
-loop, and each needs two to three uniform instructions; these need one (docs/tuning.md).
+loop, and each needs two to three uniform instructions; these need one (docs/kernels/forward.md).
 """
 
 from dataclasses import dataclass

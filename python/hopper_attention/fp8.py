@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from hopper_attention.problem import scalars, values
-from hopper_attention.problem.quantization import Recipe, Treatment
-from hopper_attention.problem.values import WHOLE, Lengths, Options
+from hopper_attention.problem.quantization import Fp8Options, Recipe
+from hopper_attention.problem.values import DENSE, Lengths, Options
 from hopper_attention.torch_ops.fp8 import attend_quantised
 
 
@@ -68,7 +68,7 @@ def attention_fp8(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, None, None, 0,
         deterministic,
     )  # fmt: skip
-    treatment = Treatment.of(
+    treatment = Fp8Options.of(
         recipe, hadamard, two_level, accumulate_every, max_seqlen_q, max_seqlen_k
     )
     smooth_k = scalars.flag("smooth_k", smooth_k)
@@ -79,4 +79,4 @@ def attention_fp8(
 
 
 def _lengths(cu_seqlens: Tensor | None, seqused: Tensor | None) -> Lengths:
-    return WHOLE if cu_seqlens is seqused is None else Lengths(cu_seqlens, seqused)
+    return DENSE if cu_seqlens is seqused is None else Lengths(cu_seqlens, seqused)

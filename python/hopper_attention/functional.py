@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hopper_attention.problem import checks, scalars, values
-from hopper_attention.problem.values import FP8_TENSORS, WHOLE, Lengths, Options
+from hopper_attention.problem.values import DENSE, FP8_TENSORS, Lengths, Options
 from hopper_attention.torch_ops import attention, fp8
 
 WindowSize = Sequence[int | None]
@@ -105,12 +105,12 @@ def flash_attn_func(
     )  # fmt: skip
     descales = (q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
-        lengths, bounds = (WHOLE, WHOLE), (None, None)
+        lengths, bounds = (DENSE, DENSE), (None, None)
         result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
     else:
         if not (q_descale is k_descale is v_descale is out_descale is None):
             _check_descales(descales)
-        result, lse = attention.attend(q, k, v, learnable_sink, WHOLE, WHOLE, options, out)
+        result, lse = attention.attend(q, k, v, learnable_sink, DENSE, DENSE, options, out)
     return (result, lse) if with_lse else result
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from hopper_attention.cute_kernels.conventions import LEAST_DESCALE as LEAST
 from hopper_attention.launch import quantize as run
 from hopper_attention.problem.quantization import Quantized, Recipe, Rotary
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 from hopper_attention.reference.quantize import block_rows, rotated, signs, spread, stated
 
 __all__ = [
@@ -46,7 +46,7 @@ def quantize(
     octaves: bool = False,
     arranged: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
-    lengths: Lengths = WHOLE,
+    lengths: Lengths = DENSE,
     max_seqlen: int | Tensor | None = None,
     rotary: Rotary | tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
@@ -79,7 +79,7 @@ def quantize(
     )  # fmt: skip
 
 
-def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None) -> Tensor:
+def means_of(x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None) -> Tensor:
     """(sequences, heads, head_dim) float32: what `centered` takes off."""
     return run.means_of(x, lengths, max_seqlen)
 
@@ -89,7 +89,7 @@ def narrowed(
     descale: Tensor,
     *,
     arranged: bool = False,
-    lengths: Lengths = WHOLE,
+    lengths: Lengths = DENSE,
     max_seqlen: int | Tensor | None = None,
 ) -> Quantized:
     """e5m2 as e4m3, by powers of two: exact, but for what is tiny beside its neighbours.
@@ -112,7 +112,7 @@ def narrowed(
 
 
 def columns_of(
-    v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None
+    v: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None
 ) -> Tensor:
     """V^T as the FP8 forward kernel reads it: a column's keys together, interleaved in every 16.
 

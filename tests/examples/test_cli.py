@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from train_gpt import main
 
 RUN = ("--tokens", "64", "--context", "32", "--steps", "2", "--device", "cpu")
@@ -58,7 +58,7 @@ def test_wrong_flags_get_a_sentence(arguments, message):
     app = typer.Typer()
     app.command()(main)
     result = CliRunner().invoke(app, [*RUN, *arguments])
-    assert isinstance(result.exception, (Refusal, SystemExit))
+    assert isinstance(result.exception, (UserError, SystemExit))
     assert message in f"{result.exception} {result.output}"
 
 

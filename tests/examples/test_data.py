@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.strategies import examples
 
 from gpt.data import BOUNDARY, Corpus, Packing, TokenStream, read_documents, split
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 documents = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=6)
 
@@ -83,9 +83,9 @@ def test_full_context_is_rows_of_the_same_length():
     packing = rows.batch(128).packing
     assert packing.cu_seqlens.tolist() == [0, 16, 32, 48, 64]
     assert packing.full
-    with pytest.raises(Refusal, match="multiple of the context"):
+    with pytest.raises(UserError, match="multiple of the context"):
         stream([b"text"], 60, 16, full_context=True)
-    with pytest.raises(Refusal, match="less than one context"):
+    with pytest.raises(UserError, match="less than one context"):
         stream([b"text"], 64, 16, full_context=True)
 
 

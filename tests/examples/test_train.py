@@ -17,7 +17,7 @@ from gpt.data import read_documents
 from gpt.model import GPTConfig
 from gpt.plot import Curve, max_difference
 from hopper_attention import simulator
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from train_gpt import Settings, draw, train
 
 
@@ -59,15 +59,15 @@ def test_resumed_training_is_bitwise_the_same(settings, tmp_path, full_context):
 
 def test_a_checkpoint_of_something_else_is_refused(settings, tmp_path):
     folder = tmp_path / "checkpoints"
-    with pytest.raises(Refusal, match="no checkpoint in"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         train(settings(checkpoint=folder, resume=True))
     train(settings(checkpoint=folder, stop_after=2))
-    with pytest.raises(Refusal, match="another seed"):
+    with pytest.raises(UserError, match="another seed"):
         train(settings(checkpoint=folder, resume=True, seed=1))
     other = GPTConfig(layers=1, dim=32, heads=4, heads_kv=2, hidden=64, context=32)
-    with pytest.raises(Refusal, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         train(settings(checkpoint=folder, resume=True, model=other))
-    with pytest.raises(Refusal, match="give more --steps"):
+    with pytest.raises(UserError, match="give more --steps"):
         train(settings(checkpoint=folder, resume=True, steps=2, warmup=1))
 
 
@@ -98,7 +98,7 @@ def test_metrics_and_plot(settings, tmp_path):
     draw(tmp_path / "plots" / "loss.png", report, files[1], [files[0]])
     assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     files[0].write_text("{}\n")
-    with pytest.raises(Refusal, match="not what --json writes"):
+    with pytest.raises(UserError, match="not what --json writes"):
         draw(tmp_path / "loss.png", report, None, [files[0]])
 
 
@@ -116,7 +116,7 @@ def test_a_plot_says_what_each_of_its_runs_was(monkeypatch, tmp_path):
 
 
 def test_a_diverged_run_says_so(settings):
-    with pytest.raises(Refusal, match="lower --lr"):
+    with pytest.raises(UserError, match="lower --lr"):
         train(settings(lr=1e30, warmup=1))
 
 
@@ -127,7 +127,7 @@ def test_own_files_are_documents(settings, tmp_path):
     assert len(read_documents(files)) == 3
     assert losses(train(settings(data=files, steps=3)))
     files[1].write_text("")
-    with pytest.raises(Refusal, match=r"1\.txt is empty"):
+    with pytest.raises(UserError, match=r"1\.txt is empty"):
         train(settings(data=files))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.fp8 import (
-    DENSE,
+    DENSE_INSTANCES,
     INSTANCES,
     LENGTHS,
     PACKED,
@@ -29,7 +29,7 @@ LARGE = (Shape(2, 1024, 2048, 4, 2), Shape(1, 1023, 4097, 4, 4))
 
 
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-@pytest.mark.parametrize("instance", DENSE)
+@pytest.mark.parametrize("instance", DENSE_INSTANCES)
 def test_matches_model(instance, shape):
     config = INSTANCES[instance].config
     number = (SHAPES + LARGE).index(shape)

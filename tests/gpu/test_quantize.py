@@ -17,7 +17,7 @@ from support.quantize import (
     some,
 )
 
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 from hopper_attention.quantize import Quantized, Recipe, columns_of, quantize, stated
 
 pytestmark = pytest.mark.gpu
@@ -74,12 +74,12 @@ def test_packed(recipe, arranged):
     check_near(on_gpu(x, recipe, **arguments), stated(x, recipe, **arguments), x, PACKED)
 
 
-@pytest.mark.parametrize("lengths", [WHOLE, PACKED])
+@pytest.mark.parametrize("lengths", [DENSE, PACKED])
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_columns(lengths, head_dim):
     """Rows together, then columns."""
     x = some((1, 1008, 2, head_dim)).to(torch.float8_e4m3fn)
-    v = x if lengths is WHOLE else x[0]
+    v = x if lengths is DENSE else x[0]
     together = v.cuda().transpose(-1, -3).contiguous().transpose(-1, -3)
     for given in (v.cuda(), together):
         got = columns_of(given, moved(lengths)).cpu()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hopper_attention import simulator
 from hopper_attention.dispatch import manifest
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 from hopper_attention.quantize import columns_of
 
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 LENGTHS = {
-    "whole": WHOLE,
+    "whole": DENSE,
     "used": lengths_of(None, [129, 0, 77]),
     "packed": lengths_of([0, 130, 0, 1, 200, 64], None),
     "packed and used": lengths_of([130, 0, 200, 70], [128, 0, 97, 1]),
@@ -34,7 +34,7 @@ SHAPES = {
 }
 
 
-def simulate(v: Tensor, lengths: Lengths = WHOLE, seed: int = 1, **arguments) -> Tensor:
+def simulate(v: Tensor, lengths: Lengths = DENSE, seed: int = 1, **arguments) -> Tensor:
     with simulator.enabled(seed=seed, hazards="raise"):
         return columns_of(v, lengths, **arguments)
 
@@ -98,7 +98,7 @@ def test_other_strides():
 
 def test_nothing_to_do():
     for v, lengths in (
-        (bytes_of(1, 0, 2, 16), WHOLE),
+        (bytes_of(1, 0, 2, 16), DENSE),
         (bytes_of(0, 2, 16), lengths_of([0, 0], None)),
         (bytes_of(5, 2, 16), lengths_of([], None)),
         (bytes_of(5, 2, 16), lengths_of([5], [0])),

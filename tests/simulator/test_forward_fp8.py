@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from support.fp8 import (
-    DENSE,
+    DENSE_INSTANCES,
     INSTANCES,
     LENGTHS,
     LSE_ERROR,
@@ -48,10 +48,10 @@ from hopper_attention.reference.quantize import INTERLEAVED
 pytestmark = pytest.mark.simulator
 
 
-@pytest.mark.parametrize("instance", DENSE)
+@pytest.mark.parametrize("instance", DENSE_INSTANCES)
 def test_matches_model(instance):
     config = INSTANCES[instance].config
-    number = DENSE.index(instance)
+    number = DENSE_INSTANCES.index(instance)
     for i, shape in enumerate(SHAPES[number % 2 :: 2]):
         recipe = RECIPES[(number + i) % len(RECIPES)]
         tensors = inputs_for(config, shape)
@@ -591,5 +591,7 @@ def test_refused_two_level_of_wide_heads():
 
 def test_recipes_are_all_run():
     """The numbering above leaves none out."""
-    used = {RECIPES[(n + i) % len(RECIPES)] for n, i in product(range(len(DENSE)), range(2))}
+    used = {
+        RECIPES[(n + i) % len(RECIPES)] for n, i in product(range(len(DENSE_INSTANCES)), range(2))
+    }
     assert used == set(Recipe)

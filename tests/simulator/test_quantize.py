@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hopper_attention import simulator
 from hopper_attention.dispatch import manifest
-from hopper_attention.problem.values import WHOLE
+from hopper_attention.problem.values import DENSE
 from hopper_attention.quantize import (
     LEAST,
     Quantized,
@@ -287,7 +287,7 @@ def test_rotary_of_sequences(kind, interleaved):
 @pytest.mark.parametrize(("head_dim", "arranged"), [(64, True), (128, False), (256, True), (80, 0)])
 def test_narrowed(kind, head_dim, arranged):
     """All numbers of e5m2 are met, blocks of greatest numbers from its least to its greatest."""
-    lengths = LENGTHS[kind] if kind else WHOLE
+    lengths = LENGTHS[kind] if kind else DENSE
     x = some((1, 400, 2, head_dim)) if kind is None else some_of(kind, head_dim)
     sizes = torch.linspace(-22, 15, x.shape[-3] // 25).exp2().repeat_interleave(25)
     x = poisoned((x.nan_to_num(0) * sizes.view(-1, 1, 1)).to(torch.float8_e5m2), lengths)

@@ -9,13 +9,13 @@ import torch
 
 from hopper_attention import reference
 from hopper_attention.dispatch import manifest
-from hopper_attention.problem.values import WHOLE, Lengths, Options, resolve_mask
+from hopper_attention.problem.values import DENSE, Lengths, Options, resolve_mask
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 from hopper_attention.reference.error import Error, pytorch_attention
 from support.problems import WINDOWS, Shape, offsets, random_inputs
 
 INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
-DENSE = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
+DENSE_INSTANCES = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
 PACKED = [name for name, i in INSTANCES.items() if i.config["varlen"]]
 SHAPES = (
     Shape(2, 97, 131, 4, 1),
@@ -58,7 +58,7 @@ class Operands(NamedTuple):
     v: Quantized
 
 
-def quantized(q, k, v, recipe, *, queries=WHOLE, keys=WHOLE, **how):
+def quantized(q, k, v, recipe, *, queries=DENSE, keys=DENSE, **how):
     lengths = ({"lengths": queries}, {"lengths": keys})
     return Operands(
         stated(q, recipe, heads_kv=k.shape[-2], **lengths[0], **how),

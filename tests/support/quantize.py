@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 from hopper_attention.quantize import Quantized
 from hopper_attention.reference.quantize import Sequences
 
@@ -46,7 +46,7 @@ def poisoned(x: Tensor, lengths: Lengths) -> Tensor:
     return x.masked_fill(~exists(x, lengths)[..., None, None], torch.nan)
 
 
-def defined(values: Tensor, x: Tensor, lengths: Lengths = WHOLE) -> Tensor:
+def defined(values: Tensor, x: Tensor, lengths: Lengths = DENSE) -> Tensor:
     """The bytes that say something: those of rows that are in a sequence, or of their columns.
 
     With the zeros that follow up to a multiple of 128 keys, if there is room.
@@ -71,7 +71,7 @@ def check_layout(ours: Tensor, theirs: Tensor) -> None:
     assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
 
 
-def check_equal(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = WHOLE) -> None:
+def check_equal(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = DENSE) -> None:
     """Bit for bit, which tells 0 from -0; NaN is NaN."""
     check_layout(got.values, expected.values)
     check_layout(got.descale, expected.descale)
@@ -86,7 +86,7 @@ def number_bits(quantized: Quantized, x: Tensor, lengths: Lengths) -> Tensor:
     return torch.where(bits.view(quantized.values.dtype).float().isnan(), 0x7F, bits)
 
 
-def check_near(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = WHOLE) -> None:
+def check_near(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = DENSE) -> None:
     """Sums in another order: descale by a few roundings, values by one step, and rarely."""
     check_layout(got.values, expected.values)
     check_layout(got.descale, expected.descale)

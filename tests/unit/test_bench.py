@@ -35,8 +35,8 @@ from hopper_attention.bench.runner import Prepared, Unsupported, run_problem
 from hopper_attention.bench.statistics import Ratio, Summary
 from hopper_attention.bench.workloads import Problem, unmasked_pairs
 from hopper_attention.dispatch import manifest, plan
-from hopper_attention.dispatch.target import Backend, choose
-from hopper_attention.errors import Refusal
+from hopper_attention.dispatch.target import Executor, choose
+from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime
 
 SAMPLES = Path(__file__).parent / "bench_samples"
@@ -127,7 +127,7 @@ def test_every_attention_kernel_has_a_problem():
 
 
 def test_unknown_workload():
-    with pytest.raises(Refusal, match="unknown workload 'nope'; there are: fa3, h200"):
+    with pytest.raises(UserError, match="unknown workload 'nope'; there are: fa3, h200"):
         workloads.load_problems(["nope"])
 
 
@@ -430,9 +430,9 @@ def test_results_survive_the_disk(tmp_path):
 def test_damaged_results(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         results.load(path)
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         results.load(tmp_path / "b.json")
 
 
@@ -451,7 +451,7 @@ def test_compare():
     slower = compare(fabricated(), fabricated(factor=1.5))
     assert {c.verdict for c in slower if c.peer == OURS} == {"slower"}
     other = dataclasses.replace(fabricated(), rows=[])
-    with pytest.raises(Refusal, match="no measurement in common"):
+    with pytest.raises(UserError, match="no measurement in common"):
         compare(fabricated(), other)
 
 
@@ -505,7 +505,7 @@ def test_ledger_has_what_tests_saw(tmp_path):
     assert entries[name]["numerics"]["commit"] == "1" * 40
     assert entries[name]["speed"]["commit"] == run.commit
     (tmp_path / "2.json").write_text("{}")
-    with pytest.raises(Refusal, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         ledger.load_checks(tmp_path)
 
 
@@ -559,7 +559,7 @@ def test_plots(tmp_path):
         "fa3_forward_sustained.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    with pytest.raises(Refusal, match="no timed attention"):
+    with pytest.raises(UserError, match="no timed attention"):
         write_plots(dataclasses.replace(fabricated(), rows=[]), tmp_path)
 
 
@@ -698,7 +698,7 @@ def test_report_does_not_replace_what_is_no_ledger(tmp_path, text):
     entries, page = tmp_path / "ledger.json", tmp_path / "results.md"
     entries.write_text(text)
     done = invoke("report", "--results", SAMPLES, "--ledger", entries, "--out", page)
-    assert isinstance(done.exception, Refusal)
+    assert isinstance(done.exception, UserError)
     assert entries.read_text() == text
     assert not page.exists()
 
@@ -711,7 +711,7 @@ def test_a_run_does_not_replace_another_result(monkeypatch, tmp_path, more):
     out = tmp_path / "bench.json"
     out.write_text("measured for hours")
     done = invoke("-w", "fa3", "--out", out, *more)
-    assert isinstance(done.exception, Refusal) != bool(more)
+    assert isinstance(done.exception, UserError) != bool(more)
     assert more or "--overwrite" in str(done.exception)
     assert out.read_text() == "measured for hours"
 
@@ -730,15 +730,15 @@ def test_what_is_replaced_is_replaced_at_once(monkeypatch, tmp_path):
 
 
 def test_null_launches_take_the_gpu_path_and_leave_no_trace():
-    before = (plan.backend_for, runtime._cuda, runtime.current_stream)
+    before = (plan.executor_for, runtime._cuda, runtime.current_stream)
     q = torch.randn(1, 128, 8, 128, dtype=torch.bfloat16)
     with overhead.null_launches():
         from hopper_attention import flash_attn_func
 
         out, lse = flash_attn_func(q, q, q, causal=True, return_lse=True)
-        assert plan.backend_for(q) is Backend.CUDA
+        assert plan.executor_for(q) is Executor.CUDA
     assert (out.shape, lse.shape) == (q.shape, (1, 8, 128))
-    assert (plan.backend_for, runtime._cuda, runtime.current_stream) == before
+    assert (plan.executor_for, runtime._cuda, runtime.current_stream) == before
 
 
 def test_overhead_command(monkeypatch):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hopper_attention import backend
 from hopper_attention.cli import app
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 SMALL = ["demo", "--tokens", "20", "--json"]
 
@@ -24,5 +24,5 @@ def test_names_the_kernel_that_ran(name):
 def test_needs_a_kernel():
     with backend("reference"):
         shown = CliRunner().invoke(app, SMALL)
-    assert isinstance(shown.exception, Refusal)
+    assert isinstance(shown.exception, UserError)
     assert "HOPPER_ATTENTION_BACKEND=reference" in str(shown.exception)

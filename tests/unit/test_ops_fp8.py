@@ -9,13 +9,13 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
-from hopper_attention.problem.quantization import Treatment
+from hopper_attention.problem.quantization import Fp8Options
 from hopper_attention.problem.values import Options
 
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default
 PLAIN = Options.of(None, True, (-1, -1), 0, 0.0, None, None, None, 0, False)
-TREATMENT = Treatment("block64", True, None, 1, None, None)
+TREATMENT = Fp8Options("block64", True, None, 1, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_opcheck_of_quantised_tensors(dtype):
 def test_schemas_are_the_tuples():
     names = [argument.name for argument in ATTENTION._schema.arguments][8:]
     assert tuple(names[: len(Options._fields)]) == Options._fields
-    assert tuple(names[len(Options._fields) : -2]) == Treatment._fields[:-2]
+    assert tuple(names[len(Options._fields) : -2]) == Fp8Options._fields[:-2]
 
 
 def trained(q, k, v):

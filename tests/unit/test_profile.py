@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hopper_attention import backend, cli
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.dispatch import manifest
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling import ncu, report
 from hopper_attention.profiling.report import KernelReport, from_action, from_csv
 from hopper_attention.profiling.roofline import write_roofline
@@ -147,14 +147,14 @@ def test_run_returns_the_report(tmp_path, fake_ncu):
 )
 def test_what_can_go_wrong_with_ncu(tmp_path, fake_ncu, body, message):
     fake_ncu(body)
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         ncu.run(INSTANCE, PROBLEM, tmp_path / "a.ncu-rep")
 
 
 def test_without_ncu(monkeypatch):
     monkeypatch.setattr(ncu.shutil, "which", lambda _: None)
     monkeypatch.setattr(ncu.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(Refusal, match="no Nsight Compute"):
+    with pytest.raises(UserError, match="no Nsight Compute"):
         ncu.find_ncu()
 
 
@@ -192,9 +192,9 @@ def test_action():
 def test_reports_of_something_else(tmp_path, text, message):
     path = tmp_path / "raw.csv"
     path.write_text(text)
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         report.load(path, INSTANCE)
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         report.load(tmp_path / "none.csv", INSTANCE)
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_is_no_report(tmp_path):
     pytest.importorskip("ncu_report")
     path = tmp_path / "a.ncu-rep"
     path.write_bytes(b"x" * 100)
-    with pytest.raises(Refusal, match="holds no profiled kernel"):
+    with pytest.raises(UserError, match="holds no profiled kernel"):
         report.load(path, INSTANCE)
 
 
@@ -271,7 +271,7 @@ def test_advice(units, advice):
 
 
 def test_a_report_without_a_duration():
-    with pytest.raises(Refusal, match="lacks gpu__time_duration"):
+    with pytest.raises(UserError, match="lacks gpu__time_duration"):
         summarise(KernelReport("k", {}), PROBLEM)
 
 
@@ -281,7 +281,7 @@ def test_roofline(tmp_path):
     write_roofline(summarise(KernelReport("k", METRICS), PROBLEM), PROBLEM, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     bare = summarise(KernelReport("k", {"gpu__time_duration.sum": 1e5}), PROBLEM)
-    with pytest.raises(Refusal, match="lacks clock"):
+    with pytest.raises(UserError, match="lacks clock"):
         write_roofline(bare, PROBLEM, path)
 
 

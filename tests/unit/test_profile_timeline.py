@@ -15,7 +15,7 @@ from hopper_attention import cli, simulator
 from hopper_attention.bench.inputs import Inputs
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.dispatch import manifest, target
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling import driver, spans, stamps, timeline
 from hopper_attention.profiling.spans import Span
 
@@ -93,7 +93,7 @@ def test_every_instance_can_be_stamped():
 
 @pytest.mark.parametrize(("text", "kernel"), [("", "k_0"), (KERNEL, "other")])
 def test_ptx_that_cannot_be_stamped(text, kernel):
-    with pytest.raises(Refusal, match=f"cannot put stamps into the PTX of {kernel}"):
+    with pytest.raises(UserError, match=f"cannot put stamps into the PTX of {kernel}"):
         stamps.instrument(text, kernel, blocks=1)
 
 
@@ -125,7 +125,7 @@ def test_exports(tmp_path):
     pytest.importorskip("matplotlib")
     spans.write_picture(recorded, picture, "clocks", "title")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(Refusal, match="nothing was recorded"):
+    with pytest.raises(UserError, match="nothing was recorded"):
         spans.write_picture([], picture, "clocks", "title")
 
 
@@ -162,7 +162,7 @@ def test_without_a_driver(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(driver.ctypes, "CDLL", missing)
-    with pytest.raises(Refusal, match="no CUDA driver"):
+    with pytest.raises(UserError, match="no CUDA driver"):
         driver.load("", "k", 0)
 
 

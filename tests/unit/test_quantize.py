@@ -13,7 +13,7 @@ from support.quantize import exists, lengths_of, poisoned
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hopper_attention.launch import quantize as kernels
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 from hopper_attention.quantize import (
     LEAST,
     Recipe,
@@ -312,7 +312,7 @@ def test_narrowed_is_exact_or_within_its_bound(greatest):
 def test_narrowed_keeps_what_was_meant(shape, packed):
     x = some(390, 4, 16) if packed else some(3, 130, 4, 16)
     x = (x * 2).to(torch.float8_e5m2)
-    lengths = lengths_of([130, 130, 130], None) if packed else WHOLE
+    lengths = lengths_of([130, 130, 130], None) if packed else DENSE
     of_x = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
     values, descale = narrowed(x, of_x, lengths=lengths, max_seqlen=130)
     assert descale.shape == (3, 4, 3)
@@ -361,7 +361,7 @@ def test_rotary_is_what_is_quantised(packed):
     """Each sequence's positions start at its offset; before the mean is taken off."""
     cos, sin = angles(80, 16)
     x, offsets = some(3, 30, 2, 32), torch.tensor([0, 50, 3], dtype=torch.int32)
-    lengths = lengths_of([30, 30, 30], None) if packed else WHOLE
+    lengths = lengths_of([30, 30, 30], None) if packed else DENSE
     rows = x.flatten(0, 1) if packed else x
     arguments = {"centered": True, "lengths": lengths, "max_seqlen": 30}
     got = quantize(rows, Recipe.BLOCK64, rotary=Rotary(cos, sin, False, offsets), **arguments)

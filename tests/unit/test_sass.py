@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hopper_attention import _cuda
 from hopper_attention.cli import app
 from hopper_attention.dispatch import manifest
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 pytest.importorskip("elftools", reason="needs hopper-attention[tools]")
 
@@ -363,7 +363,7 @@ def test_budget_keeps_reasons_of_what_did_not_change(tmp_path):
 def test_not_a_budget(tmp_path, text):
     file = tmp_path / "budget.json"
     file.write_text(text)
-    with pytest.raises(Refusal, match="is not a budget"):
+    with pytest.raises(UserError, match="is not a budget"):
         report.read_budget(file)
 
 
@@ -378,41 +378,41 @@ def test_a_budget_of_which_nothing_was_compiled_stays_as_it_is(root, tmp_path):
 def test_budget_needs_reasons(tmp_path):
     file = tmp_path / "budget.json"
     file.write_text('{"k": {"loops": {"main": 1}, "reason": " "}}')
-    with pytest.raises(Refusal, match="k has no reason"):
+    with pytest.raises(UserError, match="k has no reason"):
         report.read_budget(file)
 
 
 def test_growth_pairs_loops_by_name():
     ((name, loop, before, after),) = report.growth([loop_of(100)], [loop_of(110)])
     assert (name, loop, before.instructions, after.instructions) == ("k", "main", 100, 110)
-    with pytest.raises(Refusal, match="in common"):
+    with pytest.raises(UserError, match="in common"):
         report.growth([], [loop_of(3)])
 
 
 def test_files_without_device_code(tmp_path):
     file = tmp_path / "a.o"
     file.write_bytes(b"no ELF in here")
-    with pytest.raises(Refusal, match="no uncompressed cubin"):
+    with pytest.raises(UserError, match="no uncompressed cubin"):
         report.rows_of(file)
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         report.rows_of(tmp_path / "missing.o")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Refusal, match="holds no"):
+    with pytest.raises(UserError, match="holds no"):
         report.rows_of(tmp_path / "empty")
     (tmp_path / "a.json").write_text('{"name": 1}')
-    with pytest.raises(Refusal, match="not written by"):
+    with pytest.raises(UserError, match="not written by"):
         report.rows_of(tmp_path / "a.json")
 
 
 def test_without_the_disassembler(monkeypatch):
     monkeypatch.setattr(disassembler, "find_nvdisasm", lambda: None)
-    with pytest.raises(Refusal, match="pip install 'hopper-attention"):
+    with pytest.raises(UserError, match="pip install 'hopper-attention"):
         disassembler.disassemble(b"")
 
 
 @needs_disassembler
 def test_not_a_cubin_inside():
-    with pytest.raises(Refusal, match="nvdisasm cannot read"):
+    with pytest.raises(UserError, match="nvdisasm cannot read"):
         disassembler.disassemble(b"\x7fELF nonsense")
 
 
@@ -456,5 +456,5 @@ def test_command_line(root, tmp_path):
     assert done.exit_code == 1
     assert "over budget: fwd_bf16_d64" in done.stderr
 
-    assert isinstance(run(app, ["sass", "nothing*"]).exception, Refusal)
-    assert isinstance(run(app, ["sass", "--update-budget", str(tight)]).exception, Refusal)
+    assert isinstance(run(app, ["sass", "nothing*"]).exception, UserError)
+    assert isinstance(run(app, ["sass", "--update-budget", str(tight)]).exception, UserError)

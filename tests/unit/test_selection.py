@@ -39,7 +39,7 @@ Q = torch.randn(1, 40, 2, 64, dtype=torch.bfloat16)
 )
 def test_choice(capability, forced, expected):
     target = choose(capability, forced)
-    assert (target.backend, target.architecture, target.shared_memory >> 10) == expected
+    assert (target.kernels, target.architecture, target.shared_memory >> 10) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_choice(capability, forced, expected):
 def test_no_choice(capability, forced, message):
     with pytest.raises(NotImplementedError, match=message):
         choose(capability, forced)
-    assert choose(capability, "reference").backend == "reference"
+    assert choose(capability, "reference").kernels == "reference"
 
 
 def test_every_target_has_every_head_dim():
@@ -183,8 +183,8 @@ def test_environment_variable():
     code = (
         "import torch; from hopper_attention import *\n"
         "from hopper_attention.dispatch import target\n"
-        "print(target.target_for(torch.empty(0)).backend)\n"
-        "with backend('hopper'): print(target.target_for(torch.empty(0)).backend)"
+        "print(target.target_for(torch.empty(0)).kernels)\n"
+        "with backend('hopper'): print(target.target_for(torch.empty(0)).kernels)"
     )
     assert in_new_process(code, "ampere").stdout.split() == ["ampere", "hopper"]
     assert in_new_process(code, "").stdout.split() == ["hopper", "hopper"]
@@ -202,7 +202,7 @@ def test_builds_for_ampere_alone():
         "manifest.instances = lambda: found\n"
         "q = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16, requires_grad=True)\n"
         "flash_attn_func(q, q, q).sum().backward()\n"
-        "print(target.target_for(q).backend)"
+        "print(target.target_for(q).kernels)"
     )
     assert in_new_process(code, "").stdout.split() == ["ampere"]
 

@@ -15,7 +15,7 @@ from hopper_attention.benchmarks.variants.build import Variant
 from hopper_attention.bench.runner import Prepared
 from hopper_attention.bench.workloads import load_problems
 from hopper_attention.dispatch import manifest
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime
 
 INSTANCE = "fwd_bf16_d64"
@@ -25,7 +25,7 @@ INSTANCE = "fwd_bf16_d64"
     "text", ["", "name", "name=HEAD", "=HEAD:fwd*", "a__b=HEAD:fwd*", "a-b=HEAD:fwd*", "a=HEAD:"]
 )
 def test_what_is_no_variant(text):
-    with pytest.raises(Refusal, match="expected NAME=REVISION:INSTANCE"):
+    with pytest.raises(UserError, match="expected NAME=REVISION:INSTANCE"):
         Variant.parse(text)
 
 
@@ -72,13 +72,13 @@ def test_build(repository, tmp_path, monkeypatch):
     ],
 )
 def test_build_refuses(repository, tmp_path, variant, message):
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         list(build.build([variant], repository, tmp_path / "out"))
 
 
 def test_build_needs_objects(repository, tmp_path):
     (repository / "build/tag/kernels" / f"{INSTANCE}.o").unlink()
-    with pytest.raises(Refusal, match="no compiled kernels"):
+    with pytest.raises(UserError, match="no compiled kernels"):
         list(build.build([Variant("a", "HEAD", ("fwd*",))], repository, tmp_path / "out"))
 
 
@@ -120,7 +120,7 @@ def test_other_tiles_of_dq_are_refused(monkeypatch):
     config = {**base.config, "tile_m": 2 * base.config["tile_m"]}
     known["bwd_bf16_d64__a"] = replace(base, family=build.FAMILY, config=config)
     monkeypatch.setattr(manifest, "instances", lambda: known)
-    with pytest.raises(Refusal, match="workspace"):
+    with pytest.raises(UserError, match="workspace"):
         run.variants_of("bwd_bf16_d64")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.problem.values import CAUSAL, FULL, Mask
 
 HAY = 8
@@ -148,17 +148,17 @@ DRAWS: dict[Distribution, Callable[[Size, torch.Generator], Drawn]] = {
 def activations(folder: Path, layer: int, sequences: int = 4) -> Inputs:
     """Q, K (rotated by their positions) and V of a layer of a model that train_gpt.py trained.
 
-    On text that it was not trained on, in sequences of its full context, causal.  Raises Refusal
+    On text that it was not trained on, in sequences of its full context, causal.  Raises UserError
     where the examples cannot be imported or the layer does not exist.
     """
     try:
         from gpt import attention, checkpoint, data
     except ModuleNotFoundError:
-        raise Refusal("--activations needs the examples: run with PYTHONPATH=examples") from None
+        raise UserError("--activations needs the examples: run with PYTHONPATH=examples") from None
     model = checkpoint.load_model(checkpoint.latest(folder), torch.device("cpu"))
     layers, context = model.config.layers, model.config.context
     if not 0 <= layer < layers:
-        raise Refusal(f"the model of {folder} has layers 0 to {layers - 1}, not {layer}")
+        raise UserError(f"the model of {folder} has layers 0 to {layers - 1}, not {layer}")
     held_out = data.split(data.read_documents(()), seed=0)[1]
     stream = data.TokenStream(
         data.Corpus.of("held-out text", held_out),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hopper_attention.bench.results import Run, timed
 from hopper_attention.bench.statistics import Ratio
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Change:
 
 
 def compare(before: Run, after: Run) -> list[Change]:
-    """Return the rows that both runs timed.  Raises Refusal if there are none."""
+    """Return the rows that both runs timed.  Raises UserError if there are none."""
     earlier, later = timed(before.rows), timed(after.rows)
     changes = []
     for key in (key for key in earlier if key in later):
@@ -35,5 +35,5 @@ def compare(before: Run, after: Run) -> list[Change]:
             verdict = "faster" if ratio.value > 1 else "slower"
         changes.append(Change(*key, a.median, b.median, ratio.value, ratio.noise, verdict))
     if not changes:
-        raise Refusal("the two results have no measurement in common")
+        raise UserError("the two results have no measurement in common")
     return changes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hopper_attention.dispatch import target
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 PACKAGES = (
     "hopper-attention",
@@ -36,9 +36,9 @@ SMI_FIELDS = {
 
 
 def require_gpu() -> torch.device:
-    """The current Hopper GPU.  Raises Refusal without one."""
+    """The current Hopper GPU.  Raises UserError without one."""
     if not torch.cuda.is_available():
-        raise Refusal(
+        raise UserError(
             "this measures on a Hopper GPU, and there is no GPU here; `bench overhead`, "
             "`bench compare`, `bench report`, `sass` and `profile timeline` work without"
         )
@@ -46,7 +46,7 @@ def require_gpu() -> torch.device:
     try:
         target.check_gpu(device)
     except NotImplementedError as reason:
-        raise Refusal(str(reason)) from None
+        raise UserError(str(reason)) from None
     return device
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from hopper_attention import files
 from hopper_attention.bench.results import Row, Run
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 Entry = dict[str, dict[str, Any]]
 Ledger = dict[str, Entry]
@@ -37,13 +37,13 @@ class Check:
 
 
 def load_checks(folder: Path) -> list[Check]:
-    """Raises Refusal for what is not such a file."""
+    """Raises UserError for what is not such a file."""
     checks = []
     for path in sorted(folder.glob("*.json")):
         try:
             checks.append(Check(**json.loads(path.read_text())))
         except (ValueError, TypeError) as fault:
-            raise Refusal(f"{path} is damaged: {fault}") from None
+            raise UserError(f"{path} is damaged: {fault}") from None
     return checks
 
 
@@ -102,15 +102,15 @@ def _speed(run: Run, row: Row, name: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> Ledger:
-    """Empty where there is none yet.  Raises Refusal for what is not a ledger."""
+    """Empty where there is none yet.  Raises UserError for what is not a ledger."""
     if not path.exists():
         return {}
     try:
         ledger = json.loads(path.read_text())
     except ValueError as fault:
-        raise Refusal(f"{path} is damaged: {fault}") from None
+        raise UserError(f"{path} is damaged: {fault}") from None
     if not isinstance(ledger, dict) or not all(isinstance(e, dict) for e in ledger.values()):
-        raise Refusal(f"{path} is not a ledger: {{instance: {{numerics, speed}}}}")
+        raise UserError(f"{path} is not a ledger: {{instance: {{numerics, speed}}}}")
     return ledger
 
 

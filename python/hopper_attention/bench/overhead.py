@@ -59,7 +59,7 @@ def null_launches() -> Iterator[None]:
     _simulator.set_launch_handler(lambda *_: None)
     try:
         with (
-            mock.patch.multiple(plan, backend_for=lambda _tensor: target.Backend.CUDA),
+            mock.patch.multiple(plan, executor_for=lambda _tensor: target.Executor.CUDA),
             mock.patch.multiple(
                 runtime,
                 current_stream=lambda _device: 0,

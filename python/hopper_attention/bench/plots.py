@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hopper_attention.bench.quantisation import WORKLOAD as QUANTISATION
 from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, OURS, Row, Run
 from hopper_attention.bench.workloads import INSTANCES
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ PANEL_INCHES = (5.0, 3.2)
 def write_plots(run: Run, folder: Path) -> list[Path]:
     """One PNG for each workload, direction and mode that has figures; returns their paths.
 
-    Raises Refusal if the run holds no figures.
+    Raises UserError if the run holds no figures.
     """
     from matplotlib.figure import Figure
 
@@ -30,7 +30,7 @@ def write_plots(run: Run, folder: Path) -> list[Path]:
         if row.status == "ok" and row.workload not in (BASELINE, INSTANCES, QUANTISATION):
             groups.setdefault((row.workload, _direction(row), row.mode), []).append(row)
     if not groups:
-        raise Refusal("the result holds no timed attention to plot")
+        raise UserError("the result holds no timed attention to plot")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for (workload, direction, mode), rows in groups.items():

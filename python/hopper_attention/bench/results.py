@@ -24,7 +24,7 @@ from typing import Any
 
 from hopper_attention import files
 from hopper_attention.bench.statistics import Summary
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 SCHEMA = 1
 MODES = ("burst", "sustained")
@@ -120,20 +120,20 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Raises Refusal for what is not such a file."""
+    """Raises UserError for what is not such a file."""
     try:
         data = json.loads(path.read_text())
         schema = data.pop("schema")
     except OSError as fault:
-        raise Refusal(f"{path}: {fault.strerror}") from None
+        raise UserError(f"{path}: {fault.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise Refusal(f"{path} is not a result of `hopper-attention bench`") from None
+        raise UserError(f"{path} is not a result of `hopper-attention bench`") from None
     if schema != SCHEMA:
-        raise Refusal(f"{path} has schema {schema}; this version reads {SCHEMA}")
+        raise UserError(f"{path} has schema {schema}; this version reads {SCHEMA}")
     try:
         return Run(**{**data, "rows": [Row(**row) for row in data["rows"]]})
     except (ValueError, TypeError, KeyError) as fault:
-        raise Refusal(f"{path} is damaged: {fault}") from None
+        raise UserError(f"{path} is damaged: {fault}") from None
 
 
 def save(path: Path, run: Run) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from hopper_attention.dispatch import instances, manifest
 from hopper_attention.dispatch.manifest import CompiledInstance
 from hopper_attention.dispatch.target import Target
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -169,7 +169,7 @@ def load_problems(patterns: Sequence[str] = ()) -> list[Problem]:
     """All problems of the committed workloads, and for every instance one; or those whose workload
     or name matches a pattern.
 
-    Raises Refusal for a pattern that matches nothing.
+    Raises UserError for a pattern that matches nothing.
     """
     text = resources.files("hopper_attention.benchmarks").joinpath("workloads.toml").read_text()
     problems = [p for name, table in tomllib.loads(text).items() for p in expand(name, table)]
@@ -177,7 +177,7 @@ def load_problems(patterns: Sequence[str] = ()) -> list[Problem]:
     for pattern in patterns:
         if not any(_matches(problem, pattern) for problem in problems):
             known = ", ".join(dict.fromkeys(problem.workload for problem in problems))
-            raise Refusal(f"unknown workload {pattern!r}; there are: {known}")
+            raise UserError(f"unknown workload {pattern!r}; there are: {known}")
     return [p for p in problems if not patterns or any(_matches(p, x) for x in patterns)]
 
 

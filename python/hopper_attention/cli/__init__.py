@@ -13,7 +13,7 @@ from hopper_attention.cli.info import info
 from hopper_attention.cli.profile import profile
 from hopper_attention.cli.sass import sass
 from hopper_attention.cli.simulate import simulate
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 TOOLS = ("elftools", "matplotlib", "networkx", "tomli")
 """Packages that only the extra `tools` installs."""
@@ -33,7 +33,7 @@ app.add_typer(profile, name="profile")
 def main() -> None:
     try:
         app()
-    except Refusal as refusal:
+    except UserError as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as missing:

@@ -36,7 +36,7 @@ from hopper_attention.accuracy.measure import (
 )
 from hopper_attention.accuracy.measure import accumulation as accumulate
 from hopper_attention.bench import environment
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.problem.quantization import Recipe
 from hopper_attention.reference.fp8 import HOPPER_BITS, Cut
 
@@ -199,7 +199,7 @@ def _problems(
     """Made one after the other: a long context is large."""
     chosen = list(distributions or (() if checkpoint else RANDOM))
     if Distribution.ACTIVATIONS in chosen and checkpoint is None:
-        raise Refusal("--distribution activations needs --activations CHECKPOINT")
+        raise UserError("--distribution activations needs --activations CHECKPOINT")
     problems: list[Callable[[], Inputs]] = [
         lambda name=name: draw(name, size, seed)  # type: ignore[misc]
         for name in chosen

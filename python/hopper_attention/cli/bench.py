@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hopper_attention import files
 from hopper_attention.dispatch import manifest
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
     from hopper_attention.bench.protocol import Protocol
@@ -76,7 +76,7 @@ def run(
     modes = _select_modes(mode)
     device = require_gpu()
     if out.exists() and not overwrite:
-        raise Refusal(f"{out} exists; move it, give another --out, or --overwrite")
+        raise UserError(f"{out} exists; move it, give another --out, or --overwrite")
     protocol = Protocol(
         repeats=repeats, load_seconds=load_seconds, idle_seconds=idle_seconds, modes=modes
     )
@@ -92,7 +92,7 @@ def select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list[
     for pattern in patterns or ():
         if not any(fnmatchcase(peer.name, pattern) for peer in peers):
             known = ", ".join(peer.name for peer in peers)
-            raise Refusal(f"unknown peer {pattern!r}; there are: {known}")
+            raise UserError(f"unknown peer {pattern!r}; there are: {known}")
     return [p for p in peers if not patterns or any(fnmatchcase(p.name, x) for x in patterns)]
 
 
@@ -101,7 +101,7 @@ def _select_modes(names: Sequence[str] | None) -> tuple[str, ...]:
 
     for name in names or ():
         if name not in MODES:
-            raise Refusal(f"unknown mode {name!r}; there are: {', '.join(MODES)}")
+            raise UserError(f"unknown mode {name!r}; there are: {', '.join(MODES)}")
     return tuple(mode for mode in MODES if not names or mode in names)
 
 
@@ -250,7 +250,7 @@ def report(
 
     for path in (results, out.parent, ledger.parent):
         if not path.is_dir():
-            raise Refusal(f"{path} is not a folder; run this in the repository, or say where")
+            raise UserError(f"{path} is not a folder; run this in the repository, or say where")
     runs, checks = load_folder(results), ledgers.load_checks(results / "checks")
     entries = ledgers.update(ledgers.read(ledger), runs, checks, manifest.listed())
     ledgers.write(ledger, entries)

@@ -21,7 +21,7 @@ from hopper_attention import flash_attn_func, reference, simulator
 from hopper_attention.dispatch import instances, manifest
 from hopper_attention.dispatch.manifest import CompiledInstance
 from hopper_attention.dispatch.target import REFERENCE, VARIABLE, check_gpu, target_for
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.problem.values import CAUSAL
 from hopper_attention.reference.error import Error, pytorch_attention
 
@@ -112,15 +112,15 @@ def _device() -> torch.device:
 
 
 def _instance(q: Tensor) -> CompiledInstance:
-    """Return the instance that attention of q runs.  Raises Refusal if it is not compiled."""
+    """Return the instance that attention of q runs.  Raises UserError if it is not compiled."""
     target = target_for(q)
-    if target.backend == REFERENCE:
-        raise Refusal(f"{VARIABLE}={target.backend}: the demo is of a compiled kernel")
+    if target.kernels == REFERENCE:
+        raise UserError(f"{VARIABLE}={target.kernels}: the demo is of a compiled kernel")
     kind = ("bf16", HEAD_DIM, HEAD_DIM, "causal", False, False)
     try:
         return manifest.instances()[instances.forward_instance(*kind, target)]
     except NotImplementedError as reason:
-        raise Refusal(str(reason)) from None
+        raise UserError(str(reason)) from None
 
 
 def _help_topics() -> bytes:

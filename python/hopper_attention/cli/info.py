@@ -52,7 +52,7 @@ def _devices() -> list[dict[str, Any]]:
 def _backend(capability: tuple[int, int]) -> dict[str, str | None]:
     """Return the kernels that calls run there, or why they are refused."""
     try:
-        return {"backend": target.choose(capability, target.forced()).backend}
+        return {"backend": target.choose(capability, target.forced()).kernels}
     except NotImplementedError as reason:
         return {"backend": None, "refusal": str(reason)}
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import _cuda
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
     from hopper_attention.bench.workloads import Problem
@@ -98,12 +98,12 @@ def _one_problem(pattern: str) -> Problem:
     problems = load_problems([pattern])
     if len(problems) > 1:
         names = f"{problems[0].name} ... {problems[-1].name}"
-        raise Refusal(f"{pattern!r} is {len(problems)} problems; name one of {names}")
+        raise UserError(f"{pattern!r} is {len(problems)} problems; name one of {names}")
     return problems[0]
 
 
 def _instance(problem: Problem) -> str:
-    """On the current GPU, or the simulator.  Raises Refusal where no compiled instance runs it."""
+    """On the current GPU, or the simulator.  Raises UserError if no compiled instance runs it."""
     import torch
 
     from hopper_attention.dispatch import target
@@ -112,7 +112,7 @@ def _instance(problem: Problem) -> str:
     try:
         return problem.instance(target.target_for(torch.empty(0, device=device)))
     except NotImplementedError as reason:
-        raise Refusal(str(reason)) from None
+        raise UserError(str(reason)) from None
 
 
 def _roles(instance: str) -> list[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_attention import _cuda
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
     from hopper_attention.sass.report import MainLoop, Row
@@ -52,7 +52,7 @@ def sass(
     console = Console()
     patterns = patterns or ["*"]
     if update_budget is not None and not reason.strip():
-        raise Refusal("--update-budget needs a --reason")
+        raise UserError("--update-budget needs a --reason")
     if diff is not None:
         pairs = report.growth(*(report.rows_of(path, clock_ghz, patterns) for path in diff))
         if as_json:

@@ -52,7 +52,7 @@ def forward_instance(
 
     Raises NotImplementedError, naming what this build has, if nothing does.
     """
-    if target.backend == AMPERE:
+    if target.kernels == AMPERE:
         # Masks, softcap and lengths are arguments.
         return _attention_instance("ampere_forward", {"dtype": dtype}, head_dim, head_dim_v, target)
     wanted = _by_mask(dtype, mask, softcap, varlen)
@@ -115,7 +115,7 @@ def backward_instances(
     config = manifest.instances()[main].config
     tile = {"head_dim": config["head_dim"], "tile_m": config["tile_m"]}
     # Ampere's postprocessing serves all tiles.
-    of_tile = {} if target.backend == AMPERE else tile
+    of_tile = {} if target.kernels == AMPERE else tile
     family = manifest.instances()[main].family
     post = _helper_instance(f"{family}_postprocess", {"dtype": dtype, **of_tile}, target)
     return BackwardInstances(
@@ -139,7 +139,7 @@ def main_backward_instance(
 ) -> str:
     """Like `forward_instance`, for the kernel that makes dK and dV and adds up dQ."""
     family, wanted = "ampere_backward", {"dtype": dtype}
-    if target.backend != AMPERE:
+    if target.kernels != AMPERE:
         family, wanted = "backward", _by_mask(dtype, mask, softcap, varlen)
     return _attention_instance(family, wanted, head_dim, head_dim_v, target)
 

@@ -12,19 +12,19 @@ from torch import Tensor
 from hopper_attention.dispatch import instances, manifest
 from hopper_attention.dispatch.target import (
     REFERENCE,
-    Backend,
+    Executor,
     Target,
-    backend_for,
     check_margin,
+    executor_for,
     target_for,
     target_for_fp8,
 )
 from hopper_attention.problem import checks
 from hopper_attention.problem.checks import check_index_tensors, result_type
 from hopper_attention.problem.values import (
+    DENSE,
     DTYPES,
     FP8_TENSORS,
-    WHOLE,
     Fp8,
     Inputs,
     Mask,
@@ -45,13 +45,13 @@ def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
     if fp8 is not None and q.dtype in FP8_TENSORS:
         dtypes = (torch.bfloat16,) * 3  # whose result theirs is
-    if queries is WHOLE and keys is WHOLE:
+    if queries is DENSE and keys is DENSE:
         plan = make_plan(shapes, dtypes, options, _target(q, fp8), fp8=fp8)
     else:
         packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
         target = _target(q, fp8)
         plan = make_plan(shapes, dtypes, options, target, *packed, inputs.varlen, fp8)
-        backend_for(q)  # refuses other devices before their index tensors are read
+        executor_for(q)  # refuses other devices before their index tensors are read
         check_index_tensors(inputs)
     if sink is not None:
         checks.check_sink_values(sink)
@@ -114,11 +114,11 @@ class Plan:
             "accumulate_every": self.accumulate_every,
         }
 
-    def backend_for(self, q: Tensor) -> Backend:
+    def executor_for(self, q: Tensor) -> Executor:
         """The executor for q's device; the plan remembers a forced reference for its gradients."""
-        if self.target.backend == REFERENCE:
-            return Backend.REFERENCE
-        return backend_for(q)
+        if self.target.kernels == REFERENCE:
+            return Executor.REFERENCE
+        return executor_for(q)
 
     def backward_instances(self, q: Tensor, v: Tensor) -> instances.BackwardInstances:
         """Raises NotImplementedError if there is no backward for this kind of call."""
@@ -152,7 +152,7 @@ def make_plan(
     instance, packs = "", False
     if fp8 is not None:  # heads are not packed: the rows of a tile share Q's scale
         checks.check_fp8_head_dims(q[-1], v[-1])
-        if target.backend != REFERENCE:
+        if target.kernels != REFERENCE:
             find = instances.forward_fp8_instance
             instance = instances.or_listed(target, find, *kind, varlen, fp8.two_level)
             if fp8.accumulate_every > 1 and not instances.is_two_level(instance):
@@ -160,7 +160,7 @@ def make_plan(
                     f"accumulate_every={fp8.accumulate_every}: head dims {q[-1]} and {v[-1]} have "
                     "no kernel of two levels; use 1"
                 )
-    elif target.backend != REFERENCE:
+    elif target.kernels != REFERENCE:
         dtype = DTYPES[dtypes[0]]
         seqlen_q = q[-3] if options.max_seqlen_q is None else min(q[-3], options.max_seqlen_q)
         packs = instances.packs_heads(dtype, *kind, group, seqlen_q, options.pack_gqa, target)

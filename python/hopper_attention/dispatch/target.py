@@ -32,7 +32,7 @@ BACKENDS = (HOPPER, AMPERE, REFERENCE)
 class Target:
     """Whose kernels, and for what; one object each, so that plans are quickly found by it."""
 
-    backend: str
+    kernels: str
     architecture: str = ""
     """The architecture that its instances are compiled for."""
     shared_memory: int = 0
@@ -145,9 +145,9 @@ def target_for_fp8(tensor: Tensor) -> Target:
     Not where they were only built: CPU tensors that launch nothing need no kernel.
     """
     target = target_for(tensor)
-    if target.backend == AMPERE and not target.launches and forced() is None:
+    if target.kernels == AMPERE and not target.launches and forced() is None:
         return choose(SIMULATED[HOPPER], HOPPER, launches=False)
-    if target.backend == AMPERE:
+    if target.kernels == AMPERE:
         raise NotImplementedError(
             "FP8: only Hopper's kernels have it; use bfloat16 or float16, or backend "
             f'"{REFERENCE}" ({VARIABLE})'
@@ -159,21 +159,21 @@ SIMULATED_SMS = 132
 """Multiprocessors of the simulated GPU, as many as an H200 has."""
 
 
-class Backend(enum.Enum):
+class Executor(enum.Enum):
     CUDA = "CUDA"
     SIMULATOR = "simulator"
     REFERENCE = "reference"
 
 
-def backend_for(tensor: Tensor, name: str = "q") -> Backend:
+def executor_for(tensor: Tensor, name: str = "q") -> Executor:
     """Raises NotImplementedError for a device without kernels, or without those that are forced."""
     if forced() == REFERENCE:
-        return Backend.REFERENCE
+        return Executor.REFERENCE
     if tensor.is_cuda:
         check_gpu(tensor.device)
-        return Backend.CUDA
+        return Executor.CUDA
     if tensor.is_cpu:
-        return Backend.SIMULATOR if simulator.is_enabled() else Backend.REFERENCE
+        return Executor.SIMULATOR if simulator.is_enabled() else Executor.REFERENCE
     raise NotImplementedError(
         f"{name} is on {tensor.device}; supported: a Hopper or Ampere GPU (cuda), or the CPU for "
         "reference and simulator"

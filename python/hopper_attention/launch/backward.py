@@ -17,7 +17,7 @@ from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
 from hopper_attention.dispatch import manifest
 from hopper_attention.dispatch.instances import BackwardInstances, main_backward_instance, or_listed
 from hopper_attention.dispatch.plan import Plan
-from hopper_attention.dispatch.target import Backend, target_for
+from hopper_attention.dispatch.target import Executor, target_for
 from hopper_attention.launch import runtime
 from hopper_attention.launch.arguments import as_entry
 from hopper_attention.nvtx import annotated
@@ -91,15 +91,15 @@ def run(
 
     Then these are the gradients' shares of the keys at hand, as ring attention needs them.
     """
-    backend = plan.backend_for(inputs.q)
+    executor = plan.executor_for(inputs.q)
     _check_results(plan, inputs, out, lse, dout, dlse)
-    if backend is Backend.REFERENCE:
+    if executor is Executor.REFERENCE:
         q, k, v, sink, queries, keys = inputs
         return reference.gradients(
             q, k, v, dout, dlse, out=out, lse=lse, softmax_scale=plan.scale, mask=plan.mask,
             softcap=plan.softcap, sink=sink, queries=queries, keys=keys,
         )  # fmt: skip
-    return _run_kernels(backend, plan, inputs, out, lse, dout, dlse)
+    return _run_kernels(executor, plan, inputs, out, lse, dout, dlse)
 
 
 def _check_results(
@@ -120,7 +120,7 @@ def _check_results(
 
 
 def _run_kernels(
-    backend: Backend,
+    executor: Executor,
     plan: Plan,
     inputs: Inputs,
     out: Tensor,
@@ -164,7 +164,7 @@ def _run_kernels(
 
     def launch(instance: str, tensors: tuple[Tensor, ...]) -> None:
         scalars = [values[name] for name in manifest.scalar_names(instance)]
-        runtime.launch(backend, instance, tensors, scalars, tuple(present.values()))
+        runtime.launch(executor, instance, tensors, scalars, tuple(present.values()))
 
     q, k, v, dout, out = (as_entry(x, 4) for x in (q, k, v, dout, out))
     lse = as_entry(lse.contiguous(), 3)

@@ -21,14 +21,14 @@ def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, 
 
     `out` is written if given (`problem.memory.check_out`); contiguous and new if not.
     """
-    backend = plan.backend_for(inputs.q)
+    executor = plan.executor_for(inputs.q)
     if out is not None:
         out = memory.addressable("out", out)
-    if backend is target.Backend.REFERENCE:
+    if executor is target.Executor.REFERENCE:
         return _run_reference(plan, inputs, out)
     if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
-        return _run_plain(backend, plan, inputs, out)
-    return _run_indexed(backend, plan, inputs, out)
+        return _run_plain(executor, plan, inputs, out)
+    return _run_indexed(executor, plan, inputs, out)
 
 
 def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tens
 
 
 def _run_plain(
-    backend: target.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+    executor: target.Executor, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run a call without lengths, sinks and packed heads, as most are, in little Python."""
     q, k, v, *_ = inputs
@@ -55,14 +55,14 @@ def _run_plain(
         described.append((stored.data_ptr(), stored.shape, stored.stride()))
         described.append((lse.data_ptr(), plan.lse_shape, plan.lse_strides))
         runtime.launch(
-            backend, plan.instance, (q, k, v, stored, lse), plan.scalars,
+            executor, plan.instance, (q, k, v, stored, lse), plan.scalars,
             sm_margin=plan.options.sm_margin, described=described,
         )  # fmt: skip
     return out, lse
 
 
 def _run_indexed(
-    backend: target.Backend, plan: Plan, inputs: Inputs, out: Tensor | None
+    executor: target.Executor, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """With lengths, sinks, or the heads of a group in one tile."""
     q, k, v, *_ = inputs
@@ -73,7 +73,7 @@ def _run_indexed(
         numbers, pointees = addressed(inputs)
         views = [*(as_entry(x, 4) for x in (q, k, v, stored)), as_entry(lse, 3)]
         scalars = plan.scalars_with(numbers)
-        runtime.launch(backend, plan.instance, views, scalars, pointees, plan.options.sm_margin)
+        runtime.launch(executor, plan.instance, views, scalars, pointees, plan.options.sm_margin)
     return out, lse
 
 

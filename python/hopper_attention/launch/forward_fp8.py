@@ -14,14 +14,14 @@ from torch import Tensor
 from hopper_attention import reference
 from hopper_attention.cute_kernels.conventions import LARGEST_E4M3, LEAST_DESCALE
 from hopper_attention.dispatch.plan import Plan, make_plan, prepare
-from hopper_attention.dispatch.target import Backend, target_for_fp8
+from hopper_attention.dispatch.target import Executor, target_for_fp8
 from hopper_attention.launch import runtime
 from hopper_attention.launch.arguments import addressed, as_entry, clear_unused
 from hopper_attention.launch.quantize import columns_of, narrowed, quantize
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.fp8 import checked_descale, checked_out_descale, sequence_bounds
-from hopper_attention.problem.quantization import Quantized, Recipe, Treatment
+from hopper_attention.problem.quantization import Fp8Options, Quantized, Recipe
 from hopper_attention.problem.values import (
     FP8_TENSORS,
     NO_WINDOW,
@@ -63,8 +63,8 @@ def run(
     `out` is written if given.
     """
     q, k, v, _, _, keys = inputs
-    backend = plan.backend_for(q)
-    if backend is Backend.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
+    executor = plan.executor_for(q)
+    if executor is Executor.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
         result, lse = _run_reference(plan, inputs, scaling)
         return (result if out is None else out.copy_(result)), lse
     if out is None:
@@ -86,7 +86,7 @@ def run(
             numbers["out_descale"] = scaling.out.data_ptr()
             pointees = (*pointees, scaling.out)
         runtime.launch(
-            backend, plan.instance, (*operands, as_entry(lse, 3), *tables),
+            executor, plan.instance, (*operands, as_entry(lse, 3), *tables),
             plan.scalars_with(numbers), pointees, plan.options.sm_margin,
         )  # fmt: skip
     return out, lse
@@ -161,7 +161,7 @@ def _in_blocks(descale: Tensor, seqlen: int, heads: int) -> Tensor:
     return descale.repeat_interleave(rows // BLOCK, dim=2)[..., :blocks]
 
 
-def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple[Tensor, Tensor]:
+def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Fp8Options) -> tuple[Tensor, Tensor]:
     q, k, v, sink, queries, keys = inputs
     recipe, hadamard = Recipe(treatment.recipe), treatment.hadamard
     bound_q, bound_k = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)
@@ -181,7 +181,7 @@ def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Treatment) -> tuple[
 
 def _arranges(plan: Plan, inputs: Inputs) -> bool:
     """Say whether a kernel takes V, which is then arranged for it."""
-    reference = plan.backend_for(inputs.q) is Backend.REFERENCE
+    reference = plan.executor_for(inputs.q) is Executor.REFERENCE
     return not reference and inputs.k.numel() > 0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hopper_attention.cute_kernels.conventions import SUM_ROWS
 from hopper_attention.dispatch import instances, manifest, target
-from hopper_attention.dispatch.target import Backend
+from hopper_attention.dispatch.target import Executor
 from hopper_attention.launch import runtime
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
@@ -27,7 +27,7 @@ from hopper_attention.problem.quantization import (
     in_blocks,
     number_of_sequences,
 )
-from hopper_attention.problem.values import DTYPES, WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, DTYPES, Lengths
 from hopper_attention.reference.quantize import (
     Sequences,
     arranged_columns,
@@ -50,7 +50,7 @@ def quantize(
     octaves: bool = False,
     arranged: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
-    lengths: Lengths = WHOLE,
+    lengths: Lengths = DENSE,
     max_seqlen: int | Tensor | None = None,
     rotary: Rotary | tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
@@ -60,26 +60,26 @@ def quantize(
     if arranged:
         check_arranged("x", x)
     embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
-    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows, embedding)
-    if backend is not Backend.REFERENCE:
+    executor, problem = _executor(x, "x"), _Problem(x, lengths, max_rows, embedding)
+    if executor is not Executor.REFERENCE:
         check_kernels(x, dtype)
-    if backend is Backend.REFERENCE or problem.empty:
+    if executor is Executor.REFERENCE or problem.empty:
         return stated(
             x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows,
             embedding,
         )  # fmt: skip
-    return _run_kernels(backend, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
+    return _run_kernels(executor, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
 
 
-def means_of(x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None) -> Tensor:
+def means_of(x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None) -> Tensor:
     """`quantize.means_of`: means of columns, by kernels or the reference."""
     max_rows = check_rows("x", x, lengths, max_seqlen)
-    backend, problem = _backend(x, "x"), _Problem(x, lengths, max_rows)
-    if backend is Backend.REFERENCE or problem.empty:
+    executor, problem = _executor(x, "x"), _Problem(x, lengths, max_rows)
+    if executor is Executor.REFERENCE or problem.empty:
         sequences = Sequences.of(x, lengths)
         return means(sequences.gathered(), sequences.counts)[:, 0]
     check_kernels(x, torch.float8_e4m3fn)
-    return _means(backend, problem)
+    return _means(executor, problem)
 
 
 def narrowed(
@@ -87,7 +87,7 @@ def narrowed(
     descale: Tensor,
     *,
     arranged: bool = False,
-    lengths: Lengths = WHOLE,
+    lengths: Lengths = DENSE,
     max_seqlen: int | Tensor | None = None,
 ) -> Quantized:
     """`quantize.narrowed`: e4m3 from e5m2, by a kernel or the reference."""
@@ -97,36 +97,36 @@ def narrowed(
     check_arranged("x", x)
     problem = _Problem(x, lengths, max_rows)
     given = in_blocks(descale, x, problem.sequences, max_rows)
-    backend = _backend(x, "x")
-    if backend is not Backend.REFERENCE:
+    executor = _executor(x, "x")
+    if executor is not Executor.REFERENCE:
         check_head_dim(x)
-    if backend is Backend.REFERENCE or problem.empty:
+    if executor is Executor.REFERENCE or problem.empty:
         values, factor = narrowed_stated(x, arranged, lengths, max_rows)
     else:
-        values, factor = _narrow(backend, problem, arranged)
+        values, factor = _narrow(executor, problem, arranged)
     return Quantized(values, factor * given)
 
 
 def columns_of(
-    v: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | Tensor | None = None
+    v: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None
 ) -> Tensor:
     """`quantize.columns_of`: V^T for the FP8 kernels, by a kernel or the reference."""
     max_seqlen = check_rows("v", v, lengths, max_seqlen)
     if v.dtype != torch.float8_e4m3fn:
         raise NotImplementedError(f"v has dtype {v.dtype}; supported: torch.float8_e4m3fn")
     check_arranged("v", v)
-    backend = _backend(v, "v")
-    if backend is Backend.REFERENCE:
+    executor = _executor(v, "v")
+    if executor is Executor.REFERENCE:
         return arranged_columns(v, lengths)
-    return _arrange(backend, _Problem(v, lengths, max_seqlen))
+    return _arrange(executor, _Problem(v, lengths, max_seqlen))
 
 
-def _backend(x: Tensor, name: str) -> Backend:
+def _executor(x: Tensor, name: str) -> Executor:
     """Raises NotImplementedError where there are no FP8 kernels."""
-    backend = target.backend_for(x, name)
-    if backend is not Backend.REFERENCE:
+    executor = target.executor_for(x, name)
+    if executor is not Executor.REFERENCE:
         target.target_for_fp8(x)
-    return backend
+    return executor
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Problem:
 
     def launch(
         self,
-        backend: Backend,
+        executor: Executor,
         instance: str,
         tensors: tuple[Tensor, ...],
         scalars: dict[str, int],
@@ -199,12 +199,12 @@ class _Problem:
         }
         names = manifest.scalar_names(instance)
         pointees = [present[name] for name in names if name in present]
-        runtime.launch(backend, instance, tensors, [values[name] for name in names], pointees)
+        runtime.launch(executor, instance, tensors, [values[name] for name in names], pointees)
 
 
 @annotated("quantize")
 def _run_kernels(
-    backend: Backend,
+    executor: Executor,
     problem: _Problem,
     recipe: Recipe,
     heads_kv: int | None,
@@ -222,7 +222,7 @@ def _run_kernels(
     if recipe.rows is None or octaves:
         tops = x.new_zeros(table.tops_shape, dtype=torch.float32)
     addressed = {
-        "mean": _means(backend, problem) if centered else None,
+        "mean": _means(executor, problem) if centered else None,
         "signs": _scaled_signs(x.device, head_dim) if hadamard else None,
         "tops": tops,
     }
@@ -235,24 +235,24 @@ def _run_kernels(
     if tops is not None:
         instance = instances.abs_max_instance(element, head_dim)
         of_heads = tops.view(-1, heads // table.group).expand(problem.sequences, -1)
-        problem.launch(backend, instance, (x, of_heads), scalars, addressed)
+        problem.launch(executor, instance, (x, of_heads), scalars, addressed)
     shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
     out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
     instance = instances.quantize_instance(element, head_dim, arranged)
     tensors = (x, out, table.of_heads(descale))
-    problem.launch(backend, instance, tensors, scalars, addressed)
+    problem.launch(executor, instance, tensors, scalars, addressed)
     return Quantized(out if arranged else out.view(problem.x.shape), descale)
 
 
 @annotated("narrow")
-def _narrow(backend: Backend, problem: _Problem, arranged: bool) -> Quantized:
+def _narrow(executor: Executor, problem: _Problem, arranged: bool) -> Quantized:
     x = memory.made_addressable("x", batched(problem.x, problem.lengths))
     shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
     out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
     blocks = (problem.sequences, x.shape[2], -(-problem.max_seqlen // 64))
     factor = x.new_empty(blocks, dtype=torch.float32)
     instance = instances.narrow_instance(x.shape[3], arranged)
-    problem.launch(backend, instance, (x, out, factor), {}, {})
+    problem.launch(executor, instance, (x, out, factor), {}, {})
     return Quantized(out if arranged else out.view(problem.x.shape), factor)
 
 
@@ -291,7 +291,7 @@ class _Table:
         return descale if descale.ndim == 3 else descale.unsqueeze(2)
 
 
-def _means(backend: Backend, problem: _Problem) -> Tensor:
+def _means(executor: Executor, problem: _Problem) -> Tensor:
     """(sequences, heads, head_dim) float32, always added in the same order."""
     x = problem.rows
     batch, seqlen, heads, head_dim = x.shape
@@ -300,10 +300,10 @@ def _means(backend: Backend, problem: _Problem) -> Tensor:
         chunks = seqlen // SUM_ROWS + problem.sequences
     sums = x.new_empty((batch, chunks, heads, head_dim), dtype=torch.float32)
     instance = instances.column_sums_instance(DTYPES[x.dtype])
-    problem.launch(backend, instance, (x, sums), {}, {})
+    problem.launch(executor, instance, (x, sums), {}, {})
     means = x.new_empty((problem.sequences, heads, head_dim), dtype=torch.float32)
     instance = instances.column_means_instance()
-    problem.launch(backend, instance, (sums, means), {"padded": seqlen}, {})
+    problem.launch(executor, instance, (sums, means), {"padded": seqlen}, {})
     return means
 
 
@@ -314,7 +314,7 @@ def _loadable_floats(table: Tensor) -> Tensor:
 
 
 @annotated("arrange")
-def _arrange(backend: Backend, problem: _Problem) -> Tensor:
+def _arrange(executor: Executor, problem: _Problem) -> Tensor:
     v, lengths = problem.x, problem.lengths
     out = v.new_empty(arranged_shape(v, lengths))
     if problem.empty:
@@ -324,7 +324,7 @@ def _arrange(backend: Backend, problem: _Problem) -> Tensor:
     instance = instances.arrange_instance(source is not None)
     if source is None:
         source = memory.made_addressable("v", rows)
-    problem.launch(backend, instance, (source, out), {}, {})
+    problem.launch(executor, instance, (source, out), {}, {})
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hopper_attention import _cuda, _simulator, simulator
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.dispatch.manifest import is_persistent, takes_limit
-from hopper_attention.dispatch.target import Backend, multiprocessors
+from hopper_attention.dispatch.target import Executor, multiprocessors
 from hopper_attention.problem.memory import Description
 
 NO_MORE_TILES = 1 << 30
@@ -29,7 +29,7 @@ _simulating = threading.Lock()
 
 
 def launch(
-    backend: Backend,
+    executor: Executor,
     instance: str,
     tensors: Sequence[Tensor],
     scalars: Sequence[float | int],
@@ -47,7 +47,7 @@ def launch(
     if described is None:
         described = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
     persistent = is_persistent(instance)
-    if backend is Backend.CUDA and _intercept is None:
+    if executor is Executor.CUDA and _intercept is None:
         device = tensors[0].get_device()
         stream = current_stream(device)
         if persistent:

@@ -55,7 +55,7 @@ def number_of_sequences(x: Tensor, lengths: Lengths) -> int:
     return x.shape[0] if lengths.cu_seqlens is None else lengths.cu_seqlens.shape[0] - 1
 
 
-class Treatment(NamedTuple):
+class Fp8Options(NamedTuple):
     """How `attention_fp8` quantises: its arguments of these names."""
 
     recipe: str
@@ -73,7 +73,7 @@ class Treatment(NamedTuple):
         accumulate_every: Any,
         max_seqlen_q: Any,
         max_seqlen_k: Any,
-    ) -> Treatment:
+    ) -> Fp8Options:
         """Raises TypeError or ValueError that names the argument."""
         try:
             recipe = Recipe(recipe).value
@@ -87,7 +87,7 @@ class Treatment(NamedTuple):
         if two_level is False and every > 1:
             raise ValueError(f"accumulate_every={every}: without two_level nothing is flushed")
         bounds = (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
-        return Treatment(
+        return Fp8Options(
             recipe,
             scalars.flag("hadamard", hadamard),
             None if two_level is None else scalars.flag("two_level", two_level),
@@ -95,9 +95,9 @@ class Treatment(NamedTuple):
             *(scalars.bound(name, n) for name, n in bounds),
         )
 
-    def checked(self) -> Treatment:
+    def checked(self) -> Fp8Options:
         """Raises what `of` does."""
-        return Treatment.of(*self)
+        return Fp8Options.of(*self)
 
 
 GRID = 65535

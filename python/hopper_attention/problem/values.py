@@ -56,7 +56,7 @@ class Lengths:
         return self.cu_seqlens is not None or self.seqused is not None
 
 
-WHOLE = Lengths()
+DENSE = Lengths()
 """Every batch entry is a sequence."""
 
 
@@ -190,8 +190,8 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     sink: Tensor | None = None
-    queries: Lengths = WHOLE
-    keys: Lengths = WHOLE
+    queries: Lengths = DENSE
+    keys: Lengths = DENSE
 
     @staticmethod
     def of(flat: tuple[Any, ...]) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 MAX_DYNAMIC_SHARED_MEMORY = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
@@ -14,7 +14,7 @@ MAX_DYNAMIC_SHARED_MEMORY = 8
 def load(ptx: str, kernel: str, shared_memory_bytes: int) -> ctypes.c_void_p:
     """The kernel's CUfunction, compiled by the driver in the current context; never unloaded.
 
-    Raises Refusal with the driver's reason.
+    Raises UserError with the driver's reason.
     """
     cuda = _library()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -47,7 +47,7 @@ def _library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise Refusal("no CUDA driver (libcuda.so.1)") from None
+        raise UserError("no CUDA driver (libcuda.so.1)") from None
 
 
 def _check(error: int, what: str) -> None:
@@ -55,4 +55,4 @@ def _check(error: int, what: str) -> None:
         name = ctypes.c_char_p()
         _library().cuGetErrorName(error, ctypes.byref(name))
         text = name.value.decode() if name.value else f"error {error}"
-        raise Refusal(f"the driver refused {what}: {text}")
+        raise UserError(f"the driver refused {what}: {text}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hopper_attention.bench.workloads import Problem
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 WARMUP_LAUNCHES = 5
 
@@ -22,12 +22,12 @@ FAULTS = {
 
 
 def find_ncu() -> str:
-    """On the path, or in the newest toolkit.  Raises Refusal without it."""
+    """On the path, or in the newest toolkit.  Raises UserError without it."""
     found = shutil.which("ncu")
     toolkits = sorted(Path("/usr/local").glob("cuda*/bin/ncu"))
     if found or toolkits:
         return found or str(toolkits[-1])
-    raise Refusal(
+    raise UserError(
         "no Nsight Compute: install it (`ncu` of the CUDA toolkit) and put it on the path"
     )
 
@@ -47,7 +47,7 @@ def command(ncu: str, instance: str, problem: Problem, out: Path) -> list[str]:
 
 
 def run(instance: str, problem: Problem, out: Path) -> Path:
-    """Profile; the report's path.  Raises Refusal with the reason if there is none."""
+    """Profile; the report's path.  Raises UserError with the reason if there is none."""
     if out.suffix != ".ncu-rep":
         out = out.with_name(out.name + ".ncu-rep")  # ncu would append it
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ def run(instance: str, problem: Problem, out: Path) -> Path:
     output = done.stdout + done.stderr
     for mark, reason in FAULTS.items():
         if mark in output:
-            raise Refusal(reason)
+            raise UserError(reason)
     if done.returncode != 0 or not out.exists():
         lines = [line for line in output.splitlines() if line.strip()]
         errors = [line for line in lines if "==ERROR==" in line] or lines[-1:] or ["no output"]
-        raise Refusal(f"ncu failed: {errors[0].removeprefix('==ERROR== ')}")
+        raise UserError(f"ncu failed: {errors[0].removeprefix('==ERROR== ')}")
     return out
 
 
@@ -70,5 +70,5 @@ def raw_csv(report: Path) -> str:
     page = [find_ncu(), "--import", str(report), "--page", "raw", "--csv", "--print-units", "base"]
     done = subprocess.run(page, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise Refusal(f"ncu cannot read {report}")
+        raise UserError(f"ncu cannot read {report}")
     return done.stdout

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling import ncu
 
 SAMPLES = "smsp__pcsamp_warps_issue_stalled_"
@@ -53,18 +53,18 @@ class KernelReport:
 def load(path: Path, instance: str) -> KernelReport:
     """The launch of `instance` in a .ncu-rep file, or in a CSV of ncu's raw page.
 
-    Raises Refusal for what is neither, and for a report of another kernel.
+    Raises UserError for what is neither, and for a report of another kernel.
     """
     if not path.is_file():
-        raise Refusal(f"{path}: No such file")
+        raise UserError(f"{path}: No such file")
     reports = from_csv(path.read_text()) if path.suffix == ".csv" else _read_binary(path)
     for report in reports:
         if is_instance(report.kernel, instance):
             return report
     if not reports:
-        raise Refusal(f"{path} holds no profiled kernel")
+        raise UserError(f"{path} holds no profiled kernel")
     found = ", ".join(dict.fromkeys(report.kernel for report in reports))
-    raise Refusal(f"{path} is a report of {found}, not of {instance}")
+    raise UserError(f"{path} is a report of {found}, not of {instance}")
 
 
 def is_instance(kernel: str, instance: str) -> bool:
@@ -115,7 +115,7 @@ def from_csv(text: str) -> list[KernelReport]:
     lines = [line for line in text.splitlines() if line.startswith('"')]  # not ncu's remarks
     rows = list(csv.reader(io.StringIO("\n".join(lines))))
     if len(rows) < 2 or "Kernel Name" not in rows[0]:
-        raise Refusal("not a CSV of ncu's raw page (ncu --import FILE --page raw --csv)")
+        raise UserError("not a CSV of ncu's raw page (ncu --import FILE --page raw --csv)")
     names, _units, *launches = rows
     return [
         KernelReport(

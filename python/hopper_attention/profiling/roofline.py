@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from hopper_attention.bench.workloads import Problem
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling.summary import Summary
 
 
 def write_roofline(summary: Summary, problem: Problem, path: Path) -> None:
-    """A PNG.  Raises Refusal if the report lacks what it needs."""
+    """A PNG.  Raises UserError if the report lacks what it needs."""
     from matplotlib.figure import Figure
 
     used = summary.utilisation["HBM"]
     if not (summary.peak_fraction and summary.dram_bytes and used):
-        raise Refusal("the report lacks clock, SM count or DRAM metrics; profile with `--set full`")
+        raise UserError(
+            "the report lacks clock, SM count or DRAM metrics; profile with `--set full`"
+        )
     compute_roof = summary.tflops / summary.peak_fraction
     bandwidth = summary.dram_bytes / summary.microseconds / 1e6  # TB/s
     memory_roof = bandwidth / (used / 100)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 ISSUE = "issue GEMM"
 COLOURS = {
@@ -57,13 +57,13 @@ def write_perfetto(spans: Iterable[Span], path: Path, unit: str) -> None:
 def write_picture(spans: Sequence[Span], path: Path, unit: str, title: str) -> None:
     """A PNG of the first block's middle: a row a warpgroup, or a warp; time to the right.
 
-    Raises Refusal without spans.
+    Raises UserError without spans.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     if not spans:
-        raise Refusal("nothing was recorded: the problem has no key block to attend to")
+        raise UserError("nothing was recorded: the problem has no key block to attend to")
     block = min(span.block for span in spans)
     labels = _labels([s for s in spans if s.block == block])
     spans = middle([s for s in spans if s.block == block and s.warp in labels])

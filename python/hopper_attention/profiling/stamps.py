@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling.spans import ISSUE, Span
 
 CAPACITY = 4096
@@ -86,7 +86,7 @@ class Stamped:
 
 
 def instrument(ptx: str, kernel: str, blocks: int) -> Stamped:
-    """Raises Refusal for PTX that is not laid out as the DSL's compiler writes it."""
+    """Raises UserError for PTX that is not laid out as the DSL's compiler writes it."""
     entry = re.search(
         rf"\.entry {kernel}\((?P<parameters>[^)]*)\)\s*\.reqntid (?P<threads>\d+)[^{{]*\{{\n"
         r"(?P<registers>(?:\s*\.reg [^\n]*\n)*)(?P<body>.*\n)\}",
@@ -94,7 +94,7 @@ def instrument(ptx: str, kernel: str, blocks: int) -> Stamped:
         re.S,
     )
     if entry is None:
-        raise Refusal(f"cannot put stamps into the PTX of {kernel}")
+        raise UserError(f"cannot put stamps into the PTX of {kernel}")
     warps = int(entry["threads"]) // 32
     parameter = f"{kernel}_stamps"
     prologue = PROLOGUE.format(

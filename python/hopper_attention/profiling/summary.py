@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hopper_attention.bench.workloads import Problem
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.profiling.report import KernelReport
 from hopper_attention.sass.disassembler import INSTRUCTION_BYTES
 
@@ -79,11 +79,11 @@ class Summary:
 def summarise(report: KernelReport, problem: Problem, roles: Sequence[str] = ()) -> Summary:
     """`roles`: of every instruction (`sass.roles`); without them stalls have no role.
 
-    Raises Refusal if the report lacks the duration.
+    Raises UserError if the report lacks the duration.
     """
     nanoseconds = report.first(*DURATION)
     if not nanoseconds:
-        raise Refusal("the report lacks gpu__time_duration.sum; profile with `--set full`")
+        raise UserError("the report lacks gpu__time_duration.sum; profile with `--set full`")
     clock, sms = report.first(*CLOCK), report.first(*SMS)
     tflops = problem.flop / nanoseconds / 1e3
     fraction = None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hopper_attention.problem.values import FULL, WHOLE, Lengths, Mask
+from hopper_attention.problem.values import DENSE, FULL, Lengths, Mask
 
 Function = TypeVar("Function", bound=Callable)
 SCORES = 1 << 25
@@ -37,8 +37,8 @@ def attention(
     mask: Mask = FULL,
     softcap: float | None = None,
     sink: Tensor | None = None,
-    queries: Lengths = WHOLE,
-    keys: Lengths = WHOLE,
+    queries: Lengths = DENSE,
+    keys: Lengths = DENSE,
     compute_dtype: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,8 @@ def gradients(
     mask: Mask = FULL,
     softcap: float | None = None,
     sink: Tensor | None = None,
-    queries: Lengths = WHOLE,
-    keys: Lengths = WHOLE,
+    queries: Lengths = DENSE,
+    keys: Lengths = DENSE,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,

@@ -18,7 +18,7 @@ from hopper_attention.problem.quantization import (
     Rotary,
     number_of_sequences,
 )
-from hopper_attention.problem.values import WHOLE, Lengths
+from hopper_attention.problem.values import DENSE, Lengths
 
 INTERLEAVED = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 """Which of 16 keys a place of V's columns has: as P lies in registers (`Fp8Fragment`)."""
@@ -83,7 +83,7 @@ def stated(
     octaves: bool = False,
     arranged: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
-    lengths: Lengths = WHOLE,
+    lengths: Lengths = DENSE,
     max_seqlen: int | None = None,
     rotary: Rotary | None = None,
 ) -> Quantized:
@@ -118,7 +118,7 @@ def means(rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def narrowed_stated(
-    x: Tensor, arranged: bool, lengths: Lengths = WHOLE, max_seqlen: int | None = None
+    x: Tensor, arranged: bool, lengths: Lengths = DENSE, max_seqlen: int | None = None
 ) -> Quantized:
     """`narrowed`, but for the given descale: instead of descales there are the powers of two."""
     sequences = Sequences.of(x, lengths)
@@ -187,7 +187,7 @@ def in_octaves(descale: Tensor) -> Tensor:
 
 
 def spread(
-    descale: Tensor, x: Tensor, lengths: Lengths = WHOLE, max_seqlen: int | None = None
+    descale: Tensor, x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | None = None
 ) -> Tensor:
     """The factor of every row of x, (batch, seqlen, heads, 1) or (total, heads, 1), or of all.
 
@@ -269,7 +269,7 @@ def arranged_shape(v: Tensor, lengths: Lengths) -> tuple[int, int, int, int]:
     return 1, heads, head_dim, blocks * BLOCK_ROWS
 
 
-def arranged_columns(v: Tensor, lengths: Lengths = WHOLE) -> Tensor:
+def arranged_columns(v: Tensor, lengths: Lengths = DENSE) -> Tensor:
     """`columns_of`; zeros everywhere behind a sequence's last key."""
     out = torch.zeros(arranged_shape(v, lengths), dtype=torch.uint8, device=v.device)
     sequences = Sequences.of(v, lengths)

@@ -17,7 +17,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 
 MAGIC = b"\x7fELF"
 
@@ -56,15 +56,15 @@ class Cubin:
 def find_cubins(path: Path) -> list[Cubin]:
     """All cubins in the file, in order.
 
-    Raises Refusal for a file without any: also one whose device code is compressed, as nvcc's is.
+    Raises UserError for a file without any: also one whose device code is compressed, as nvcc's is.
     """
     try:
         data = path.read_bytes()
     except OSError as fault:
-        raise Refusal(f"{path}: {fault.strerror}") from None
+        raise UserError(f"{path}: {fault.strerror}") from None
     cubins = list(_embedded(data))
     if not cubins:
-        raise Refusal(
+        raise UserError(
             f"{path} holds no uncompressed cubin; extract nvcc's with `cuobjdump -xelf all`"
         )
     return cubins

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import intern
 
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.sass.cubin import Kernel
 
 INSTRUCTION_BYTES = 16
@@ -51,7 +51,7 @@ def find_nvdisasm() -> str | None:
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """Kernel symbol -> its instructions; the byte offset of instruction i is 16 i.
 
-    Raises Refusal without the disassembler, and for what it cannot read.
+    Raises UserError without the disassembler, and for what it cannot read.
     """
     return dict(_run(cubin))
 
@@ -97,7 +97,7 @@ def _run(image: bytes, *options: str) -> Iterator[tuple[str, list[Instruction]]]
     """nvdisasm's functions and their instructions."""
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
-        raise Refusal(
+        raise UserError(
             "no disassembler: pip install 'hopper-attention[tools]' (nvidia-cuda-nvdisasm)"
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -108,7 +108,7 @@ def _run(image: bytes, *options: str) -> Iterator[tuple[str, list[Instruction]]]
         )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        raise Refusal(f"nvdisasm cannot read the cubin: {lines[-1] if lines else 'no message'}")
+        raise UserError(f"nvdisasm cannot read the cubin: {lines[-1] if lines else 'no message'}")
     _header, functions = json.loads(done.stdout)
     for function in functions:
         yield function["function-name"], list(map(_instruction, function["sass-instructions"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hopper_attention import files
-from hopper_attention.errors import Refusal
+from hopper_attention.errors import UserError
 from hopper_attention.sass import model
 from hopper_attention.sass.control_flow import ControlFlow, Loop
 from hopper_attention.sass.cubin import Kernel, find_cubins
@@ -86,8 +86,8 @@ def rows_of(
 ) -> list[Row]:
     """The kernels in a file, or in a folder's cubins (objects, extensions if it has none).
 
-    A `.json` file is one that `hopper-attention sass --json` wrote.  Raises Refusal for one of the
-    `patterns` that matches no name.
+    A `.json` file is one that `hopper-attention sass --json` wrote.  Raises UserError for one of
+    the `patterns` that matches no name.
     """
     if path.suffix == ".json":
         return _matching(_saved(path), patterns)
@@ -103,7 +103,7 @@ def kernels_of(path: Path) -> list[Kernel]:
         kinds = [sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES]
         files = next(filter(None, kinds), [])
         if not files:
-            raise Refusal(f"{path} holds no {', '.join(SUFFIXES)} files")
+            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files")
     return [kernel for file in files for cubin in find_cubins(file) for kernel in cubin.kernels]
 
 
@@ -111,7 +111,7 @@ def _matching(all_of_them: list[Named], patterns: Sequence[str]) -> list[Named]:
     for pattern in patterns:
         if not any(fnmatchcase(one.name, pattern) for one in all_of_them):
             names = ", ".join(one.name for one in all_of_them)
-            raise Refusal(f"no instance matches {pattern!r}; there are: {names}")
+            raise UserError(f"no instance matches {pattern!r}; there are: {names}")
     return [one for one in all_of_them if any(fnmatchcase(one.name, p) for p in patterns)]
 
 
@@ -119,9 +119,9 @@ def _saved(path: Path) -> list[Row]:
     try:
         return [Row.from_json(data) for data in json.loads(path.read_text())]
     except OSError as fault:
-        raise Refusal(f"{path}: {fault.strerror}") from None
+        raise UserError(f"{path}: {fault.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise Refusal(f"{path} was not written by `hopper-attention sass --json`") from None
+        raise UserError(f"{path} was not written by `hopper-attention sass --json`") from None
 
 
 def row_of(kernel: Kernel, code: Sequence[Instruction], clock_ghz: float) -> Row:
@@ -206,7 +206,7 @@ def growth(
 ) -> list[tuple[str, str, MainLoop, MainLoop]]:
     """(kernel, loop, before, after) of the loops that both builds have.
 
-    Raises Refusal if the builds share no kernel.
+    Raises UserError if the builds share no kernel.
     """
     earlier = {row.name: row.loops for row in before}
     pairs = [
@@ -216,7 +216,7 @@ def growth(
         if name in earlier.get(row.name, {})
     ]
     if not pairs:
-        raise Refusal("the two builds have no main loop of the same kernel in common")
+        raise UserError("the two builds have no main loop of the same kernel in common")
     return pairs
 
 
@@ -229,16 +229,16 @@ class Budget:
 
 
 def read_budget(path: Path) -> dict[str, Budget]:
-    """Raises Refusal for a file that is not a budget, and for an entry without a reason."""
+    """Raises UserError for a file that is not a budget, and for an entry without a reason."""
     try:
         budgets = {name: Budget(**entry) for name, entry in json.loads(path.read_text()).items()}
     except OSError as fault:
-        raise Refusal(f"{path}: {fault.strerror}") from None
+        raise UserError(f"{path}: {fault.strerror}") from None
     except (ValueError, TypeError, AttributeError):
-        raise Refusal(f"{path} is not a budget: {{instance: {{loops, reason}}}}") from None
+        raise UserError(f"{path} is not a budget: {{instance: {{loops, reason}}}}") from None
     for name, budget in budgets.items():
         if not budget.reason.strip():
-            raise Refusal(f"{path}: the budget of {name} has no reason")
+            raise UserError(f"{path}: the budget of {name} has no reason")
     return budgets
 
 

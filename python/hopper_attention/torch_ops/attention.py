@@ -21,7 +21,7 @@ from hopper_attention.problem import checks, memory, values
 from hopper_attention.problem.checks import check_shapes_of
 from hopper_attention.problem.values import Inputs, Lengths, Options, result_shapes
 from hopper_attention.torch_ops import autograd, dtensor
-from hopper_attention.torch_ops.eager import watched
+from hopper_attention.torch_ops.eager import needs_dispatcher
 
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
@@ -65,7 +65,7 @@ def attend(
         memory.check_out(out, q, k, v, options.out_dtype)
         if needed:
             raise NotImplementedError("out: not differentiable; omit it or use torch.no_grad()")
-    if watched(inputs):
+    if needs_dispatcher(inputs):
         refuse_tangents(q, k, v, sink)
         dtensor.register()
         result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
@@ -76,7 +76,7 @@ def attend(
             torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
         return forward.run(plan, inputs, out)
     checks.check_differentiable(plan.out_dtype, q.dtype)
-    if plan.backend_for(q) is not target.Backend.REFERENCE:
+    if plan.executor_for(q) is not target.Executor.REFERENCE:
         plan.backward_instances(q, v)  # refuses what has no backward before anything is launched
     return autograd.Attention.apply(plan, forward.run, *inputs)
 

@@ -12,7 +12,7 @@ from hopper_attention.dispatch import target
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.launch import backward
 from hopper_attention.problem.values import Inputs, Lengths
-from hopper_attention.torch_ops.eager import watched
+from hopper_attention.torch_ops.eager import needs_dispatcher
 
 
 class Attention(torch.autograd.Function):
@@ -50,8 +50,8 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         inputs = Inputs.of(flat)
         # create_graph: only the operator refuses second derivatives.
-        if torch.is_grad_enabled() or watched(inputs):
-            with target.restored(ctx.plan.target.backend):
+        if torch.is_grad_enabled() or needs_dispatcher(inputs):
+            with target.restored(ctx.plan.target.kernels):
                 gradients = torch.ops.hopper_attention.backward(
                     dout, dlse, out, lse, *flat, *ctx.plan.options
                 )

@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as autograd_profiler
 from torch.compiler import is_compiling
 
-from hopper_attention.problem.values import WHOLE, Inputs
+from hopper_attention.problem.values import DENSE, Inputs
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = DispatchKey.PreDispatch
 
 
-def watched(inputs: Inputs) -> bool:
+def needs_dispatcher(inputs: Inputs) -> bool:
     """Compilers and tracers, dispatch modes, transforms, subclasses, the profiler.
 
     Views that only the dispatcher resolves and tensors without data belong there, too.
@@ -41,7 +41,7 @@ def watched(inputs: Inputs) -> bool:
         or k.is_neg()
         or v.is_neg()
         or (sink is not None and type(sink) not in _PLAIN)
-        or ((queries is not WHOLE or keys is not WHOLE) and not _plain_lengths(inputs))
+        or ((queries is not DENSE or keys is not DENSE) and not _plain_lengths(inputs))
     )
 
 

@@ -18,7 +18,7 @@ from hopper_attention.launch.quantize import means_of
 from hopper_attention.problem import checks, memory, scalars
 from hopper_attention.problem.checks import check_fp8_shapes_of, check_shapes_of
 from hopper_attention.problem.fp8 import check_classes, check_operands, sequence_bounds
-from hopper_attention.problem.quantization import Treatment
+from hopper_attention.problem.quantization import Fp8Options
 from hopper_attention.problem.values import (
     DTYPES,
     Fp8,
@@ -28,13 +28,13 @@ from hopper_attention.problem.values import (
     result_shapes,
 )
 from hopper_attention.torch_ops import attention, autograd
-from hopper_attention.torch_ops.eager import watched
+from hopper_attention.torch_ops.eager import needs_dispatcher
 
 _TREATMENT = (
     "str recipe, bool hadamard, bool? two_level, int accumulate_every, "
     "SymInt? bound_q, SymInt? bound_k"
 )
-"""`Treatment`, in its order; `Options` has a max_seqlen_q already."""
+"""`Fp8Options`, in its order; `Options` has a max_seqlen_q already."""
 _DESCALES = "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor? out_descale"
 _NUM_DESCALES = 4
 _NUM_BOUNDS = 2
@@ -51,10 +51,10 @@ attention.library.define(
 )
 
 
-def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options, Treatment]:
+def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options, Fp8Options]:
     inputs, given = Inputs.of(flat[: attention.NUM_TENSORS]), flat[attention.NUM_TENSORS :]
     count = len(Options._fields)
-    return inputs, Options(*given[:count]), Treatment(*given[count:])
+    return inputs, Options(*given[:count]), Fp8Options(*given[count:])
 
 
 @torch.library.impl(attention.library, "attention_fp8", attention.KERNELS)
@@ -122,7 +122,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate as if nothing had been quantised."""
     gradients = attention.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
-    return *gradients, *(None,) * len(Treatment._fields)
+    return *gradients, *(None,) * len(Fp8Options._fields)
 
 
 torch.library.register_autograd(
@@ -154,7 +154,7 @@ def attend_quantised(
     learnable_sink: Tensor | None,
     lengths: tuple[Lengths, Lengths],
     options: Options,
-    treatment: Treatment,
+    treatment: Fp8Options,
     smooth_k: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `attention_fp8`'s arguments: 16-bit tensors, which are quantised on the way."""
@@ -166,7 +166,7 @@ def attend_quantised(
     inputs = Inputs(q, k, v, sink, *lengths)
     if smooth_k and (options.softcap or sink is not None):
         raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
-    watch = watched(inputs)
+    watch = needs_dispatcher(inputs)
     if smooth_k:
         mean = _mean_of_keys(inputs, treatment, watch)
         # A constant: softmax does not see it, so gradients are those of K, and more exact.
@@ -181,7 +181,7 @@ def attend_quantised(
     return out, lse
 
 
-def _mean_of_keys(inputs: Inputs, treatment: Treatment, watch: bool) -> Tensor:
+def _mean_of_keys(inputs: Inputs, treatment: Fp8Options, watch: bool) -> Tensor:
     """(sequences, heads_kv, head_dim), rounded to k's dtype."""
     k, keys = inputs.k.detach(), inputs.keys
     bound = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)[1]
@@ -215,7 +215,7 @@ def _scores_of(mean: Tensor, inputs: Inputs, options: Options) -> Tensor:
 
 
 def quantize_and_attend(
-    inputs: Inputs, options: Options, treatment: Treatment
+    inputs: Inputs, options: Options, treatment: Fp8Options
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable if anything requires grad."""
     if options.out_dtype is not None:
@@ -262,7 +262,7 @@ def attend(
         raise NotImplementedError("pack_gqa: not for FP8, where rows of a tile share a scale")
     if out is not None:
         memory.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
-    if watched(inputs):
+    if needs_dispatcher(inputs):
         attention.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
         result, lse = torch.ops.hopper_attention.forward_fp8(
             *inputs.flat, *descales, *options, *bounds
