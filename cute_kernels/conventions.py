@@ -16,7 +16,7 @@ BLOCK_ROWS = 128
 """Rows of one head that a block of the quantisation kernels takes.  Packed sequences start at
 multiples of it among V's columns."""
 SUM_ROWS = 256
-"""Rows that a block of the kernel for means of columns adds up."""
+"""Rows that a block of the kernel for sums of columns adds up."""
 LEAST_DESCALE = 1e-12
 """The least descale: what is all zeros has this one."""
 OCTAVES = 60

@@ -30,6 +30,8 @@ from pathlib import Path
 from aot import sources
 sources.make_importable()
 from aot import batch, flavour
+modules = sources.INSTANCE_MODULES  # older revisions have fewer lists
+sources.INSTANCE_MODULES = tuple(m for m in modules if sources.file_of(m).exists())
 name, as_name, family, out = sys.argv[1:]
 instance = next(i for i in sources.all_instances() if i.name == name)
 variant = replace(instance, name=as_name, family=family)

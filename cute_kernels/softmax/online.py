@@ -201,7 +201,7 @@ class OnlineSoftmax:
         return cute.math.exp2(score * part.scale_log2 - shift, fastmath=True)
 
     def log2(self, score: Float32) -> Float32:
-        """The logarithm of exp(score in row_max's unit)."""
+        """The base-2 logarithm of exp(score in row_max's unit)."""
         return score if self.scale_log2 is None else score * self.scale_log2
 
     @cute.jit

@@ -25,7 +25,7 @@ Pipelines  name  stages  full                         empty
 Timeline   of row block i ("|" where it waits):
 
              values  issue S(i) | P(i) = exp, give P(i) | issue dV(i) | dS(i-1), issue dQ(i-1)
-                     | dV(i), release dO(i) | dQ(i-1), add it to global memory
+                     | dV(i) and dQ(i-1), add dQ(i-1) to global memory, release dO(i)
              keys    issue dP(i) | dK(i-1), release Q(i-1) | dP(i), release dO(i) | take P(i)
                      dS(i), store | issue dQ(i), dK(i) | dQ(i), add it to global memory
                      (d = 256 has no registers for dK(i-1) beside dP(i): | dK(i) here)

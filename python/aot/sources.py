@@ -33,6 +33,11 @@ def make_importable() -> None:
     sys.meta_path.insert(0, _ThisRepository())
 
 
+def file_of(module: str) -> Path:
+    """Return where a module of the kernels' folders lies in this repository, if it does."""
+    return ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
 class _ThisRepository:
     """First of all finders: that of an editable install may lead to another checkout."""
 

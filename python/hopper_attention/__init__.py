@@ -11,6 +11,9 @@ A call passes through functional or fp8 (signatures), torch_ops (the operator, o
 
 from importlib.metadata import version
 
+from hopper_attention import arguments as arguments  # for one version: see CHANGELOG.md
+from hopper_attention import backward as backward
+from hopper_attention import quantize as quantize
 from hopper_attention import simulator
 from hopper_attention.dispatch.target import backend
 from hopper_attention.fp8 import attention_fp8

@@ -1,5 +1,5 @@
-"""The former place of `hopper_attention.quantize.Lengths`; it goes with version 0.2."""
+"""The former place of lengths and masks, which are in `problem/values.py`; it goes with 0.2."""
 
-from hopper_attention.problem.values import Lengths
+from hopper_attention.problem.values import CAUSAL, FULL, Lengths, Mask
 
-__all__ = ["Lengths"]
+__all__ = ["CAUSAL", "FULL", "Lengths", "Mask"]

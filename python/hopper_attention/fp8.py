@@ -74,7 +74,9 @@ def attention_fp8(
     smooth_k = scalars.flag("smooth_k", smooth_k)
     return_lse = scalars.flag("return_lse", return_lse)
     lengths = _lengths(cu_seqlens_q, seqused_q), _lengths(cu_seqlens_k, seqused_k)
-    out, lse = attend_quantised(q, k, v, learnable_sink, lengths, options, treatment, smooth_k)
+    out, lse = attend_quantised(
+        q, k, v, learnable_sink, lengths, options, treatment, smooth_k, return_lse
+    )
     return (out, lse) if return_lse else out
 
 

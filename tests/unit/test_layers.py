@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import hopper_attention
 
 LAYERS = (
     ("errors", "files", "nvtx"),
@@ -64,12 +67,37 @@ def test_shared_device_code_knows_no_architecture(root):
             assert not module.startswith("hopper_attention.hopper"), f"{path} imports {module}"
 
 
+def reached(path: Path, root: Path) -> set[str]:
+    """Modules that a file of the kernels' folders imports, and those that these import."""
+    found, left = set(), [path]
+    while left:
+        for module in imports(left.pop()):
+            # `from a import b`: b is a module of a package, or a name in a module.
+            for name in {module, module.rpartition(".")[0]} - found:
+                found.add(name)
+                file = root.joinpath(*name.split(".")[1:]).with_suffix(".py")
+                if name.startswith("hopper_attention.") and file.exists():
+                    left.append(file)
+    return found
+
+
 def test_lists_and_configurations_need_no_dsl(root):
-    found = [p for name in ("hopper", "cute_kernels") for p in (root / name).rglob("*.py")]
-    lists = [path for path in found if path.name in HOST]
-    assert len(lists) >= len(HOST)
+    kernels = [p for name in ("hopper", "cute_kernels") for p in (root / name).rglob("*.py")]
+    lists = [path for path in kernels if path.name in HOST]
+    assert {path.name for path in lists} == set(HOST)
     for path in lists:
-        assert not any(module.split(".")[0] == "cutlass" for module in imports(path)), path
+        assert not any(name.split(".")[0] == "cutlass" for name in reached(path, root)), path
+    assert "cutlass" in reached(root / "hopper/forward/kernel.py", root)
+
+
+def test_former_names_stay_for_one_version():
+    assert hopper_attention.backward.workspace_bytes is hopper_attention.workspace_bytes
+    assert hopper_attention.arguments.Lengths is hopper_attention.quantize.Lengths
+    assert hopper_attention.arguments.Mask(right=0) == hopper_attention.arguments.CAUSAL
+    emulation = importlib.import_module("hopper_attention.fp8_emulation")
+    assert (
+        emulation.attention is importlib.import_module("hopper_attention.reference.fp8").attention
+    )
 
 
 def test_folders_stay_small(root):

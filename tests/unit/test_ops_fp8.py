@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
 from hopper_attention.problem.quantization import Fp8Options
 from hopper_attention.problem.values import Options
+from hopper_attention.torch_ops import fp8
 
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default
@@ -33,6 +34,14 @@ def leaves(packed=False):
 
 def narrow(*tensors):
     return [x.detach().to(torch.float8_e4m3fn) for x in tensors]
+
+
+def test_lse_is_corrected_only_if_it_is_asked_for(monkeypatch):
+    """That costs a pass over q."""
+    q, k, v = torch.randn(3, 1, 64, 2, 64).bfloat16()
+    expected = attention_fp8(q, k, v, smooth_k=True, return_lse=True)[0]
+    monkeypatch.setattr(fp8, "_scores_of", lambda *_: pytest.fail("lse was corrected"))
+    assert torch.equal(attention_fp8(q, k, v, smooth_k=True), expected)
 
 
 def test_opcheck():

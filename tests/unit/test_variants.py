@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,6 +82,22 @@ def test_build_needs_objects(repository, tmp_path):
     (repository / "build/tag/kernels" / f"{INSTANCE}.o").unlink()
     with pytest.raises(UserError, match="no compiled kernels"):
         list(build.build([Variant("a", "HEAD", ("fwd*",))], repository, tmp_path / "out"))
+
+
+def test_a_revision_with_fewer_lists(root, tmp_path):
+    """The quantisation kernels stood in Hopper's list before they had their own."""
+    for name in ("hopper", "cute_kernels"):
+        shutil.copytree(root / name, tmp_path / name)
+    shutil.copytree(root / "python" / "aot", tmp_path / "python" / "aot")
+    (tmp_path / "cute_kernels/quantization/instances.py").unlink()
+    listing = build.COMPILE[: build.COMPILE.index("name, as_name")]
+    listing += "print(*(i.name for i in sources.all_instances()))"
+    done = subprocess.run(
+        [sys.executable, "-c", listing],
+        cwd=tmp_path / "python", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    names = done.stdout.split()
+    assert INSTANCE in names and not any(name.startswith("quantize") for name in names)
 
 
 class Clock:

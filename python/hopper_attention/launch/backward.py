@@ -183,9 +183,8 @@ def _run_kernels(
     dsink = None
     if inputs.sink is not None:
         exponent = inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse
-        probability = torch.exp2(
-            -exponent.abs()
-        )  # as the kernels have it: cute_kernels/backward/scores.py
+        # At most 1, as in the kernels: cute_kernels/backward/scores.py.
+        probability = torch.exp2(-exponent.abs())
         dsink = (probability * workspace.delta).sum(dim=(0, 2))
     return dq, dk, dv, dsink
 

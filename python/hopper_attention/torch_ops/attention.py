@@ -157,7 +157,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 def gradients(
     saved: tuple[Tensor, ...], scalars: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of `forward`'s arguments from its results, tensors and options."""
+    """Return gradients of `forward`'s arguments; `saved` are its results, then its tensors."""
     none = (None,) * (NUM_TENSORS - 4 + len(scalars))
     if dout is None and dlse is None:
         return (None,) * 4 + none

@@ -156,8 +156,12 @@ def attend_quantised(
     options: Options,
     treatment: Fp8Options,
     smooth_k: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `attention_fp8`'s arguments: 16-bit tensors, which are quantised on the way."""
+    """(out, lse) of `attention_fp8`'s arguments: 16-bit tensors, which are quantised on the way.
+
+    Without `with_lse`, lse is that of the keys whose mean `smooth_k` has taken off.
+    """
     checks.check_tensors(q, k, v)
     check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = checks.resolve_sink(learnable_sink, q)
@@ -176,7 +180,7 @@ def attend_quantised(
         out, lse = torch.ops.hopper_attention.attention_fp8(*inputs.flat, *options, *treatment)
     else:
         out, lse = quantize_and_attend(inputs, options, treatment)
-    if smooth_k:
+    if smooth_k and with_lse:
         lse = torch.where(lse > -torch.inf, lse + _scores_of(mean, inputs, options), lse)
     return out, lse
 
