@@ -41,7 +41,7 @@ Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[mi
 
 @dataclass(frozen=True)
 class Defaults:
-    """What fits a size."""
+    """Defaults that fit a size."""
 
     tokens: int
     lr: float
@@ -60,7 +60,7 @@ class Settings:
     model: GPTConfig
     steps: int
     tokens: int
-    """Of each rank's batch."""
+    """Tokens of each rank's batch."""
     lr: float
     attention: Kind = Kind.HOPPER
     sdpa_backend: SdpaBackend = SdpaBackend.AUTO

@@ -15,7 +15,7 @@ MAX_GROUPS = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass of a loop does `count` times: WGMMAs of the warpgroup, instructions of a warp."""
+    """Work that a loop's pass does `count` times: a warpgroup's WGMMAs, a warp's instructions."""
 
     kind: str
     count: int
@@ -25,7 +25,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Role:
-    """What the threads of some warps do, as PTX in a scope of its own.
+    """The work of some warps' threads, as PTX in a scope of its own.
 
     The text may use %base (shared address of the image), %base_descriptor (the same as the low bits
     of a matrix descriptor), %image (global address), %number (which copy of the role, from 0),
@@ -46,7 +46,7 @@ class Role:
     expected: Callable[[int, int], np.ndarray]
     """(copy, passes) to the results as float32, (threads, len(results))."""
     tolerance: float = 0.0
-    """Of the results, relative to the largest."""
+    """The allowed error of the results, relative to the largest."""
     warps: int = 4
     """A power of two."""
 
@@ -86,7 +86,7 @@ class Case:
         return range(first, first + 32 * role.warps * copies)
 
     def check(self, results: np.ndarray, passes: list[int]) -> list[str]:
-        """What is wrong with the results, uint32 (threads, result_words)."""
+        """Return faults of the results, uint32 (threads, result_words)."""
         wrong = []
         for index, (role, copies) in enumerate(self.groups):
             mine = results[list(self.threads_of(index)), : len(role.results)].view(np.float32)

@@ -15,13 +15,13 @@ from hopper_attention.profiling import driver
 from .kernel import KERNEL, MAX_GROUPS, Case
 
 TARGET_CLOCKS = 200_000
-"""Of a launch: start and end of the loops do not matter."""
+"""Clocks of a launch: start and end of the loops do not matter."""
 BALANCING_RUNS = 4
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Of one kind of work of one case."""
+    """The measurement of one kind of work of one case."""
 
     program: str
     case: str
@@ -59,7 +59,7 @@ def figures_of(case: Case, passes: list[int], clocks: np.ndarray) -> list[Figure
 
 
 def first_passes(case: Case) -> list[int]:
-    """By the model, as if each group were alone."""
+    """Return passes by the model, as if each group were alone."""
     passes = []
     for role, copies in case.groups:
         clocks = max((work.model or 256) * work.count for work in role.does)

@@ -39,7 +39,7 @@ def k_major(offset: int, rows: int, step: int) -> int:
 
 
 def mn_major(offset: int, rows: int, step: int) -> int:
-    """The same of a (K = rows, N) operand, N contiguous."""
+    """The offset in a (K = rows, N) operand, N contiguous."""
     return _descriptor(offset + step * 16 * ROW_BYTES, rows * ROW_BYTES)
 
 

@@ -21,14 +21,14 @@ from .operands import (
 STEPS = 4
 """k16 steps of the operands: K = 64."""
 WGMMAS = 8
-"""Of a pass: all steps twice."""
+"""WGMMAs of a pass: all steps twice."""
 COPIES = 3
 A_BYTES = 64 * 128
 FRAGMENTS = COPIES * A_BYTES
 B = FRAGMENTS + A_BYTES
 B_BYTES = 256 * 128
 FREE = B + B_BYTES
-"""Where shared memory is unused by the operands."""
+"""The offset from which the operands leave shared memory free."""
 
 VALUES = 32
 """Registers that a loop of arithmetic works on, one dependent chain each."""

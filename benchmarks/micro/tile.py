@@ -64,7 +64,7 @@ class Tile:
 
     @property
     def p_bytes(self) -> int:
-        """Of a copy."""
+        """Bytes of a copy of P."""
         return self.keys // 64 * SLAB
 
     @property
@@ -165,7 +165,7 @@ class Tile:
         return setup
 
     def _descriptors(self) -> list[str]:
-        """Of Q, each copy its own, of K and V; where P begins."""
+        """Descriptors of Q, each copy its own, of K and V; and the place of P."""
         steps = range(0 if self.p_in_shared else self.keys // 16)
         first = range(HEAD_DIM // 16)
         base = "%base_descriptor"
@@ -269,7 +269,7 @@ class Tile:
         return [*code, "fence.proxy.async.shared::cta;", "bar.sync own, 128;"]
 
     def _store_addresses(self) -> list[str]:
-        """Where this lane's row of four 8x8 matrices goes, for each k16 step of a slab."""
+        """Addresses of this lane's row of four 8x8 matrices, for each k16 step of a slab."""
         code = [
             f"mad.lo.u32 row, %number, {self.p_bytes}, %base;",
             "and.b32 unit, %thread, 96;",

@@ -1,4 +1,4 @@
-"""What the adapters share."""
+"""Code that the adapters share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_if(condition: object, reason: str) -> None:
 def with_backward(
     inputs: Inputs, forward: Callable[[], Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """What to time: forward itself, or only the gradients of one forward that has run."""
+    """Return the call to time: forward, or only the gradients of one forward that has run."""
     if inputs.problem.direction != "backward":
         return lambda: (forward(),)
     with torch.enable_grad():

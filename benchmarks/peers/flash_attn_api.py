@@ -23,7 +23,7 @@ from hopper_attention.bench.runner import Prepared
 from hopper_attention.dispatch import target
 
 REFUSALS = (ValueError, TypeError, AssertionError)
-"""What these packages raise for shapes and arguments that they do not have."""
+"""Errors that these packages raise for shapes and arguments that they do not have."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FlashAttnApi:
     module: str
     dtypes: tuple[str, ...]
     backend: str | None = None
-    """Of ours, forced."""
+    """The backend of ours that is forced."""
 
     def prepare(self, inputs: Inputs) -> Prepared:
         problem = inputs.problem

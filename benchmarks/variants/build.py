@@ -18,7 +18,7 @@ from hopper_attention.errors import UserError
 SEPARATOR = "__"
 """Between an instance's name and its variant's."""
 FAMILY = "variant"
-"""Of a variant's record: dispatch looks under the others only."""
+"""The family in a variant's record: dispatch looks under the others only."""
 OBJECTS = (".o", ".h", ".ptx", ".json")
 WORKERS = 2
 """A compile takes up to 1.5 GiB."""
@@ -44,7 +44,7 @@ class Variant:
     name: str
     revision: str
     patterns: tuple[str, ...]
-    """Of the instances."""
+    """Patterns of the instances' names."""
 
     @staticmethod
     def parse(text: str) -> Variant:
@@ -98,7 +98,7 @@ def _check_out(repository: Path, revision: str, tree: Path) -> None:
 
 
 def _compile(tree: Path, name: str, as_name: str, out: Path) -> str:
-    """What went wrong, or nothing."""
+    """Compile one instance; return the error, or nothing."""
     command = [sys.executable, "-c", COMPILE, name, as_name, FAMILY, str(out.resolve())]
     done = subprocess.run(command, cwd=tree / "python", capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()

@@ -42,7 +42,7 @@ class Candidate:
 
 
 def variants_of(instance: str) -> list[str]:
-    """Of the build at hand, by name.  Raises UserError for one that takes other arguments."""
+    """Return the build's variants by name.  Raises UserError for one that takes other arguments."""
     known, found = manifest.instances(), []
     for name, record in known.items():
         base, _, variant = name.partition(SEPARATOR)

@@ -51,7 +51,7 @@ def choose(kind: Kind, backend: SdpaBackend) -> Attend:
 
 
 def describe(kind: Kind, backend: SdpaBackend, device: torch.device, full: bool) -> str:
-    """What will run, in words."""
+    """Say in words what will run."""
     if kind is Kind.HOPPER:
         return {
             target.Executor.CUDA: "hopper_attention's kernels on the GPU",
@@ -106,7 +106,7 @@ class Plain(torch.autograd.Function):
 
 
 def packs(backend: SdpaBackend, device: torch.device, full: bool) -> bool:
-    """Whether torch's own packed attention serves: FlashAttention's, which needs a GPU."""
+    """Say whether torch's own packed attention serves: FlashAttention's, which needs a GPU."""
     return device.type == "cuda" and backend is not SdpaBackend.CUDNN and not full
 
 

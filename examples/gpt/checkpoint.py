@@ -28,7 +28,7 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What is not a tensor."""
+    """The state of a run that is not a tensor."""
 
     step: int
     """Steps done."""

@@ -28,7 +28,7 @@ VALIDATION_SHARE = 10
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a batch lie."""
+    """The places of a batch's sequences."""
 
     positions: Tensor
     """(tokens,) int64: of each token in its sequence, from 0."""
@@ -82,7 +82,7 @@ class Corpus:
     data: np.ndarray
     """uint8."""
     starts: np.ndarray
-    """Of each document's first boundary; its inputs end before its last boundary."""
+    """The first boundary of each document; its inputs end before its last boundary."""
     lengths: np.ndarray
     """Inputs of each document: its first boundary and its bytes."""
 

@@ -33,7 +33,7 @@ class GPTConfig:
     context: int
     """The longest sequence it is trained on."""
     tied: bool = True
-    """Whether the output layer is the embedding, transposed."""
+    """True if the output layer is the embedding, transposed."""
     vocabulary: int = 256
     """Bytes; 0, which text does not contain, separates documents."""
     rope_base: float = 10000.0

@@ -10,7 +10,7 @@ from torch import nn
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 0.1
-"""Of the peak rate, at the last step."""
+"""The share of the peak rate at the last step."""
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

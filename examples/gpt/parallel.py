@@ -28,7 +28,7 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, value: Tensor) -> float:
-        """Of all ranks."""
+        """Return the mean over all ranks."""
         value = value.detach().clone()
         if self.world > 1:
             dist.all_reduce(value)

@@ -30,7 +30,7 @@ class Curve:
 
     @staticmethod
     def of(records: Sequence[Record]) -> Curve:
-        """Of one run; of steps that were done again after a resume the last ones."""
+        """Make the curve of one run; of steps that were done again after a resume the last ones."""
         starts = [record for record in records if record["event"] == "start"]
         losses = {r["step"]: r["loss"] for r in records if r["event"] == "step"}
         validation = {r["step"]: r["loss"] for r in records if r["event"] == "validation"}
@@ -127,6 +127,6 @@ def _draw_differences(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def max_difference(a: Curve, b: Curve) -> float:
-    """Of the losses of the steps that both have; NaN without any."""
+    """Return the greatest difference of losses at steps that both have; NaN without any."""
     _, of_a, of_b = np.intersect1d(a.steps, b.steps, return_indices=True)
     return float(np.abs(a.losses[of_a] - b.losses[of_b]).max()) if len(of_a) else float("nan")

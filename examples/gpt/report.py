@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar and a table for people, JSON lines for programs."""
+"""Reports of a run: a progress bar and a table for people, JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Report:
         }
 
     def print_summary(self, title: str) -> None:
-        """Of the event `end`, which has the summary."""
+        """Print the event `end`, which has the summary."""
         summary = self._latest["end"]
         table = Table(title=title, show_header=False)
         table.add_row("steps", f"{summary['steps']}, {summary['tokens']:,} tokens")

@@ -326,7 +326,8 @@ class Classifier(transformers.LlamaModel):
 
 def test_attention_in_files_of_users_is_theirs():
     small = transformers.LlamaConfig(**SMALL, intermediate_size=32)
-    Classifier._from_config(small, attn_implementation=NAME, dtype=torch.bfloat16)
+    model = Classifier._from_config(small, attn_implementation=NAME, dtype=torch.bfloat16)
+    assert model.config._attn_implementation == NAME
 
 
 def test_attention_beside_layers_that_ask_is_looked_at():

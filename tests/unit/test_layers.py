@@ -33,7 +33,7 @@ PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 PACKAGE = Path(__file__).parents[2] / "python" / "hopper_attention"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 HOST = ("instance.py", "instances.py", "hardware.py", "conventions.py", "config.py")
-"""Of the kernels' folders: read where the DSL is not installed."""
+"""Files of the kernels' folders that are read where the DSL is not installed."""
 
 
 def imports(path: Path) -> Iterator[str]:
