@@ -72,6 +72,13 @@ from hopper_attention.cute_kernels.backward.row_order import RowOrder
 from hopper_attention.cute_kernels.backward.scores import Scores
 from hopper_attention.cute_kernels.masks.apply import Mask
 from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arguments import (
+    BackwardOperands,
+    SequenceAddresses,
+    Window,
+    WorkspaceStatistics,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum, minimum, select
 from hopper_attention.cute_kernels.primitives.fragments import (
     PackedFragment,
@@ -212,46 +219,40 @@ class AmpereBackward:
         shape = tuple(cute.sym_int32() for _ in range(3)) + (self.cfg.tile_m * self.cfg.head_dim,)
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
-        operands = tuple(strided(self.dtype, 4) for _ in range(4))
-        saved = (row_statistics(4), row_statistics(4), dq)
-        gradients = (strided(self.dtype, 4), strided(self.dtype, 4))
-        window, lengths = (Int32(1),) * 3, (Int64(0),) * 4
         return (
-            *operands, *saved, *gradients, Float32(1.0), Float32(0.0), *window, *lengths,
-            Int32(1), Int32(0), Int64(0),
-        )  # fmt: skip
+            example(BackwardOperands, lambda: strided(self.dtype, 4)),
+            example(WorkspaceStatistics, lambda: row_statistics(4)),
+            dq,
+            Float32(1.0),
+            Float32(0.0),
+            example(Window, lambda: Int32(1)),
+            example(SequenceAddresses, lambda: Int64(0)),
+            Int32(1),
+            Int32(0),
+            Int64(0),
+        )
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        lse_workspace: cute.Tensor,
-        delta_workspace: cute.Tensor,
+        operands: BackwardOperands,
+        statistics: WorkspaceStatistics,
         dq_workspace: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
         softmax_scale: Float32,
         softcap: Float32,
-        window_left: Int32,
-        window_right: Int32,
-        attention_chunk: Int32,
-        cu_seqlens_q: Int64,
-        cu_seqlens_k: Int64,
-        seqused_q: Int64,
-        seqused_k: Int64,
+        window: Window,
+        addresses: SequenceAddresses,
         num_sequences: Int32,
         varlen: Int32,
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
         cfg = self.cfg
+        mQ, mK, mV, mdO, mdK, mdV = operands
         _, seqlen_q, heads, _ = mQ.shape
         entries, seqlen_k, heads_kv, _ = mK.shape
         group = heads // heads_kv
-        keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
+        keys = Lengths(addresses.cu_seqlens_k, addresses.seqused_k, seqlen_k)
         row_bytes = 2 * (cfg.head_dim + cfg.head_dim_v) + 4 * cfg.head_dim
         dense = DenseScheduler.create(
             seqlen_k, seqlen_q * group, heads_kv, heads_kv, entries, cfg.tile_n, row_bytes
@@ -263,19 +264,17 @@ class AmpereBackward:
             dense=dense,
             packed=packed,
             varlen=varlen,
-            queries=Lengths(cu_seqlens_q, seqused_q, seqlen_q),
+            queries=Lengths(addresses.cu_seqlens_q, addresses.seqused_q, seqlen_q),
             keys=keys,
             group=group,
             scale=softmax_scale,
             scale_log2=LOG2_E * (Float32(1.0) if capped else softmax_scale),
             cap_inner=(2.0 * LOG2_E * softmax_scale / softcap) if capped else Float32(0.0),
             cap_outer=softcap,
-            window=(window_left, window_right, attention_chunk),
+            window=window,
             turns=Semaphore(dq_semaphore, heads, dq_workspace.shape[2]),
         )
-        tensors = Tensors(
-            mQ, mK, mV, mdO, lse_workspace, delta_workspace, dq_workspace, mdK, mdV
-        )  # fmt: skip
+        tensors = Tensors(mQ, mK, mV, mdO, *statistics, dq_workspace, mdK, mdV)
         self.kernel(tensors, problem).launch(
             grid=[packed.tiles if varlen != 0 else dense.tiles, 1, 1],
             block=[cfg.threads, 1, 1],

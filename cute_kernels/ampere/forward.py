@@ -50,6 +50,13 @@ from hopper_attention.cute_kernels.ampere.row_store import store_float32, store_
 from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, TileCopy
 from hopper_attention.cute_kernels.masks.apply import Mask
 from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arguments import (
+    ForwardCounts,
+    ForwardOperands,
+    SequenceAddresses,
+    Window,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.fragments import (
     PackedFragment,
@@ -201,42 +208,39 @@ class AmpereForward:
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
-        window, lengths = (Int32(1),) * 3, (Int64(0),) * 4
         return (
-            *operands, Float32(1.0), Int64(0), Float32(0.0), *window, *lengths, *(Int32(1),) * 4
-        )  # fmt: skip
+            example(ForwardOperands, lambda: strided(self.dtype, 4)),
+            row_statistics(),
+            Float32(1.0),
+            Float32(0.0),
+            Int64(0),
+            example(Window, lambda: Int32(1)),
+            example(SequenceAddresses, lambda: Int64(0)),
+            example(ForwardCounts, lambda: Int32(1)),
+            Int32(1),
+        )
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
+        operands: ForwardOperands,
+        lse: cute.Tensor,
         softmax_scale: Float32,
-        learnable_sink: Int64,
         softcap: Float32,
-        window_left: Int32,
-        window_right: Int32,
-        attention_chunk: Int32,
-        cu_seqlens_q: Int64,
-        cu_seqlens_k: Int64,
-        seqused_q: Int64,
-        seqused_k: Int64,
-        num_sequences: Int32,
-        qheads_per_tile: Int32,
-        output_type: Int32,
+        learnable_sink: Int64,
+        window: Window,
+        addresses: SequenceAddresses,
+        counts: ForwardCounts,
         max_blocks: Int32,
         stream: cuda.CUstream,
     ):
         cfg = self.cfg
+        mQ, mK, mV, mO = operands
+        num_sequences, group, output_type = counts
         entries, seqlen_q, heads, _ = mQ.shape
         _, seqlen_k, heads_kv, _ = mK.shape
         key_bytes = (cfg.head_dim + cfg.head_dim_v) * self.dtype.width // 8
-        group = qheads_per_tile
-        queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+        queries = Lengths(addresses.cu_seqlens_q, addresses.seqused_q, seqlen_q)
         dense = DenseScheduler.create(
             seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
         )
@@ -248,18 +252,18 @@ class AmpereForward:
             packed=packed,
             num_sequences=num_sequences,
             queries=queries,
-            keys=Lengths(cu_seqlens_k, seqused_k, seqlen_k),
+            keys=Lengths(addresses.cu_seqlens_k, addresses.seqused_k, seqlen_k),
             group=cute.fast_divmod_create_divisor_v2(group),
             tiles_per_kvhead=heads // heads_kv // group,
             scale_log2=LOG2_E * (Float32(1.0) if capped else softmax_scale),
             cap_inner=(2.0 * LOG2_E * softmax_scale / softcap) if capped else Float32(0.0),
             cap_outer=softcap,
-            window=(window_left, window_right, attention_chunk),
+            window=window,
             sink=learnable_sink,
             output_type=output_type,
         )
         tiles = packed.tiles if num_sequences > 0 else dense.tiles
-        self.kernel(Tensors(mQ, mK, mV, mO, mLSE), problem, tiles).launch(
+        self.kernel(Tensors(mQ, mK, mV, mO, lse), problem, tiles).launch(
             grid=[minimum(tiles, max_blocks), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,

@@ -16,6 +16,7 @@ from hopper_attention.cute_kernels.ampere.mma import Coordinates, accumulator
 from hopper_attention.cute_kernels.ampere.row_store import store_rounded
 from hopper_attention.cute_kernels.backward import workspace
 from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
+from hopper_attention.cute_kernels.primitives.arguments import QueryAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
@@ -36,24 +37,24 @@ class AmperePostprocess:
         shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=ELEMENTS))
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
-        return (dq, strided(self.dtype, 4), Float32(1.0), Int64(0), Int64(0), Int32(1))
+        addresses = example(QueryAddresses, lambda: Int64(0))
+        return (dq, strided(self.dtype, 4), Float32(1.0), addresses, Int32(1))
 
     @cute.jit
     def __call__(
         self,
         dq_workspace: cute.Tensor,
-        mdQ: cute.Tensor,
+        dq: cute.Tensor,
         softmax_scale: Float32,
-        cu_seqlens_q: Int64,
-        seqused_q: Int64,
+        addresses: QueryAddresses,
         num_sequences: Int32,
         stream: cuda.CUstream,
     ):
-        entries, seqlen_q, heads, _ = mdQ.shape
-        queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+        entries, seqlen_q, heads, _ = dq.shape
+        queries = Lengths(*addresses, seqlen_q)
         rows = entries * seqlen_q
         scheduler = VarlenScheduler(queries, num_sequences, heads, rows, WORKSPACE_ROWS)
-        self.kernel(dq_workspace, mdQ, softmax_scale, queries, scheduler).launch(
+        self.kernel(dq_workspace, dq, softmax_scale, queries, scheduler).launch(
             grid=[scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
         )
 

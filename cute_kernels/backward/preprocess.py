@@ -5,7 +5,7 @@ over O and dO, bound by memory: eight lanes read a row, 16 bytes each at a time,
 A block takes 128 rows of one head and clears their dQ as well.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -15,6 +15,11 @@ from cutlass.cute.runtime import make_fake_tensor
 from hopper_attention.cute_kernels.backward import workspace
 from hopper_attention.cute_kernels.backward.config import PreprocessConfig
 from hopper_attention.cute_kernels.conventions import WORKSPACE_ROWS
+from hopper_attention.cute_kernels.primitives.arguments import (
+    QueryAddresses,
+    WorkspaceStatistics,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths
@@ -23,6 +28,20 @@ from hopper_attention.cute_kernels.softmax.online import LOG2_E, add
 
 LANES = 8
 """Lanes that read a row."""
+
+
+class Results(NamedTuple):
+    """O and its gradient, (batch, seqlen_q, heads, head_dim_v)."""
+
+    out: cute.Tensor
+    dout: cute.Tensor
+
+
+class Statistics(NamedTuple):
+    """The log-sum-exp and its gradient, (batch, heads, seqlen_q) float32."""
+
+    lse: cute.Tensor
+    dlse: cute.Tensor
 
 
 class Preprocess:
@@ -34,36 +53,37 @@ class Preprocess:
         self.passes = WORKSPACE_ROWS // self.rows
 
     def example_arguments(self) -> tuple:
-        operands = (strided(self.dtype, 4), strided(self.dtype, 4), row_statistics())
-        saved = (row_statistics(4), row_statistics(4))
         shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=32))
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
-        lengths = (Int64(0), Int64(0), Int32(1))
-        return (*operands, row_statistics(), Int32(0), *saved, dq, *lengths)
+        return (
+            example(Results, lambda: strided(self.dtype, 4)),
+            example(Statistics, row_statistics),
+            Int32(0),
+            example(WorkspaceStatistics, lambda: row_statistics(4)),
+            dq,
+            example(QueryAddresses, lambda: Int64(0)),
+            Int32(1),
+        )
 
     @cute.jit
     def __call__(
         self,
-        mO: cute.Tensor,
-        mdO: cute.Tensor,
-        mLSE: cute.Tensor,
-        mdLSE: cute.Tensor,
+        results: Results,
+        statistics: Statistics,
         with_dlse: Int32,
-        lse_workspace: cute.Tensor,
-        delta_workspace: cute.Tensor,
+        saved: WorkspaceStatistics,
         dq_workspace: cute.Tensor,
-        cu_seqlens_q: Int64,
-        seqused_q: Int64,
+        addresses: QueryAddresses,
         num_sequences: Int32,
         stream: cuda.CUstream,
     ):
-        entries, seqlen_q, heads, _ = mO.shape
-        queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
+        entries, seqlen_q, heads, _ = results.out.shape
+        queries = Lengths(*addresses, seqlen_q)
         rows = entries * seqlen_q
         scheduler = VarlenScheduler(queries, num_sequences, heads, rows, WORKSPACE_ROWS)
-        saved = (lse_workspace, delta_workspace, dq_workspace)
-        self.kernel(mO, mdO, mLSE, mdLSE, with_dlse, saved, queries, scheduler).launch(
+        saved = (*saved, dq_workspace)
+        self.kernel(*results, *statistics, with_dlse, saved, queries, scheduler).launch(
             grid=[scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
         )
 

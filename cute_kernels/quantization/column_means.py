@@ -14,10 +14,16 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.conventions import SUM_ROWS
+from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum, minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
 from hopper_attention.cute_kernels.quantization.config import ColumnMeansConfig, ColumnSumsConfig
-from hopper_attention.cute_kernels.quantization.rotary import Embedding, Rotary, example_rotary
+from hopper_attention.cute_kernels.quantization.rotary import (
+    Embedding,
+    Rotary,
+    RotaryCounts,
+    RotaryTables,
+)
 from hopper_attention.cute_kernels.quantization.vectors import VECTOR, widen
 from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Sequence
 
@@ -115,38 +121,35 @@ class ColumnSums:
         self.cfg = config
 
     def example_arguments(self) -> tuple:
-        lengths = (Int64(0), Int64(0), Int32(1), Int32(1))
-        return (strided(DTYPES[self.cfg.dtype], 4), chunks_of(), *example_rotary(), *lengths)
+        return (
+            strided(DTYPES[self.cfg.dtype], 4),
+            chunks_of(),
+            example(RotaryTables, lambda: Int64(0)),
+            example(RotaryCounts, lambda: Int32(1)),
+            example(RowAddresses, lambda: Int64(0)),
+            Int32(1),
+            Int32(1),
+        )
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mSums: cute.Tensor,
-        rotary_cos: Int64,
-        rotary_sin: Int64,
-        rotary_dim: Int32,
-        rotary_interleaved: Int32,
-        rotary_positions: Int32,
-        rotary_offset: Int32,
-        rotary_offsets: Int64,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        x: cute.Tensor,
+        sums: cute.Tensor,
+        tables: RotaryTables,
+        rotary: RotaryCounts,
+        addresses: RowAddresses,
         sequences: Int32,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mX (batch, seqlen, heads, columns), mSums (batch, chunks, heads, columns).
+        """x (batch, seqlen, heads, columns), sums (batch, chunks, heads, columns).
 
-        rotary_...: `Rotary`, which comes before.
+        Rows are turned by the rotary embedding before they are added.
         """
-        rotary = Rotary(
-            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
-            rotary_offsets,
-        )  # fmt: skip
-        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
-        self.kernel(mX, mSums, rotary, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, SUM_ROWS), sequences],
+        lengths = Lengths(*addresses, x.shape[1])
+        self.kernel(x, sums, Rotary.create(tables, rotary), lengths).launch(
+            grid=[x.shape[2], ceil_div(max_seqlen, SUM_ROWS), sequences],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
@@ -173,21 +176,20 @@ class ColumnMeans:
         shape = tuple(cute.sym_int32() for _ in range(3))
         stride = (cute.sym_int64(), cute.sym_int64(), 1)
         means = make_fake_tensor(Float32, shape, stride, assumed_align=4)
-        return (chunks_of(), means, Int64(0), Int64(0), Int32(1))
+        return (chunks_of(), means, example(RowAddresses, lambda: Int64(0)), Int32(1))
 
     @cute.jit
     def __call__(
         self,
-        mSums: cute.Tensor,
-        mMeans: cute.Tensor,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        sums: cute.Tensor,
+        means: cute.Tensor,
+        addresses: RowAddresses,
         padded: Int32,
         stream: cuda.CUstream,
     ):
-        """mSums of ColumnSums; mMeans (sequences, heads, columns), 0 of a sequence without rows."""
-        sequences, heads, _ = mMeans.shape
-        self.kernel(mSums, mMeans, Lengths(cu_seqlens, seqused, padded)).launch(
+        """sums of ColumnSums; means (sequences, heads, columns), 0 of a sequence without rows."""
+        sequences, heads, _ = means.shape
+        self.kernel(sums, means, Lengths(*addresses, padded)).launch(
             grid=[heads, sequences, 1], block=[self.cfg.threads, 1, 1], stream=stream
         )
 

@@ -15,6 +15,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
+from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum
 from hopper_attention.cute_kernels.primitives.types import strided
 from hopper_attention.cute_kernels.quantization.config import NarrowConfig
@@ -40,23 +41,23 @@ class Narrow:
         shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
         factors = make_fake_tensor(Float32, (*shape,), (*stride, 1), assumed_align=4)
         values = self.values.example_argument()
-        return (strided(self.rows.dtype, 4), values, factors, Int64(0), Int64(0), Int32(1))
+        addresses = example(RowAddresses, lambda: Int64(0))
+        return (strided(self.rows.dtype, 4), values, factors, addresses, Int32(1))
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mValues: cute.Tensor,
-        mFactors: cute.Tensor,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        x: cute.Tensor,
+        values: cute.Tensor,
+        factors: cute.Tensor,
+        addresses: RowAddresses,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mX, mValues, lengths as for Quantize; mFactors (sequences, heads, blocks of 64 rows)."""
-        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
-        self.kernel(mX, mValues, mFactors, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mFactors.shape[0]],
+        """x, values, lengths as for Quantize; factors (sequences, heads, blocks of 64 rows)."""
+        lengths = Lengths(*addresses, x.shape[1])
+        self.kernel(x, values, factors, lengths).launch(
+            grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), factors.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )

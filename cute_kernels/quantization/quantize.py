@@ -22,6 +22,7 @@ What it costs beside the copy: docs/kernels/quantization.md.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
@@ -34,12 +35,13 @@ from hopper_attention.cute_kernels.conventions import (
     LEAST_DESCALE,
     OCTAVES,
 )
+from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import strided
 from hopper_attention.cute_kernels.quantization.config import AbsMaxConfig, QuantizeConfig
 from hopper_attention.cute_kernels.quantization.hadamard import Rotation
-from hopper_attention.cute_kernels.quantization.rotary import Rotary, example_rotary
+from hopper_attention.cute_kernels.quantization.rotary import Rotary, RotaryCounts, RotaryTables
 from hopper_attention.cute_kernels.quantization.rows import (
     HALF,
     Preparation,
@@ -114,6 +116,29 @@ def in_octaves(descale: Float32, largest: Float32) -> Float32:
     return largest * ((127 - steps) << 23).bitcast(Float32)
 
 
+class ScaleCounts(NamedTuple):
+    """`Scales`' integers, as the kernel takes them."""
+
+    tops_stride: Int32
+    block_rows: Int32
+    group: Int32
+
+
+class FactorAddresses(NamedTuple):
+    """Addresses of what rows are centred and rotated by: `Preparation` and `Rotation`."""
+
+    mean: Int64
+    signs: Int64
+
+
+def prepared(
+    tables: RotaryTables, rotary: RotaryCounts, factors: FactorAddresses, rotation_size: Int32
+) -> Preparation:
+    """Return what is done to rows before they are scaled."""
+    rotation = Rotation(rotation_size, factors.signs)
+    return Preparation(Rotary.create(tables, rotary), factors.mean, rotation)
+
+
 class Quantize:
     def __init__(self, config: QuantizeConfig):
         self.cfg = config
@@ -123,50 +148,35 @@ class Quantize:
     def example_arguments(self) -> tuple:
         shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
         descale = make_fake_tensor(Float32, (*shape,), (*stride, 1), assumed_align=4)
-        scales = (Int64(0), Int32(0), Int32(64), Int32(1))
+        scales = example(ScaleCounts, lambda: Int32(64))
         rows, values = strided(self.rows.dtype, 4), self.values.example_argument()
-        return (rows, values, descale, *scales, *example_rest())
+        return (rows, values, descale, Int64(0), scales, *example_rest())
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mValues: cute.Tensor,
-        mDescale: cute.Tensor,
+        x: cute.Tensor,
+        values: cute.Tensor,
+        descale: cute.Tensor,
         tops: Int64,
-        tops_stride: Int32,
-        block_rows: Int32,
-        group: Int32,
-        rotary_cos: Int64,
-        rotary_sin: Int64,
-        rotary_dim: Int32,
-        rotary_interleaved: Int32,
-        rotary_positions: Int32,
-        rotary_offset: Int32,
-        rotary_offsets: Int64,
-        mean: Int64,
+        scales: ScaleCounts,
+        tables: RotaryTables,
+        rotary: RotaryCounts,
+        factors: FactorAddresses,
         rotation_size: Int32,
-        signs: Int64,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        addresses: RowAddresses,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mX (batch, seqlen, heads, columns), or (1, total, ...) if packed.
+        """x (batch, seqlen, heads, columns), or (1, total, ...) if packed.
 
-        mValues: the same, or arranged.  tops, tops_stride, block_rows, group: `Scales`.
-        rotary_...: `Rotary`; mean: `Preparation`; rotation_size, signs: `Rotation`.
-        cu_seqlens, seqused: `Lengths`, of at most max_seqlen rows.
+        values has x's layout, or that of v_layout.py.  Sequences have at most max_seqlen rows.
         """
-        scales = Scales(mDescale, tops, tops_stride, block_rows, group)
-        rotary = Rotary(
-            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
-            rotary_offsets,
-        )  # fmt: skip
-        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
-        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
-        self.kernel(mX, mValues, scales, preparation, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mDescale.shape[0]],
+        preparation = prepared(tables, rotary, factors, rotation_size)
+        lengths = Lengths(*addresses, x.shape[1])
+        scales = Scales(descale, tops, *scales)
+        self.kernel(x, values, scales, preparation, lengths).launch(
+            grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), descale.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
@@ -208,33 +218,22 @@ class AbsMax:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mTops: cute.Tensor,
+        x: cute.Tensor,
+        tops: cute.Tensor,
         group: Int32,
-        rotary_cos: Int64,
-        rotary_sin: Int64,
-        rotary_dim: Int32,
-        rotary_interleaved: Int32,
-        rotary_positions: Int32,
-        rotary_offset: Int32,
-        rotary_offsets: Int64,
-        mean: Int64,
+        tables: RotaryTables,
+        rotary: RotaryCounts,
+        factors: FactorAddresses,
         rotation_size: Int32,
-        signs: Int64,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        addresses: RowAddresses,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mTops (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
-        rotary = Rotary(
-            rotary_cos, rotary_sin, rotary_dim, rotary_interleaved, rotary_positions, rotary_offset,
-            rotary_offsets,
-        )  # fmt: skip
-        preparation = Preparation(rotary, mean, Rotation(rotation_size, signs))
-        lengths = Lengths(cu_seqlens, seqused, mX.shape[1])
-        self.kernel(mX, mTops, group, preparation, lengths).launch(
-            grid=[mX.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), mTops.shape[0]],
+        """tops (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
+        preparation = prepared(tables, rotary, factors, rotation_size)
+        lengths = Lengths(*addresses, x.shape[1])
+        self.kernel(x, tops, group, preparation, lengths).launch(
+            grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), tops.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
@@ -263,6 +262,12 @@ class AbsMax:
 
 
 def example_rest() -> tuple:
-    """rotary; mean; size and signs of the rotation; cu_seqlens, seqused, max_seqlen."""
-    rotation = (Int32(1), Int64(0))
-    return (*example_rotary(), Int64(0), *rotation, Int64(0), Int64(0), Int32(1))
+    """Return the last arguments of both kernels, from `tables` on."""
+    return (
+        example(RotaryTables, lambda: Int64(0)),
+        example(RotaryCounts, lambda: Int32(1)),
+        example(FactorAddresses, lambda: Int64(0)),
+        Int32(1),
+        example(RowAddresses, lambda: Int64(0)),
+        Int32(1),
+    )

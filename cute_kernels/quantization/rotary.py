@@ -11,7 +11,7 @@ compiler fuses: 3 instructions an element, and as many again for what is loaded.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -21,6 +21,23 @@ from hopper_attention.cute_kernels.primitives.instructions import product
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.quantization.vectors import VECTOR, vector_of, widen
 from hopper_attention.cute_kernels.scheduling.sequence import Sequence
+
+
+class RotaryTables(NamedTuple):
+    """`Rotary`'s addresses, as kernels take them."""
+
+    rotary_cos: Int64
+    rotary_sin: Int64
+    rotary_offsets: Int64
+
+
+class RotaryCounts(NamedTuple):
+    """`Rotary`'s integers, as kernels take them."""
+
+    rotary_dim: Int32
+    rotary_interleaved: Int32
+    rotary_positions: Int32
+    rotary_offset: Int32
 
 
 @dataclass(frozen=True)
@@ -39,17 +56,17 @@ class Rotary:
     offsets: Int64
     """Address of (sequences,) int32, which are added to that; or 0."""
 
+    @staticmethod
+    def create(tables: RotaryTables, counts: RotaryCounts) -> "Rotary":
+        cos, sin, offsets = tables
+        return Rotary(cos, sin, *counts, offsets)
+
     @cute.jit
     def of(self, sequence: Sequence, index: Int32) -> "Embedding":
         shift = self.offset - sequence.offset
         if self.offsets != 0:
             shift += read(Int32, self.offsets, index)
         return Embedding(self, shift)
-
-
-def example_rotary() -> tuple:
-    """Arguments that a `Rotary` is made of."""
-    return (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1), Int32(0), Int64(0))
 
 
 @dataclass(frozen=True)

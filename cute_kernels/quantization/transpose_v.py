@@ -14,6 +14,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint16, Uint32
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
+from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.primitives.instructions import permute_bytes
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
@@ -37,7 +38,8 @@ ALL = 0xFFFFFFFF
 
 def example_arguments() -> tuple:
     e4m3 = DTYPES["e4m3"]
-    return (strided(e4m3, 4), strided(e4m3, 4), Int64(0), Int64(0), Int32(1), Int32(1))
+    addresses = example(RowAddresses, lambda: Int64(0))
+    return (strided(e4m3, 4), strided(e4m3, 4), addresses, Int32(1), Int32(1))
 
 
 def piece_of(lengths: Lengths, columns: Int32) -> tuple[Block, Int32]:
@@ -57,25 +59,24 @@ class ArrangeRows:
     @cute.jit
     def __call__(
         self,
-        mV: cute.Tensor,
-        mColumns: cute.Tensor,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        v: cute.Tensor,
+        columns: cute.Tensor,
+        addresses: RowAddresses,
         sequences: Int32,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mV (batch, seqlen, heads, columns), or (1, total, ...); mColumns: v_layout.py.
+        """v (batch, seqlen, heads, columns), or (1, total, ...); columns: v_layout.py.
 
-        cu_seqlens, seqused: addresses, of `Lengths`, at most `max_seqlen`.
+        Sequences have at most `max_seqlen` rows.
         """
-        lengths = Lengths(cu_seqlens, seqused, mV.shape[1])
+        lengths = Lengths(*addresses, v.shape[1])
         grid = [
-            mV.shape[2] * ceil_div(mV.shape[3], COLUMNS),
+            v.shape[2] * ceil_div(v.shape[3], COLUMNS),
             ceil_div(max_seqlen, BLOCK_ROWS),
             sequences,
         ]
-        self.kernel(mV, mColumns, lengths).launch(
+        self.kernel(v, columns, lengths).launch(
             grid=grid, block=[self.cfg.threads, 1, 1], stream=stream
         )
 
@@ -120,22 +121,21 @@ class ArrangeColumns:
     @cute.jit
     def __call__(
         self,
-        mVt: cute.Tensor,
-        mColumns: cute.Tensor,
-        cu_seqlens: Int64,
-        seqused: Int64,
+        v: cute.Tensor,
+        columns: cute.Tensor,
+        addresses: RowAddresses,
         sequences: Int32,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """mVt (batch or 1, heads, columns, keys up to a multiple of 16); else as ArrangeRows.
+        """v (batch or 1, heads, columns, keys up to a multiple of 16); else as ArrangeRows.
 
-        Without either address, the sequences' lengths are `max_seqlen`.
+        Without `addresses`, the sequences' lengths are `max_seqlen`.
         """
-        lengths = Lengths(cu_seqlens, seqused, max_seqlen)
-        pieces = ceil_div(mVt.shape[2], COLUMNS)
-        self.kernel(mVt, mColumns, lengths).launch(
-            grid=[mVt.shape[1] * pieces, ceil_div(max_seqlen, BLOCK_ROWS), sequences],
+        lengths = Lengths(*addresses, max_seqlen)
+        pieces = ceil_div(v.shape[2], COLUMNS)
+        self.kernel(v, columns, lengths).launch(
+            grid=[v.shape[1] * pieces, ceil_div(max_seqlen, BLOCK_ROWS), sequences],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )

@@ -5,7 +5,7 @@ hopper/backward/kernel.py serves head dims up to 128, hopper/backward/kernel_wid
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -17,6 +17,13 @@ from hopper_attention.cute_kernels.backward import workspace
 from hopper_attention.cute_kernels.backward.dq_semaphore import Semaphore
 from hopper_attention.cute_kernels.backward.row_order import RowOrder
 from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arguments import (
+    BackwardOperands,
+    SequenceAddresses,
+    Window,
+    WorkspaceStatistics,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum, minimum
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
 from hopper_attention.cute_kernels.scheduling.sequence import EqualLengths, Lengths, Sequence
@@ -122,30 +129,6 @@ def stage_of(number: Int32, stages: int = BACKWARD_STAGES) -> pipeline.PipelineS
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """The arguments of both kernels' `__call__`, by name."""
-
-    mQ: Any
-    mK: Any
-    mV: Any
-    mdO: Any
-    lse_workspace: Any
-    delta_workspace: Any
-    dq_workspace: Any
-    mdK: Any
-    mdV: Any
-    softmax_scale: Any
-    softcap: Any
-    window: tuple
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    seqused_q: Any
-    seqused_k: Any
-    num_sequences: Any
-    dq_semaphore: Any
-
-
-@dataclass(frozen=True)
 class Launch:
     """Everything that a kernel is launched with."""
 
@@ -180,49 +163,58 @@ class Parts:
         shape = tuple(cute.sym_int32() for _ in range(3)) + (2 * self.dq_tile.elements,)
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
-        operands = tuple(strided(self.dtype, 4) for _ in range(4))
-        gradients = (strided(self.dtype, 4), strided(self.dtype, 4))
-        softcap = Float32(1.0) if self.cfg.softcap else None
-        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
-        saved = (row_statistics(4), row_statistics(4), dq)
-        return (*operands, *saved, *gradients, Float32(1.0), softcap, *window, *lengths, Int64(0))
+        return (
+            example(BackwardOperands, lambda: strided(self.dtype, 4)),
+            example(WorkspaceStatistics, lambda: row_statistics(4)),
+            dq,
+            Float32(1.0),
+            Float32(1.0) if self.cfg.softcap else None,
+            example(Window, lambda: Int32(1)) if self.cfg.mask == "local" else None,
+            example(SequenceAddresses, lambda: Int64(0)) if self.cfg.varlen else None,
+            Int32(1),
+            Int64(0),
+        )
 
-    def prepare(self, given: Arguments) -> Launch:
+    def prepare(
+        self,
+        operands: BackwardOperands,
+        saved: Workspace,
+        softmax_scale: Float32,
+        softcap: Optional[Float32],
+        window: Optional[Window],
+        addresses: Optional[SequenceAddresses],
+        num_sequences: Int32,
+        dq_semaphore: Int64,
+    ) -> Launch:
         """On the host: descriptors, the problem, the order of the blocks."""
         cfg = self.cfg
-        _, seqlen_q, heads, _ = given.mQ.shape
-        entries, seqlen_k, heads_kv, _ = given.mK.shape
+        _, seqlen_q, heads, _ = operands.q.shape
+        entries, seqlen_k, heads_kv, _ = operands.k.shape
         group = heads // heads_kv
-        mQ, mK, mV, mdO, mdK, mdV = (  # (s, d, h, b)
-            permute(t, (1, 3, 2, 0))
-            for t in (given.mQ, given.mK, given.mV, given.mdO, given.mdK, given.mdV)
-        )
+        mQ, mK, mV, mdO, mdK, mdV = (permute(t, (1, 3, 2, 0)) for t in operands)  # (s, d, h, b)
         tma = Tma(
             self.load_tma(mQ, "q"), self.load_tma(mdO, "do"),
             self.load_tma(mK, "k"), self.load_tma(mV, "v"),
         )  # fmt: skip
         gradients = Gradients(mdK, mdV, self.store_dk.tma(mdK), self.store_dv.tma(mdV))
         if cfg.varlen:
-            queries = Lengths(given.cu_seqlens_q, given.seqused_q, seqlen_q)
-            keys = Lengths(given.cu_seqlens_k, given.seqused_k, seqlen_k)
+            queries = Lengths(addresses.cu_seqlens_q, addresses.seqused_q, seqlen_q)
+            keys = Lengths(addresses.cu_seqlens_k, addresses.seqused_k, seqlen_k)
             rows = entries * seqlen_k
-            scheduler = VarlenScheduler(keys, given.num_sequences, heads_kv, rows, cfg.tile_n)
+            scheduler = VarlenScheduler(keys, num_sequences, heads_kv, rows, cfg.tile_n)
         else:
             queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
             row_bytes = (cfg.head_dim + cfg.head_dim_v) * 2 + cfg.head_dim * 4
             scheduler = DenseScheduler.create(
                 seqlen_k, seqlen_q * group, heads_kv, heads_kv, entries, cfg.tile_n, row_bytes
             )
-        capped, scale = None, given.softmax_scale
+        capped, scale = None, softmax_scale
         if cfg.softcap:
-            capped, scale = (2.0 * LOG2_E * scale / given.softcap, given.softcap), Float32(1.0)
-        window = given.window if cfg.mask == "local" else None
-        turns = Semaphore(given.dq_semaphore, heads, given.dq_workspace.shape[2])
+            capped, scale = (2.0 * LOG2_E * scale / softcap, softcap), Float32(1.0)
+        turns = Semaphore(dq_semaphore, heads, saved.dq.shape[2])
         problem = Problem(
-            queries, keys, group, given.softmax_scale, scale * LOG2_E, capped, window, turns
+            queries, keys, group, softmax_scale, scale * LOG2_E, capped, window, turns
         )
-        saved = Workspace(given.lse_workspace, given.delta_workspace, given.dq_workspace)
         return Launch(tma, saved, gradients, problem, scheduler)
 
     def load_tma(self, tensor: cute.Tensor, name: str) -> cpasync.TmaInfo:

@@ -51,6 +51,12 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from hopper_attention.cute_kernels.backward.scores import Scores
 from hopper_attention.cute_kernels.masks.apply import Mask
+from hopper_attention.cute_kernels.primitives.arguments import (
+    BackwardOperands,
+    SequenceAddresses,
+    Window,
+    WorkspaceStatistics,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import maximum
 from hopper_attention.cute_kernels.primitives.fragments import (
     PackedFragment,
@@ -61,7 +67,6 @@ from hopper_attention.cute_kernels.primitives.fragments import (
 from hopper_attention.cute_kernels.scheduling.sequence import Rows, Sequence
 from hopper_attention.hopper.backward.common import (
     CONSUMER_THREADS,
-    Arguments,
     Gradients,
     Parts,
     Problem,
@@ -157,35 +162,21 @@ class BackwardWide:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        lse_workspace: cute.Tensor,
-        delta_workspace: cute.Tensor,
+        operands: BackwardOperands,
+        statistics: WorkspaceStatistics,
         dq_workspace: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
         softmax_scale: Float32,
         softcap: Optional[Float32],
-        window_left: Optional[Int32],
-        window_right: Optional[Int32],
-        attention_chunk: Optional[Int32],
-        cu_seqlens_q: Optional[Int64],
-        cu_seqlens_k: Optional[Int64],
-        seqused_q: Optional[Int64],
-        seqused_k: Optional[Int64],
-        num_sequences: Optional[Int32],
+        window: Optional[Window],
+        addresses: Optional[SequenceAddresses],
+        num_sequences: Int32,
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        window = (window_left, window_right, attention_chunk)
-        given = Arguments(
-            mQ, mK, mV, mdO, lse_workspace, delta_workspace, dq_workspace, mdK, mdV,
-            softmax_scale, softcap, window, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-            num_sequences, dq_semaphore,
+        launch = self.parts.prepare(
+            operands, Workspace(*statistics, dq_workspace), softmax_scale, softcap, window,
+            addresses, num_sequences, dq_semaphore,
         )  # fmt: skip
-        launch = self.parts.prepare(given)
         self.kernel(
             launch.tma, launch.saved, launch.gradients, launch.problem, launch.scheduler,
             self.tiled_mmas(),

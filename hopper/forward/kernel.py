@@ -60,6 +60,14 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.masks.apply import Mask
 from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.primitives.arguments import (
+    ForwardCounts,
+    ForwardOperands,
+    SequenceAddresses,
+    TileQueueArguments,
+    Window,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.fragments import (
     PackedFragment,
@@ -120,73 +128,71 @@ class Forward:
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        softcap = Float32(1.0) if self.cfg.softcap else None
-        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        lengths = (Int64(0),) * 4 + (Int32(1),) * 2 if self.cfg.varlen else (None,) * 6
-        operands = (*(strided(self.dtype, 4) for _ in range(4)), row_statistics())
-        rest = (Int32(0), Int64(0), Int32(1))
-        return (*operands, Float32(1.0), Int64(0), softcap, *window, *lengths, *rest)
+        cfg, number, address = self.cfg, lambda: Int32(1), lambda: Int64(0)
+        return (
+            example(ForwardOperands, lambda: strided(self.dtype, 4)),
+            row_statistics(),
+            Float32(1.0),
+            Float32(1.0) if cfg.softcap else None,
+            Int64(0),
+            example(Window, number) if cfg.mask == "local" else None,
+            example(SequenceAddresses, address) if cfg.varlen else None,
+            example(ForwardCounts, number),
+            example(TileQueueArguments, address),
+        )
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
+        operands: ForwardOperands,
+        lse: cute.Tensor,
         softmax_scale: Float32,
-        learnable_sink: Int64,
         softcap: Optional[Float32],
-        window_left: Optional[Int32],
-        window_right: Optional[Int32],
-        attention_chunk: Optional[Int32],
-        cu_seqlens_q: Optional[Int64],
-        cu_seqlens_k: Optional[Int64],
-        seqused_q: Optional[Int64],
-        seqused_k: Optional[Int64],
-        num_sequences: Optional[Int32],
-        qheads_per_tile: Optional[Int32],
-        output_type: Int32,
-        tile_counter: Int64,
-        max_blocks: Int32,
+        learnable_sink: Int64,
+        window: Optional[Window],
+        addresses: Optional[SequenceAddresses],
+        counts: ForwardCounts,
+        queue: TileQueueArguments,
         stream: cuda.CUstream,
     ):
+        mQ, mK, mV, mO = operands
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mV, (3, 1, 2, 0))  # (d, s, h, b): N and K of the second GEMM
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
+        operands = ForwardOperands(mQ, mK, mV, mO)
+        group = counts.qheads_per_tile if self.cfg.packs_heads else Int32(1)
         self.launch(
-            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
-            (window_left, window_right, attention_chunk), lengths, qheads_per_tile,
-            output_type, (tile_counter, max_blocks), None, stream,
+            operands, lse, self.capped(softmax_scale, softcap), learnable_sink, window, addresses,
+            counts, group, queue, None, stream,
         )  # fmt: skip
 
     def launch(
         self,
-        tensors: tuple,
+        operands: ForwardOperands,
+        mLSE: cute.Tensor,
         scales: tuple,
         learnable_sink: Int64,
-        window: tuple,
-        lengths: tuple,
-        qheads_per_tile: Optional[Int32],
-        output_type: Int32,
-        queue: tuple,
+        window: Optional[Window],
+        addresses: Optional[SequenceAddresses],
+        counts: Any,
+        group: Int32,
+        queue: TileQueueArguments,
         scaling: Any,
         stream: cuda.CUstream,
     ) -> None:
-        """`__call__` with Q, K, O as (seqlen, d, heads, batch), V as (d, seqlen, heads, batch)."""
+        """`__call__` with Q, K, O as (seqlen, d, heads, batch), V as (d, seqlen, heads, batch).
+
+        `scales` are those of `capped`; `group` query heads share a tile.
+        """
         cfg = self.cfg
-        (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap) = tensors, scales
+        mQ, mK, mV, mO = operands
         seqlen_q, _, heads, entries = mQ.shape
         seqlen_k, _, heads_kv, _ = mK.shape
-        group = qheads_per_tile if cfg.packs_heads else Int32(1)
         if cfg.varlen:
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences = lengths
-            queries = Lengths(cu_seqlens_q, seqused_q, seqlen_q)
-            keys = Lengths(cu_seqlens_k, seqused_k, seqlen_k)
+            queries = Lengths(addresses.cu_seqlens_q, addresses.seqused_q, seqlen_q)
+            keys = Lengths(addresses.cu_seqlens_k, addresses.seqused_k, seqlen_k)
             rows = entries * seqlen_q * group
             scheduler = VarlenScheduler(
-                queries, num_sequences, heads // group, rows, cfg.tile_m, group
+                queries, counts.num_sequences, heads // group, rows, cfg.tile_m, group
             )
         else:
             queries, keys = EqualLengths(seqlen_q), EqualLengths(seqlen_k)
@@ -194,7 +200,7 @@ class Forward:
             scheduler = DenseScheduler.create(
                 seqlen_q, seqlen_k, heads, heads_kv, entries, cfg.tile_m, key_bytes
             )
-        capped, scale = self.capped(softmax_scale, softcap)
+        capped, scale = scales
         problem = Problem(
             queries=queries,
             keys=keys,
@@ -202,22 +208,23 @@ class Forward:
             tiles_per_kvhead=heads // heads_kv // group,
             scale_log2=scale * LOG2_E,
             softcap=capped,
-            window=window if cfg.mask == "local" else None,
+            window=window,
             sink=learnable_sink,
             scaling=scaling,
-            output_type=output_type,
+            output_type=counts.output_type,
         )
         tensors = Tensors(mQ if cfg.packs_heads else None, mO, mLSE)
-        tma, (tile_counter, max_blocks) = self.tma(mQ, mK, mV, mO), queue
-        self.kernel(tma, tensors, problem, scheduler, tile_counter, self.tiled_mmas()).launch(
-            grid=[minimum(scheduler.tiles, max_blocks), 1, 1],
+        tma = self.tma(operands)
+        self.kernel(tma, tensors, problem, scheduler, queue.tile_counter, self.tiled_mmas()).launch(
+            grid=[minimum(scheduler.tiles, Int32(queue.max_blocks)), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,
         )
 
-    def tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor) -> Tma:
+    def tma(self, operands: ForwardOperands) -> Tma:
         """TMA atoms of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
         cfg = self.cfg
+        mQ, mK, mV, mO = operands
         layout_q, layout_k, layout_v, _ = self.shared_layouts()
         load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
         return Tma(

@@ -31,7 +31,7 @@ Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3,
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -40,6 +40,13 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
+from hopper_attention.cute_kernels.primitives.arguments import (
+    ForwardOperands,
+    SequenceAddresses,
+    TileQueueArguments,
+    Window,
+    example,
+)
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.fragments import Fp8Fragment, pin, rows_and_columns
 from hopper_attention.cute_kernels.primitives.memory import read
@@ -53,6 +60,28 @@ from hopper_attention.hopper.forward.roles import Fragments, Mmas, Problem, Tile
 from hopper_attention.hopper.primitives import wgmma
 from hopper_attention.hopper.primitives.named_barriers import consumer_warpgroup
 from hopper_attention.hopper.primitives.tma import load_row, permute
+
+
+class Descales(NamedTuple):
+    """`Scaling.q` and `Scaling.v`."""
+
+    q_descale: cute.Tensor
+    v_descale: cute.Tensor
+
+
+class Pointers(NamedTuple):
+    """Addresses of float32 arrays, 0 where absent."""
+
+    learnable_sink: Int64
+    out_descale: Int64
+
+
+class Fp8Counts(NamedTuple):
+    """`ForwardCounts` of FP8; a kernel of one level does not read `accumulate_every`."""
+
+    num_sequences: Int32
+    accumulate_every: Int32
+    output_type: Int32
 
 
 @dataclass(frozen=True)
@@ -99,56 +128,48 @@ class ForwardFp8(Forward):
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        operands = (*(strided(self.dtype, 4) for _ in range(3)), strided(BFloat16, 4))
-        table = row_statistics(strided_rows=True)
-        descales = (table, key_scales(), table)
-        softcap = Float32(1.0) if self.cfg.softcap else None
-        window = (Int32(1),) * 3 if self.cfg.mask == "local" else (None,) * 3
-        lengths = (Int64(0),) * 4 + (Int32(1),) if self.cfg.varlen else (None,) * 5
-        every = Int32(1) if self.cfg.two_level else None
+        cfg, number, address = self.cfg, lambda: Int32(1), lambda: Int64(0)
+        operands = (strided(self.dtype, 4) for _ in range(3))
         return (
-            *(*operands, row_statistics(), *descales),
-            *(Float32(1.0), Int64(0), softcap, *window, *lengths),
-            *(every, Int32(0), Int64(0), Int64(0), Int32(1)),
+            ForwardOperands(*operands, strided(BFloat16, 4)),
+            row_statistics(),
+            example(Descales, lambda: row_statistics(strided_rows=True)),
+            key_scales(),
+            Float32(1.0),
+            Float32(1.0) if cfg.softcap else None,
+            example(Pointers, address),
+            example(Window, number) if cfg.mask == "local" else None,
+            example(SequenceAddresses, address) if cfg.varlen else None,
+            example(Fp8Counts, number),
+            example(TileQueueArguments, address),
         )
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mVt: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        q_descale: cute.Tensor,
+        operands: ForwardOperands,
+        lse: cute.Tensor,
+        descales: Descales,
         key_descales: cute.Tensor,
-        v_descale: cute.Tensor,
         softmax_scale: Float32,
-        learnable_sink: Int64,
         softcap: Optional[Float32],
-        window_left: Optional[Int32],
-        window_right: Optional[Int32],
-        attention_chunk: Optional[Int32],
-        cu_seqlens_q: Optional[Int64],
-        cu_seqlens_k: Optional[Int64],
-        seqused_q: Optional[Int64],
-        seqused_k: Optional[Int64],
-        num_sequences: Optional[Int32],
-        accumulate_every: Optional[Int32],
-        output_type: Int32,
-        out_descale: Int64,
-        tile_counter: Int64,
-        max_blocks: Int32,
+        pointers: Pointers,
+        window: Optional[Window],
+        addresses: Optional[SequenceAddresses],
+        counts: Fp8Counts,
+        queue: TileQueueArguments,
         stream: cuda.CUstream,
     ):
+        mQ, mK, mVt, mO = operands
         mQ, mK, mO = (permute(t, (1, 3, 2, 0)) for t in (mQ, mK, mO))  # (s, d, h, b)
         mV = permute(mVt, (2, 3, 1, 0))  # (d, s, h, b): N and K of the second GEMM
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_sequences)
-        descales = (q_descale, key_descales, v_descale, out_descale)
+        every = counts.accumulate_every if self.cfg.two_level else None
+        scaling = Scaling(
+            descales.q_descale, key_descales, descales.v_descale, pointers.out_descale, every
+        )
         self.launch(
-            (mQ, mK, mV, mO, mLSE), (softmax_scale, softcap), learnable_sink,
-            (window_left, window_right, attention_chunk), lengths, None, output_type,
-            (tile_counter, max_blocks), Scaling(*descales, accumulate_every), stream,
+            ForwardOperands(mQ, mK, mV, mO), lse, self.capped(softmax_scale, softcap),
+            pointers.learnable_sink, window, addresses, counts, Int32(1), queue, scaling, stream,
         )  # fmt: skip
 
     def tiled_mmas(self) -> Mmas:

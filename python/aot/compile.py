@@ -144,17 +144,19 @@ def describe_build(instance: Any) -> dict[str, Any]:
 
 
 def describe_arguments(text: str, name: str, examples: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """The header's arguments, each tensor's completed by what its fake tensor was declared with."""
-    parsed = header.parse_arguments(text, name)
+    """The header's arguments, each tensor's completed by what its fake tensor was declared with.
+
+    A NamedTuple among the examples is a group: its members are arguments by their names.
+    """
     given = [example for example in examples if example is not None]
-    if len(parsed) != len(given):
-        raise header.HeaderError(
-            f"{name}: {len(given)} example arguments, but the header has {len(parsed)};"
-            " compile-time constants belong into the configuration"
-        )
+    groups = [getattr(example, "_fields", ()) for example in given]
+    parsed = header.parse_arguments(text, name, groups)
+    members = [
+        m for example, group in zip(given, groups) for m in (example if group else [example])
+    ]
     return [
         {**argument, **_describe_tensor(example)} if argument["kind"] == "tensor" else argument
-        for argument, example in zip(parsed, given)
+        for argument, example in zip(parsed, members, strict=True)
     ]
 
 
