@@ -67,11 +67,11 @@ from hopper_attention.cute_kernels.ampere.shared_tile import (
     store_word,
 )
 from hopper_attention.cute_kernels.backward import workspace
-from hopper_attention.cute_kernels.backward.dq_semaphore import Semaphore
+from hopper_attention.cute_kernels.backward.dq_semaphore import DqSemaphore
 from hopper_attention.cute_kernels.backward.row_order import RowOrder
 from hopper_attention.cute_kernels.backward.scores import Scores
 from hopper_attention.cute_kernels.masks.apply import Mask
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
 from hopper_attention.cute_kernels.primitives.arguments import (
     BackwardOperands,
     SequenceAddresses,
@@ -86,7 +86,7 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     rows_and_columns,
 )
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, PackedHeads, Sequence
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
 from hopper_attention.cute_kernels.softmax.online import LOG2_E, cap
 
@@ -128,8 +128,8 @@ class Problem:
     cap_outer: Float32
     """0: there is no softcap."""
     window: tuple
-    """(left, right, chunk) of `Visibility`."""
-    turns: Semaphore
+    """(left, right, chunk) of `MaskRange`."""
+    dq_semaphore: DqSemaphore
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,14 @@ class Work:
     def order(self) -> RowOrder:
         return RowOrder(self.blocks, self.shift)
 
-    def words(self) -> list[Int32]:
+    def packed(self) -> list[Int32]:
         """To be kept in shared memory."""
         parts = (self.queries, self.keys, self.blocks)
         numbers = (self.n_block, self.head_kv, self.workspace_row, self.shift)
         return [Int32(n) for n in (*numbers, *(n for part in parts for n in vars(part).values()))]
 
     @staticmethod
-    def of(words: cute.Tensor) -> "Work":
+    def unpacked(words: cute.Tensor) -> "Work":
         """Looked up again, and not kept in registers that the loop needs."""
         numbers = [words[i] for i in range(WORDS)]
         return Work(
@@ -185,7 +185,7 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Place:
+class SmemAddresses:
     """Addresses of the block in shared memory."""
 
     shared: Int32
@@ -194,8 +194,8 @@ class Place:
     """(tile_m, 2, stages): LSE and delta."""
     limits: cute.Tensor
     """(tile_n, 2): begin and end of who sees each key."""
-    words: cute.Tensor
-    """`Work.words`"""
+    work: cute.Tensor
+    """The block's `Work`, packed."""
 
 
 class AmpereBackward:
@@ -272,7 +272,7 @@ class AmpereBackward:
             cap_inner=(2.0 * LOG2_E * softmax_scale / softcap) if capped else Float32(0.0),
             cap_outer=softcap,
             window=window,
-            turns=Semaphore(dq_semaphore, heads, dq_workspace.shape[2]),
+            dq_semaphore=DqSemaphore(dq_semaphore, heads, dq_workspace.shape[2]),
         )
         tensors = Tensors(mQ, mK, mV, mdO, *statistics, dq_workspace, mdK, mdV)
         self.kernel(tensors, problem).launch(
@@ -294,21 +294,21 @@ class AmpereBackward:
             cute.make_layout((cfg.tile_n, 2), stride=(2, 1)),
         )
         words = cute.make_tensor(limits.iterator + cute.size(limits), cute.make_layout(WORDS))
-        place = Place(Int32(start.toint()), statistics, limits, words)
-        self.note(problem, self.find_work(problem), place)
+        smem = SmemAddresses(Int32(start.toint()), statistics, limits, words)
+        self.save_to_smem(problem, self.find_work(problem), smem)
         acc_dk, acc_dv = (
             accumulator(cfg.tile_n // cfg.key_warps[0], columns // cfg.key_warps[1])
             for columns in (cfg.head_dim, cfg.head_dim_v)
         )
         acc_dk.fill(0.0)
         acc_dv.fill(0.0)
-        visits = Work.of(words).order.count * problem.group
+        visits = Work.unpacked(words).order.count * problem.group
         if visits > 0:
-            visit = Visit(Int32(0), Work.of(words).head_kv * problem.group, Int32(0))
-            self.begin(tensors, place, visit)
+            visit = Visit(Int32(0), Work.unpacked(words).head_kv * problem.group, Int32(0))
+            self.begin(tensors, smem, visit)
             while visit.number < visits:
-                visit = self.step(tensors, problem, place, visit, visits, acc_dk, acc_dv)
-        self.store(tensors, problem, Work.of(words), acc_dk, acc_dv)
+                visit = self.step(tensors, problem, smem, visit, visits, acc_dk, acc_dv)
+        self.store(tensors, problem, Work.unpacked(words), acc_dk, acc_dv)
 
     @cute.jit
     def find_work(self, problem: Problem) -> Work:
@@ -328,8 +328,8 @@ class AmpereBackward:
         # First keys first; not below 0 for a number left over, whatever sequence it looks at.
         n_block = maximum(ceil_div(keys.length, cfg.tile_n) - 1 - m_block, 0)
         keys = Sequence(keys.batch, keys.offset, select(exists, keys.length, 0))
-        viewers = self.visibility(problem, queries, keys).viewers
-        blocks = BlockRange.of_viewers(viewers, n_block, cfg.tile_n, cfg.tile_m)
+        mask_range = self.mask_range(problem, queries, keys).transposed
+        blocks = BlockRange.of_keys(mask_range, n_block, cfg.tile_n, cfg.tile_m)
         end = select(keys.length > 0, blocks.end, blocks.first)
         blocks = BlockRange(
             blocks.first, end, minimum(blocks.unmasked_first, end),
@@ -337,52 +337,52 @@ class AmpereBackward:
         )  # fmt: skip
         unmasked = maximum(blocks.unmasked_end - blocks.unmasked_first, 1)
         shift = n_block * (cfg.tile_n // cfg.tile_m) % unmasked
-        shift = select(problem.turns.address == 0, shift, 0)
+        shift = select(problem.dq_semaphore.address == 0, shift, 0)
         row = workspace.first_row(problem.queries.cu_seqlens != 0, queries, batch)
         return Work(n_block, head, row, shift, queries, keys, blocks)
 
-    def visibility(self, problem: Problem, queries: Sequence, keys: Sequence) -> Visibility:
-        return Visibility("local", queries.length, keys.length, *problem.window)
+    def mask_range(self, problem: Problem, queries: Sequence, keys: Sequence) -> MaskRange:
+        return MaskRange("local", queries.length, keys.length, *problem.window)
 
     @cute.jit
-    def note(self, problem: Problem, work: Work, place: Place):
+    def save_to_smem(self, problem: Problem, work: Work, smem: SmemAddresses):
         """Write to shared memory what is looked up later."""
         thread = cute.arch.thread_idx()[0]
         if thread == 0:
-            for i, word in enumerate(work.words()):
-                place.words[i] = word
+            for i, word in enumerate(work.packed()):
+                smem.work[i] = word
         if thread < self.cfg.tile_n:
-            viewers = self.visibility(problem, work.queries, work.keys).viewers
+            mask_range = self.mask_range(problem, work.queries, work.keys).transposed
             key = work.n_block * self.cfg.tile_n + thread
-            place.limits[thread, 0] = viewers.begin(key)
-            place.limits[thread, 1] = viewers.end(key)
+            smem.limits[thread, 0] = mask_range.begin(key)
+            smem.limits[thread, 1] = mask_range.end(key)
         cute.arch.sync_threads()
 
     @cute.jit
-    def begin(self, tensors: Tensors, place: Place, visit: Visit):
+    def begin(self, tensors: Tensors, smem: SmemAddresses, visit: Visit):
         """The first loads."""
-        work = Work.of(place.words)
+        work = Work.unpacked(smem.work)
         first_key = work.n_block * self.cfg.tile_n
         for tensor, tile in ((tensors.k, self.k), (tensors.v, self.v)):
-            self.load(tensor, tile, work.keys, work.head_kv, first_key, place.shared)
-        self.load_queries(tensors, work, place, visit)
+            self.load(tensor, tile, work.keys, work.head_kv, first_key, smem.shared)
+        self.load_queries(tensors, work, smem, visit)
 
     def stage(self, visit: Visit):
         return visit.number & 1 if self.cfg.stages == 2 else 0
 
     @cute.jit
-    def load_queries(self, tensors: Tensors, work: Work, place: Place, visit: Visit):
+    def load_queries(self, tensors: Tensors, work: Work, smem: SmemAddresses, visit: Visit):
         """Q, dO, LSE and delta of one block, as one group of cp.async."""
         cfg, queries, stage = self.cfg, work.queries, self.stage(visit)
         first_row = work.order.block(visit.step) * cfg.tile_m
-        shared = place.shared + stage * cfg.stage_bytes
+        shared = smem.shared + stage * cfg.stage_bytes
         for tensor, tile in ((tensors.q, self.q), (tensors.do, self.do)):
             self.load(tensor, tile, queries, visit.head, first_row, shared)
         # One thread 4 rows: first all of LSE, then all of delta.
         quads = cfg.tile_m // 4
         which, quad = split(cute.arch.thread_idx()[0], quads)
         row = work.workspace_row + first_row + 4 * quad
-        target = place.shared + self.ds.end + 16 * (quad + quads * (which + 2 * stage))
+        target = smem.shared + self.ds.end + 16 * (quad + quads * (which + 2 * stage))
         for number, saved in enumerate((tensors.lse, tensors.delta)):
             source = (saved[queries.batch, visit.head, None].iterator + row).toint()
             copy_chunk(target, 0, source, 0, which == number)
@@ -406,7 +406,7 @@ class AmpereBackward:
         self,
         tensors: Tensors,
         problem: Problem,
-        place: Place,
+        smem: SmemAddresses,
         visit: Visit,
         visits: Int32,
         acc_dk: cute.Tensor,
@@ -416,25 +416,25 @@ class AmpereBackward:
         cfg = self.cfg
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # Q and dO are there; the other stage, P and dS are free
-        work = Work.of(place.words)
+        work = Work.unpacked(smem.work)
         following = visit.following(work.order.count)
         if const_expr(cfg.stages == 2):
             if following.number < visits:
-                self.load_queries(tensors, work, place, following)
-        self.score(problem, work.order, place, visit)
+                self.load_queries(tensors, work, smem, following)
+        self.score(problem, work.order, smem, visit)
         cute.arch.sync_threads()  # P and dS are there
-        queries = place.shared + self.stage(visit) * cfg.stage_bytes
+        queries = smem.shared + self.stage(visit) * cfg.stage_bytes
         for acc, a, b in ((acc_dv, self.p, self.do), (acc_dk, self.ds, self.q)):
-            self.add_of_keys(acc, a, b, place.shared, queries)
+            self.add_of_keys(acc, a, b, smem.shared, queries)
         if const_expr(cfg.stages == 1):
             cute.arch.sync_threads()  # Q and dO are free
             if following.number < visits:
-                self.load_queries(tensors, Work.of(place.words), place, following)
-        self.add_dq(tensors, problem, Work.of(place.words), place, visit)
+                self.load_queries(tensors, Work.unpacked(smem.work), smem, following)
+        self.add_dq(tensors, problem, Work.unpacked(smem.work), smem, visit)
         return following
 
     @cute.jit
-    def score(self, problem: Problem, order: RowOrder, place: Place, visit: Visit):
+    def score(self, problem: Problem, order: RowOrder, smem: SmemAddresses, visit: Visit):
         """P and dS of this warp's keys and queries, into shared memory."""
         cfg, stage, span = self.cfg, self.stage(visit), self.cfg.span
         warps_k, warps_q = cfg.score_warps
@@ -442,8 +442,8 @@ class AmpereBackward:
         keys, queries = cfg.tile_n // warps_k, cfg.tile_m // warps_q
         key, query = warp // warps_q * keys, warp % warps_q * queries
         coordinates = Coordinates(key, opaque(lane), query)
-        of_keys = place.shared + key * 2 * span
-        of_queries = place.shared + stage * cfg.stage_bytes + query * 2 * span
+        of_keys = smem.shared + key * 2 * span
+        of_queries = smem.shared + stage * cfg.stage_bytes + query * 2 * span
 
         def multiply(acc, a: SharedTile, b: SharedTile, accumulate: bool):
             lanes_a = Lanes.of(of_keys, lane, span, across=False)
@@ -459,14 +459,14 @@ class AmpereBackward:
         if problem.cap_outer != 0.0:
             cap(scores, problem.cap_inner, problem.cap_outer)
         if visit.step < order.unmasked_begin or visit.step >= order.unmasked_end:
-            mask = Mask(Limits(place.limits), coordinates, Rows(1, 0, 0), cfg.tile_m)
+            mask = Mask(Limits(smem.limits), coordinates, PackedHeads(1, 0, 0), cfg.tile_m)
             mask.apply(scores, order.block(visit.step))
         capped = cute.make_rmem_tensor_like(acc_p)
         capped.store(acc_p.load())
-        lse, delta = (place.statistics[None, i, stage] for i in range(2))
+        lse, delta = (smem.statistics[None, i, stage] for i in range(2))
         p.to_probabilities(p.load_columns(lse), problem.scale_log2)
         packed.convert(acc_p)
-        self.store_scores(packed, self.p, place.shared, coordinates)
+        self.store_scores(packed, self.p, smem.shared, coordinates)
         if problem.cap_outer != 0.0:
             p.multiply_by_slope(capped, problem.cap_outer)
         Scores(acc_ds, packed, coordinates, queries).start_with(delta)
@@ -474,7 +474,7 @@ class AmpereBackward:
         for i in cutlass.range_constexpr(cute.size(acc_ds)):
             acc_ds[i] = acc_p[i] * acc_ds[i]
         packed.convert(acc_ds)
-        self.store_scores(packed, self.ds, place.shared, coordinates)
+        self.store_scores(packed, self.ds, smem.shared, coordinates)
 
     def store_scores(
         self, packed: PackedFragment, tile: SharedTile, shared: Int32, coordinates: Coordinates
@@ -504,15 +504,17 @@ class AmpereBackward:
         gemm(acc, SharedA(a, lanes_a), SharedB(b, lanes_b, True, parts), self.dtype, True)
 
     @cute.jit
-    def add_dq(self, tensors: Tensors, problem: Problem, work: Work, place: Place, visit: Visit):
+    def add_dq(
+        self, tensors: Tensors, problem: Problem, work: Work, smem: SmemAddresses, visit: Visit
+    ):
         """This warp's rows and columns of dQ = dS K, added to the workspace, in turns or not."""
         cfg, (rows, parts) = self.cfg, self.cfg.query_warps
         warp, lane = self.warp(), cute.arch.lane_idx()
         query = self.ds.first_column(warp // parts, rows)
         column = self.k.first_column(warp % parts, parts)
         acc = accumulator(cfg.tile_m // rows, cfg.head_dim // parts)
-        lanes_a = Lanes.of(place.shared, lane, self.ds.span, across=True, column=query)
-        lanes_b = Lanes.of(place.shared, lane, self.k.span, across=False, column=column)
+        lanes_a = Lanes.of(smem.shared, lane, self.ds.span, across=True, column=query)
+        lanes_b = Lanes.of(smem.shared, lane, self.k.span, across=False, column=column)
         a = SharedA(self.ds, lanes_a, True, rows)
         gemm(acc, a, SharedB(self.k, lanes_b, True, parts), self.dtype, accumulate=False)
         m_block = work.order.block(visit.step)
@@ -520,12 +522,12 @@ class AmpereBackward:
         block = (work.queries.batch, visit.head, row_block)
         start = tensors.dq[(*block, None)].iterator.toint()
         start += dq_bands.block_place(query, column, cfg.head_dim) + 4 * lane
-        thread, turns = cute.arch.thread_idx()[0], problem.turns
-        if turns.address != 0:
+        thread, semaphore = cute.arch.thread_idx()[0], problem.dq_semaphore
+        if semaphore.address != 0:
             if thread == 0:
-                visibility = self.visibility(problem, work.queries, work.keys)
-                earlier = BlockRange.of(visibility, m_block, cfg.tile_m, cfg.tile_n)
-                turns.wait(block, work.n_block - earlier.first)
+                mask_range = self.mask_range(problem, work.queries, work.keys)
+                earlier = BlockRange.of(mask_range, m_block, cfg.tile_m, cfg.tile_n)
+                semaphore.wait(block, work.n_block - earlier.first)
             cute.arch.sync_threads()
         (_, _, column_blocks), row_blocks, _ = acc.shape
         for m in cutlass.range_constexpr(row_blocks):
@@ -538,11 +540,11 @@ class AmpereBackward:
                 for i in cutlass.range_constexpr(4):
                     value = acc[4 * (m * column_blocks + n) + i]
                     dq_bands.add(start, constant + i * dq_bands.REGISTER_BYTES, value)
-        if turns.address != 0:
+        if semaphore.address != 0:
             cute.arch.fence_acq_rel_gpu()
             cute.arch.sync_threads()
             if thread == 0:
-                turns.give(block)
+                semaphore.signal(block)
 
     @cute.jit
     def store(

@@ -49,7 +49,7 @@ from hopper_attention.cute_kernels.ampere.mma import (
 from hopper_attention.cute_kernels.ampere.row_store import store_float32, store_rounded
 from hopper_attention.cute_kernels.ampere.shared_tile import Lanes, SharedTile, TileCopy
 from hopper_attention.cute_kernels.masks.apply import Mask
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
 from hopper_attention.cute_kernels.primitives.arguments import (
     ForwardCounts,
     ForwardOperands,
@@ -65,7 +65,7 @@ from hopper_attention.cute_kernels.primitives.fragments import (
 )
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, PackedHeads, Sequence
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import (
     DenseScheduler,
     Tile,
@@ -113,7 +113,7 @@ class Problem:
     cap_outer: Float32
     """0: there is no softcap."""
     window: tuple
-    """(left, right, chunk) of `Visibility`."""
+    """(left, right, chunk) of `MaskRange`."""
     sink: Int64
     """Address of a float32 score for each head, or 0."""
     output_type: Int32
@@ -130,13 +130,13 @@ class Work:
     keys: Sequence
     blocks: BlockRange
 
-    def words(self) -> list[Int32]:
+    def packed(self) -> list[Int32]:
         """To be kept in shared memory."""
         parts = (self.tile, self.queries, self.keys, self.blocks)
         return [self.number, *(Int32(value) for part in parts for value in vars(part).values())]
 
     @staticmethod
-    def of(words: cute.Tensor) -> "Work":
+    def unpacked(words: cute.Tensor) -> "Work":
         """Looked up again, and not kept in registers that the loops need."""
         number, *values = (words[i] for i in range(WORDS))
         return Work(
@@ -153,7 +153,7 @@ WORDS = 14
 
 @dataclass(frozen=True)
 class Limits:
-    """A `Visibility` of the tile's rows that was looked up before."""
+    """A `MaskRange` of the tile's rows that was looked up before."""
 
     limits: cute.Tensor
     """(tile_m, 2) in shared memory."""
@@ -181,15 +181,15 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Place:
+class SmemAddresses:
     """Addresses of the block in shared memory."""
 
     shared: Int32
     """Address of its beginning."""
     limits: cute.Tensor
     """(tile_m, 2): begin and end of what each row sees."""
-    words: cute.Tensor
-    """`Work.words`"""
+    work: cute.Tensor
+    """The block's `Work`, packed."""
 
 
 class AmpereForward:
@@ -276,13 +276,13 @@ class AmpereForward:
         notes = cute.recast_ptr(start + self.v.end, dtype=Int32)
         limits = cute.make_tensor(notes, cute.make_layout((cfg.tile_m, 2), stride=(2, 1)))
         words = cute.make_tensor(notes + 2 * cfg.tile_m, cute.make_layout(WORDS))
-        place = Place(Int32(start.toint()), limits, words)
+        smem = SmemAddresses(Int32(start.toint()), limits, words)
         number = cute.arch.block_idx()[0]
         while number < tiles:
             work = self.find_work(problem, number)
             if work.tile.m_block >= 0:
-                self.begin(tensors, problem, work, place)
-                number = self.attend(tensors, problem, place)
+                self.begin(tensors, problem, work, smem)
+                number = self.attend(tensors, problem, smem)
             number += cute.arch.grid_dim()[0]
 
     @cute.jit
@@ -299,67 +299,69 @@ class AmpereForward:
             tile = problem.dense.tile(number)
             m_block, head, batch = tile.m_block, tile.head, tile.batch
         queries, keys = problem.queries.of(batch), problem.keys.of(batch)
-        visibility = Visibility("local", queries.length, keys.length, *problem.window)
-        blocks = BlockRange.of(visibility, m_block, cfg.tile_m, cfg.tile_n, problem.group)
+        mask_range = MaskRange("local", queries.length, keys.length, *problem.window)
+        blocks = BlockRange.of(mask_range, m_block, cfg.tile_m, cfg.tile_n, problem.group)
         return Work(number, Tile(m_block, head, batch), queries, keys, blocks)
 
-    def rows(self, problem: Problem, tile: Tile) -> Rows:
-        return Rows(problem.group, tile.head * problem.packed.group, tile.m_block * self.cfg.tile_m)
+    def rows(self, problem: Problem, tile: Tile) -> PackedHeads:
+        return PackedHeads(
+            problem.group, tile.head * problem.packed.group, tile.m_block * self.cfg.tile_m
+        )
 
     @cute.jit
-    def begin(self, tensors: Tensors, problem: Problem, work: Work, place: Place):
+    def begin(self, tensors: Tensors, problem: Problem, work: Work, smem: SmemAddresses):
         """The first loads, and what is looked up later."""
         thread = cute.arch.thread_idx()[0]
         rows = self.rows(problem, work.tile)
         if thread == 0:
-            for i, word in enumerate(work.words()):
-                place.words[i] = word
-        visibility = Visibility("local", work.queries.length, work.keys.length, *problem.window)
+            for i, word in enumerate(work.packed()):
+                smem.work[i] = word
+        mask_range = MaskRange("local", work.queries.length, work.keys.length, *problem.window)
         if thread < self.cfg.tile_m:
             query = rows.position(thread)
-            place.limits[thread, 0] = visibility.begin(query)
-            place.limits[thread, 1] = visibility.end(query)
+            smem.limits[thread, 0] = mask_range.begin(query)
+            smem.limits[thread, 1] = mask_range.end(query)
         cute.arch.sync_threads()  # words and limits are there
         if work.blocks.end > work.blocks.first:
-            self.load_queries(tensors.q, work, rows, place.shared)
+            self.load_queries(tensors.q, work, rows, smem.shared)
             last = work.blocks.end - 1
-            k = self.stream(self.copy_k, tensors.k, problem, place, last)
-            self.load(self.copy_k, k, place, work.keys.length - last * self.cfg.tile_n)
+            k = self.stream(self.copy_k, tensors.k, problem, smem, last)
+            self.load(self.copy_k, k, smem, work.keys.length - last * self.cfg.tile_n)
             if tensors.v.shape[3] < self.cfg.head_dim_v:
                 # Zeros in the columns that are never loaded.  K has them from its first load.
-                v = self.stream(self.copy_v, tensors.v, problem, place, last)
-                self.load(self.copy_v, v, place, 0)
+                v = self.stream(self.copy_v, tensors.v, problem, smem, last)
+                self.load(self.copy_v, v, smem, 0)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def attend(self, tensors: Tensors, problem: Problem, place: Place):
+    def attend(self, tensors: Tensors, problem: Problem, smem: SmemAddresses):
         """One tile's keys, and what comes of them; the tile's number."""
         cfg = self.cfg
-        blocks = Work.of(place.words).blocks
+        blocks = Work.unpacked(smem.work).blocks
         softmax = OnlineSoftmax.create(cfg.warp_rows // 8, scale_log2=problem.scale_log2)
         acc_o = accumulator(cfg.warp_rows, cfg.head_dim_v)
         acc_o.fill(0.0)
-        step = partial(self.step, acc_o, softmax, problem, place)
+        step = partial(self.step, acc_o, softmax, problem, smem)
         n_block = blocks.end - 1
-        k = self.stream(self.copy_k, tensors.k, problem, place, n_block - 1)
-        v = self.stream(self.copy_v, tensors.v, problem, place, n_block)
+        k = self.stream(self.copy_k, tensors.k, problem, smem, n_block - 1)
+        v = self.stream(self.copy_v, tensors.v, problem, smem, n_block)
         for part in cutlass.range(2, unroll=1):
             # Masked blocks at the end and unmasked ones, then masked ones at the beginning.
             # Counted down to 0 in uniform registers: bounds to compare with would be spilled.
-            blocks = Work.of(place.words).blocks
+            blocks = Work.unpacked(smem.work).blocks
             masked_first = blocks.unmasked_end if part == 0 else blocks.first
             left = n_block + 1 - masked_first
             while left > 0:
                 k, v = step(k, v, n_block, True)
                 n_block -= 1
                 left -= 1
-            left = n_block + 1 - Work.of(place.words).blocks.unmasked_first
+            left = n_block + 1 - Work.unpacked(smem.work).blocks.unmasked_first
             while left > 0:
                 k, v = step(k, v, n_block, False)
                 n_block -= 1
                 left -= 1
 
-        work = Work.of(place.words)
+        work = Work.unpacked(smem.work)
         rows, coordinates = self.rows(problem, work.tile), self.coordinates()
         factors = softmax.finish(self.read_sinks(problem, rows, coordinates))
         scale_rows(rows_and_columns(acc_o), factors)
@@ -380,7 +382,7 @@ class AmpereForward:
         acc_o: cute.Tensor,
         softmax: OnlineSoftmax,
         problem: Problem,
-        place: Place,
+        smem: SmemAddresses,
         k: Stream,
         v: Stream,
         n_block: Int32,
@@ -390,25 +392,25 @@ class AmpereForward:
         cfg = self.cfg
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K is there, V is free
-        work = Work.of(place.words)
+        work = Work.unpacked(smem.work)
         keys = work.keys.length - n_block * cfg.tile_n if masked else None
-        v = self.load(self.copy_v, v, place, keys)
+        v = self.load(self.copy_v, v, smem, keys)
         cute.arch.cp_async_commit_group()
         acc_s = accumulator(cfg.warp_rows, cfg.tile_n)
         warp_rows = self.warp_row() * 2 * self.q.span
-        sQ = SharedA(self.q, self.lanes(place.shared + warp_rows, False))
-        sK = SharedB(self.k, self.lanes(place.shared, True), False)
+        sQ = SharedA(self.q, self.lanes(smem.shared + warp_rows, False))
+        sK = SharedB(self.k, self.lanes(smem.shared, True), False)
         gemm(acc_s, sQ, sK, self.dtype, accumulate=False)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # V is there, K is free
         if n_block > work.blocks.first:
-            k = self.load(self.copy_k, k, place, None)
+            k = self.load(self.copy_k, k, smem, None)
         cute.arch.cp_async_commit_group()
         scores = rows_and_columns(acc_s)
         if problem.cap_outer != 0.0:
             cap(scores, problem.cap_inner, problem.cap_outer)
         if const_expr(masked):
-            mask = Mask(Limits(place.limits), self.coordinates(), Rows(1, 0, 0), cfg.tile_n)
+            mask = Mask(Limits(smem.limits), self.coordinates(), PackedHeads(1, 0, 0), cfg.tile_n)
             mask.apply(scores, n_block)
         parts = (Part(range(cfg.tile_n // 4), problem.scale_log2),)
         maxima = softmax.maxima(scores, parts, masked)
@@ -420,7 +422,7 @@ class AmpereForward:
             scale_rows(rows_and_columns(acc_o), factors)
         p = PackedFragment.like(acc_s, self.dtype)
         p.convert(acc_s)
-        sV = SharedB(self.v, self.lanes(place.shared, False), True)
+        sV = SharedB(self.v, self.lanes(smem.shared, False), True)
         gemm(acc_o, PackedA(p), sV, self.dtype, accumulate=True)
         return k, v
 
@@ -428,10 +430,15 @@ class AmpereForward:
         return Lanes.of(shared, cute.arch.lane_idx(), self.q.span, across)
 
     def stream(
-        self, copy: TileCopy, tensor: cute.Tensor, problem: Problem, place: Place, n_block: Int32
+        self,
+        copy: TileCopy,
+        tensor: cute.Tensor,
+        problem: Problem,
+        smem: SmemAddresses,
+        n_block: Int32,
     ) -> Stream:
         """The stream of the tile's keys, from block `n_block` on, down."""
-        work, thread = Work.of(place.words), cute.arch.thread_idx()[0]
+        work, thread = Work.unpacked(smem.work), cute.arch.thread_idx()[0]
         row = work.keys.offset + n_block * copy.tile.rows + copy.row(thread, 0)
         line = tensor[work.keys.batch, row, work.tile.head // problem.tiles_per_kvhead, None]
         return Stream(
@@ -440,10 +447,10 @@ class AmpereForward:
             tensor.shape[3],
         )
 
-    def load(self, copy: TileCopy, stream: Stream, place: Place, keys: Any) -> Stream:
+    def load(self, copy: TileCopy, stream: Stream, smem: SmemAddresses, keys: Any) -> Stream:
         """A block; if `keys` is not None, zeros for those from that on.  Then the block before."""
         thread, source = cute.arch.thread_idx()[0], stream.source
-        shared, columns = place.shared + copy.place(thread), copy.columns(thread, stream.width)
+        shared, columns = smem.shared + copy.place(thread), copy.columns(thread, stream.width)
         # Before the loads: or else it is derived from the last row's address, kept until then.
         following = replace(stream, source=opaque(source - stream.row_bytes * copy.tile.rows))
         for step in range(copy.row_steps):
@@ -452,7 +459,7 @@ class AmpereForward:
             source = source + stream.row_bytes * copy.rows_at_once
         return following
 
-    def load_queries(self, mQ: cute.Tensor, work: Work, rows: Rows, shared: Int32) -> None:
+    def load_queries(self, mQ: cute.Tensor, work: Work, rows: PackedHeads, shared: Int32) -> None:
         """Zeros for rows and columns that do not exist."""
         copy, queries = self.copy_q, work.queries
         thread = cute.arch.thread_idx()[0]
@@ -466,7 +473,9 @@ class AmpereForward:
             copy.copy(place, step, source, columns, position < queries.length)
 
     @cute.jit
-    def read_sinks(self, problem: Problem, rows: Rows, coordinates: Coordinates) -> cute.Tensor:
+    def read_sinks(
+        self, problem: Problem, rows: PackedHeads, coordinates: Coordinates
+    ) -> cute.Tensor:
         """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
         count = self.cfg.warp_rows // 8
         sinks_log2 = cute.make_rmem_tensor((count,), Float32)
@@ -483,7 +492,7 @@ class AmpereForward:
         tensors: Tensors,
         problem: Problem,
         work: Work,
-        rows: Rows,
+        rows: PackedHeads,
         acc_o: cute.Tensor,
         lse: cute.Tensor,
         coordinates: Coordinates,

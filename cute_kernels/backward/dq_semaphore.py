@@ -7,7 +7,7 @@ from cutlass import Int32, Int64
 
 
 @dataclass(frozen=True)
-class Semaphore:
+class DqSemaphore:
     """One int32 for every (entry, head, block of rows), zero before the launch."""
 
     address: Int64
@@ -21,7 +21,7 @@ class Semaphore:
 
     @cute.jit
     def wait(self, place: tuple, turn: Int32):
-        """One thread waits until `turn` others have given theirs, whose writes are then visible."""
+        """One thread waits until `turn` others have signalled; their writes are then visible."""
         counter = self.counter(place)
         given = Int32(-1)
         while given != turn:
@@ -31,8 +31,8 @@ class Semaphore:
                 read_only_args=[counter],
             )
 
-    def give(self, place: tuple) -> None:
-        """One thread gives its turn, when its own writes are complete."""
+    def signal(self, place: tuple) -> None:
+        """One thread signals that its own writes are complete."""
         cute.arch.inline_ptx(
             "red.release.gpu.global.add.s32 [{$r0}], {$r1};",
             read_only_args=[self.counter(place), Int32(1)],

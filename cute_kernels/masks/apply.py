@@ -9,23 +9,23 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.primitives.arithmetic import maximum, minimum
-from hopper_attention.cute_kernels.scheduling.sequence import Rows
+from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads
 
 WORD = 32
-"""Columns whose visibility one word holds."""
+"""Columns of a row that one word of bits stands for."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Hides the keys that a sequence's `Visibility` hides, on the fragment of one thread.
+    """Hides the keys that a sequence's `MaskRange` hides, on the fragment of one thread.
 
-    Rows are queries and columns keys; with `Viewers` it is the other way round.
+    Rows are queries and columns keys; with `TransposedMaskRange` it is the other way round.
     """
 
-    visibility: Any
+    mask_range: Any
     coordinates: cute.Tensor
     """(rows, columns) -> (row, column) in the tile, of this thread's fragment."""
-    rows: Rows
+    rows: PackedHeads
     """Which query each of the tile's rows is."""
     tile_n: cutlass.Constexpr
 
@@ -40,15 +40,15 @@ class Mask:
         for i in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             query = self.rows.position(self.coordinates[i, 0][0])
             end, begin = Int32(columns), Int32(0)
-            if const_expr(self.visibility.bounds_end):
-                end = columns_below(self.visibility.end(query) - base)
-            if const_expr(self.visibility.bounds_begin):
-                begin = columns_below(self.visibility.begin(query) - base)
+            if const_expr(self.mask_range.bounds_end):
+                end = columns_below(self.mask_range.end(query) - base)
+            if const_expr(self.mask_range.bounds_begin):
+                begin = columns_below(self.mask_range.begin(query) - base)
             for start in cutlass.range_constexpr(0, columns, WORD):
                 seen = Int32(-1)
-                if const_expr(self.visibility.bounds_end):
+                if const_expr(self.mask_range.bounds_end):
                     seen = low_ones(columns_after(end, start))
-                if const_expr(self.visibility.bounds_begin):
+                if const_expr(self.mask_range.bounds_begin):
                     seen = seen & ~low_ones(columns_after(begin, start))
                 for j in cutlass.range_constexpr(start, min(start + WORD, columns)):
                     visible = (seen & (1 << (j - start))) != 0

@@ -18,7 +18,7 @@ from hopper_attention.cute_kernels.primitives.arithmetic import (
 
 
 @dataclass(frozen=True)
-class Visibility:
+class MaskRange:
     """The mask of one sequence.  Sides and chunk are read for `kind` "local" only."""
 
     kind: str
@@ -38,9 +38,9 @@ class Visibility:
         return self.kind == "local"
 
     @property
-    def viewers(self) -> "Viewers":
+    def transposed(self) -> "TransposedMaskRange":
         """This mask from the keys' side."""
-        return Viewers(self)
+        return TransposedMaskRange(self)
 
     def begin(self, row):
         """First key that query `row` sees."""
@@ -62,45 +62,45 @@ class Visibility:
 
 
 @dataclass(frozen=True)
-class Viewers:
-    """Which queries see a key: a `Visibility` transposed, again a contiguous range.
+class TransposedMaskRange:
+    """Which queries see a key: a `MaskRange` transposed, again a contiguous range.
 
     `end` does not know seqlen_q: rows behind the last query are no concern of the mask.
     """
 
-    visibility: Visibility
+    mask: MaskRange
 
     bounds_begin = True
 
     @property
     def bounds_end(self) -> bool:
-        return self.visibility.kind == "local"
+        return self.mask.kind == "local"
 
     def begin(self, key):
         """First query that sees `key`; UNBOUNDED for keys that do not exist."""
-        seen = self.visibility
-        return select(key < seen.seqlen_k, self._first_viewer(key), UNBOUNDED)
+        mask = self.mask
+        return select(key < mask.seqlen_k, self._first_viewer(key), UNBOUNDED)
 
     def _first_viewer(self, key):
-        seen = self.visibility
-        if seen.kind == "full":
+        mask = self.mask
+        if mask.kind == "full":
             return 0
-        aligned = key - (seen.seqlen_k - seen.seqlen_q)
-        if seen.kind == "causal":
+        aligned = key - (mask.seqlen_k - mask.seqlen_q)
+        if mask.kind == "causal":
             return aligned
         # Queries aligned in front of the first key share its chunk.
-        chunk = key // seen.chunk * seen.chunk
-        chunk_first = select(chunk > 0, chunk - (seen.seqlen_k - seen.seqlen_q), 0)
-        return maximum(aligned - seen.window_right, chunk_first)
+        chunk = key // mask.chunk * mask.chunk
+        chunk_first = select(chunk > 0, chunk - (mask.seqlen_k - mask.seqlen_q), 0)
+        return maximum(aligned - mask.window_right, chunk_first)
 
     def end(self, key):
         """One past the last query that sees `key`, if that is above `begin`."""
-        seen = self.visibility
-        if seen.kind != "local":
+        mask = self.mask
+        if mask.kind != "local":
             return UNBOUNDED
-        shift = seen.seqlen_k - seen.seqlen_q
-        chunk_end = (key // seen.chunk + 1) * seen.chunk
-        return minimum(key + seen.window_left + 1, chunk_end) - shift
+        shift = mask.seqlen_k - mask.seqlen_q
+        chunk_end = (key // mask.chunk + 1) * mask.chunk
+        return minimum(key + mask.window_left + 1, chunk_end) - shift
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ class BlockRange:
     unmasked_end: Any
 
     @staticmethod
-    def of(visibility: Visibility, m_block, tile_m: int, tile_n: int, group=1) -> "BlockRange":
+    def of(mask_range: MaskRange, m_block, tile_m: int, tile_n: int, group=1) -> "BlockRange":
         """For the rows [m_block * tile_m, (m_block + 1) * tile_m), `group` of them a query."""
         first_row = m_block * tile_m
         top = first_row // group
-        bottom = minimum((first_row + tile_m - 1) // group, visibility.seqlen_q - 1)
-        any_begin = maximum(visibility.begin(top), 0)
-        any_end = maximum(visibility.end(bottom), 0)
-        all_begin = maximum(visibility.begin(bottom), 0)
-        all_end = maximum(visibility.end(top), 0)
+        bottom = minimum((first_row + tile_m - 1) // group, mask_range.seqlen_q - 1)
+        any_begin = maximum(mask_range.begin(top), 0)
+        any_end = maximum(mask_range.end(bottom), 0)
+        all_begin = maximum(mask_range.begin(bottom), 0)
+        all_end = maximum(mask_range.end(top), 0)
         first = any_begin // tile_n
         end = maximum(ceil_div(any_end, tile_n), first)
         unmasked_end = clamp(all_end // tile_n, first, end)
@@ -129,19 +129,19 @@ class BlockRange:
         return BlockRange(first, end, unmasked_first, unmasked_end)
 
     @staticmethod
-    def of_viewers(viewers: Viewers, n_block, tile_n: int, tile_m: int) -> "BlockRange":
+    def of_keys(transposed: TransposedMaskRange, n_block, tile_n: int, tile_m: int) -> "BlockRange":
         """Query blocks, for the keys [n_block * tile_n, (n_block + 1) * tile_n) of the sequence.
 
         Pairs of blocks are the same as `of` has.  A block of which not all keys exist is masked
         throughout: their scores are 0, and their probabilities would not be.
         """
-        seqlen_q, seqlen_k = viewers.visibility.seqlen_q, viewers.visibility.seqlen_k
+        seqlen_q, seqlen_k = transposed.mask.seqlen_q, transposed.mask.seqlen_k
         top = n_block * tile_n
         bottom = minimum(top + tile_n, seqlen_k) - 1
-        any_begin = maximum(viewers.begin(top), 0)
-        any_end = clamp(viewers.end(bottom), 0, seqlen_q)
-        all_begin = maximum(viewers.begin(top + tile_n - 1), 0)
-        all_end = maximum(viewers.end(top), 0)
+        any_begin = maximum(transposed.begin(top), 0)
+        any_end = clamp(transposed.end(bottom), 0, seqlen_q)
+        all_begin = maximum(transposed.begin(top + tile_n - 1), 0)
+        all_end = maximum(transposed.end(top), 0)
         first = any_begin // tile_m
         end = maximum(ceil_div(any_end, tile_m), first)
         unmasked_end = clamp(all_end // tile_m, first, end)

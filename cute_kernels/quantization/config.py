@@ -32,7 +32,7 @@ class QuantizeConfig:
 
     dtype: str
     columns: int
-    arranged: bool
+    transposed: bool
     """True: in the layout of V that the FP8 forward kernel reads; false: as the rows lie."""
 
     def __post_init__(self) -> None:
@@ -45,15 +45,15 @@ class QuantizeConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        return 32 + (128 * self.columns if self.arranged else 0)
+        return 32 + (128 * self.columns if self.transposed else 0)
 
 
 @dataclass(frozen=True)
-class NarrowConfig:
+class E5m2ToE4m3Config:
     """e4m3 from e5m2, of heads of at most `columns` columns."""
 
     columns: int
-    arranged: bool
+    transposed: bool
     """Like `QuantizeConfig`'s."""
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class NarrowConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        return 32 + (128 * self.columns if self.arranged else 0)
+        return 32 + (128 * self.columns if self.transposed else 0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ColumnMeansConfig:
 
 
 @dataclass(frozen=True)
-class ArrangeConfig:
+class TransposeVConfig:
     """V^T from V in e4m3, any head dim."""
 
     by_columns: bool

@@ -18,8 +18,13 @@ from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, example
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, maximum
 from hopper_attention.cute_kernels.primitives.types import strided
-from hopper_attention.cute_kernels.quantization.config import NarrowConfig
-from hopper_attention.cute_kernels.quantization.rows import HALF, Rows, block_of, one_of_each_warp
+from hopper_attention.cute_kernels.quantization.config import E5m2ToE4m3Config
+from hopper_attention.cute_kernels.quantization.rows import (
+    HALF,
+    RegisterRows,
+    block_of,
+    one_of_each_warp,
+)
 from hopper_attention.cute_kernels.quantization.store import Divisor, Values
 from hopper_attention.cute_kernels.quantization.v_layout import Block
 from hopper_attention.cute_kernels.quantization.vectors import LANES
@@ -31,11 +36,11 @@ LEAST = -7
 """k."""
 
 
-class Narrow:
-    def __init__(self, config: NarrowConfig):
+class E5m2ToE4m3:
+    def __init__(self, config: E5m2ToE4m3Config):
         self.cfg = config
-        self.rows = Rows("e5m2", config.columns)
-        self.values = Values(config.columns, config.arranged)
+        self.rows = RegisterRows("e5m2", config.columns)
+        self.values = Values(config.columns, config.transposed)
 
     def example_arguments(self) -> tuple:
         shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
@@ -72,7 +77,7 @@ class Narrow:
         low = high = Float32(0.0)
         if block.rows > 0:
             values = self.rows.load(mX, block, thread)
-            low, high = self.rows.tops(values, block, mX.shape[3], of_warps, thread)
+            low, high = self.rows.amax(values, block, mX.shape[3], of_warps, thread)
             divisor = Divisor.of(self.factor(low, high, mFactors, block, thread))
             self.values.store(values, divisor, mValues, block, thread, allocator)
         else:

@@ -7,20 +7,20 @@ from hopper_attention.cute_kernels.instance import Instance
 from hopper_attention.cute_kernels.quantization.config import (
     QUANTIZE_COLUMNS,
     AbsMaxConfig,
-    ArrangeConfig,
     ColumnMeansConfig,
     ColumnSumsConfig,
-    NarrowConfig,
+    E5m2ToE4m3Config,
     QuantizeConfig,
+    TransposeVConfig,
 )
 
 
-def _quantize(dtype: str, columns: int, arranged: bool) -> Instance:
+def _quantize(dtype: str, columns: int, transposed: bool) -> Instance:
     return Instance(
-        name=f"quantize_{dtype}_d{columns}" + ("_arranged" if arranged else ""),
+        name=f"quantize_{dtype}_d{columns}" + ("_arranged" if transposed else ""),
         family="quantize",
         kernel="hopper_attention.cute_kernels.quantization.quantize:Quantize",
-        config=QuantizeConfig(dtype, columns, arranged),
+        config=QuantizeConfig(dtype, columns, transposed),
         claims=("LDG", "F2FP", "REDUX"),
         group="fp8",
     )
@@ -59,24 +59,24 @@ def _column_means() -> Instance:
     )
 
 
-def _narrow(columns: int, arranged: bool) -> Instance:
+def _e5m2_to_e4m3(columns: int, transposed: bool) -> Instance:
     return Instance(
-        name=f"narrow_d{columns}" + ("_arranged" if arranged else ""),
+        name=f"narrow_d{columns}" + ("_arranged" if transposed else ""),
         family="narrow",
-        kernel="hopper_attention.cute_kernels.quantization.e5m2_to_e4m3:Narrow",
-        config=NarrowConfig(columns, arranged),
+        kernel="hopper_attention.cute_kernels.quantization.e5m2_to_e4m3:E5m2ToE4m3",
+        config=E5m2ToE4m3Config(columns, transposed),
         claims=("LDG", "F2FP", "REDUX"),
         group="fp8",
     )
 
 
-def _arrange(by_columns: bool) -> Instance:
+def _transpose_v(by_columns: bool) -> Instance:
     kind = "Columns" if by_columns else "Rows"
     return Instance(
         name=f"arrange_{kind.lower()}",
         family="arrange",
         kernel=f"hopper_attention.cute_kernels.quantization.transpose_v:Arrange{kind}",
-        config=ArrangeConfig(by_columns),
+        config=TransposeVConfig(by_columns),
         claims=("LDG", "PRMT", "STG"),
         group="fp8",
     )
@@ -89,6 +89,6 @@ INSTANCES = (
     *(_column_sums(dtype) for dtype in DTYPES),
     _column_means(),
     # Heads of 64 take the next tile, at about 0.6 of a copy's speed.
-    *(_narrow(*which) for which in product((128, 256), (False, True))),
-    *(_arrange(by_columns) for by_columns in (False, True)),
+    *(_e5m2_to_e4m3(*which) for which in product((128, 256), (False, True))),
+    *(_transpose_v(by_columns) for by_columns in (False, True)),
 )

@@ -16,7 +16,7 @@ compare as integers), then of four or eight warps through shared memory.  AbsMax
 maximum of the bits into a table of zeros, which Quantize reads then.  NaN is greater than all, so
 NaN and infinity reach everything that shares their scale: dequantised it is NaN.
 
-Values are stored as x lies or, "arranged", as V's columns (store.py).
+Values are stored as x lies or, transposed for WGMMA (v_layout.py).
 
 What it costs beside the copy: docs/kernels/quantization.md.
 """
@@ -45,7 +45,7 @@ from hopper_attention.cute_kernels.quantization.rotary import Rotary, RotaryCoun
 from hopper_attention.cute_kernels.quantization.rows import (
     HALF,
     Preparation,
-    Rows,
+    RegisterRows,
     block_of,
     greater,
     one_of_each_warp,
@@ -62,13 +62,13 @@ class Scales:
 
     mDescale: cute.Tensor
     """(sequences, heads / group, blocks or 1), written for each."""
-    tops: Int64
+    amax: Int64
     """Address of the greatest magnitudes' bits, (sequences, heads / group), from AbsMax; or 0."""
-    tops_stride: Int32
+    amax_stride: Int32
     """From sequence to sequence."""
     block_rows: Int32
-    """64 or 128 rows have a scale, a power of two below their head's largest if `tops` is given; 0:
-    all rows share that of `tops`."""
+    """64 or 128 rows have a scale, a power of two below their head's largest if `amax` is given; 0:
+    all rows share that of `amax`."""
     group: Int32
     """Successive heads with one scale: one, if blocks have scales."""
 
@@ -79,10 +79,10 @@ class Scales:
         low, high: the greatest magnitudes of the block's halves.
         """
         of_group, shared = block.head, Float32(0.0)
-        if self.tops != 0:
+        if self.amax != 0:
             of_group = block.head // self.group
-            of_sequence = Int64(block.index) * self.tops_stride
-            shared = read(Float32, self.tops + 4 * (of_sequence + of_group), Int32(0))
+            of_sequence = Int64(block.index) * self.amax_stride
+            shared = read(Float32, self.amax + 4 * (of_sequence + of_group), Int32(0))
         top, place, writes = shared, Int32(0), block.number == 0 and thread == 0
         if self.block_rows > 0:
             top, place, writes = greater(low, high), block.number, thread == 0
@@ -92,8 +92,8 @@ class Scales:
                 place = 2 * block.number + half
                 writes = thread % (HALF // 2 * LANES) == 0 and place < self.mDescale.shape[2]
         descale = descale_of(top)
-        if self.block_rows > 0 and self.tops != 0:
-            descale = in_octaves(descale, descale_of(shared))
+        if self.block_rows > 0 and self.amax != 0:
+            descale = power_of_two_scale(descale, descale_of(shared))
         if writes:
             self.mDescale[block.index, of_group, place] = descale
         return descale
@@ -107,7 +107,7 @@ def descale_of(top: Float32) -> Float32:
     return Float32(LEAST_DESCALE) if descale < LEAST_DESCALE else descale
 
 
-def in_octaves(descale: Float32, largest: Float32) -> Float32:
+def power_of_two_scale(descale: Float32, largest: Float32) -> Float32:
     """The least that is not smaller and a power of two, at most OCTAVES, below the largest.
 
     The difference of the bits has that of the exponents in front, one less if mantissas borrow.
@@ -119,7 +119,7 @@ def in_octaves(descale: Float32, largest: Float32) -> Float32:
 class ScaleCounts(NamedTuple):
     """`Scales`' integers, as the kernel takes them."""
 
-    tops_stride: Int32
+    amax_stride: Int32
     block_rows: Int32
     group: Int32
 
@@ -142,8 +142,8 @@ def prepared(
 class Quantize:
     def __init__(self, config: QuantizeConfig):
         self.cfg = config
-        self.rows = Rows(config.dtype, config.columns)
-        self.values = Values(config.columns, config.arranged)
+        self.rows = RegisterRows(config.dtype, config.columns)
+        self.values = Values(config.columns, config.transposed)
 
     def example_arguments(self) -> tuple:
         shape, stride = [cute.sym_int32() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
@@ -158,7 +158,7 @@ class Quantize:
         x: cute.Tensor,
         values: cute.Tensor,
         descale: cute.Tensor,
-        tops: Int64,
+        amax: Int64,
         scales: ScaleCounts,
         tables: RotaryTables,
         rotary: RotaryCounts,
@@ -174,7 +174,7 @@ class Quantize:
         """
         preparation = prepared(tables, rotary, factors, rotation_size)
         lengths = Lengths(*addresses, x.shape[1])
-        scales = Scales(descale, tops, *scales)
+        scales = Scales(descale, amax, *scales)
         self.kernel(x, values, scales, preparation, lengths).launch(
             grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), descale.shape[0]],
             block=[self.cfg.threads, 1, 1],
@@ -198,7 +198,7 @@ class Quantize:
             values = self.rows.load(mX, block, thread)
             self.rows.prepare(values, mX, block, preparation, thread)
             if scales.block_rows > 0:
-                low, high = self.rows.tops(values, block, mX.shape[3], of_warps, thread)
+                low, high = self.rows.amax(values, block, mX.shape[3], of_warps, thread)
             divisor = Divisor.of(scales.descale(low, high, block, thread))
             self.values.store(values, divisor, mValues, block, thread, allocator)
         else:
@@ -208,18 +208,18 @@ class Quantize:
 class AbsMax:
     def __init__(self, config: AbsMaxConfig):
         self.cfg = config
-        self.rows = Rows(config.dtype, config.columns)
+        self.rows = RegisterRows(config.dtype, config.columns)
 
     def example_arguments(self) -> tuple:
         shape = tuple(cute.sym_int32() for _ in range(2))
-        tops = make_fake_tensor(Int32, shape, (cute.sym_int64(), cute.sym_int64()), assumed_align=4)
-        return (strided(self.rows.dtype, 4), tops, Int32(1), *example_rest())
+        amax = make_fake_tensor(Int32, shape, (cute.sym_int64(), cute.sym_int64()), assumed_align=4)
+        return (strided(self.rows.dtype, 4), amax, Int32(1), *example_rest())
 
     @cute.jit
     def __call__(
         self,
         x: cute.Tensor,
-        tops: cute.Tensor,
+        amax: cute.Tensor,
         group: Int32,
         tables: RotaryTables,
         rotary: RotaryCounts,
@@ -229,11 +229,11 @@ class AbsMax:
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """tops (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
+        """amax (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
         preparation = prepared(tables, rotary, factors, rotation_size)
         lengths = Lengths(*addresses, x.shape[1])
-        self.kernel(x, tops, group, preparation, lengths).launch(
-            grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), tops.shape[0]],
+        self.kernel(x, amax, group, preparation, lengths).launch(
+            grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), amax.shape[0]],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
         )
@@ -252,7 +252,7 @@ class AbsMax:
         if block.rows > 0:
             values = self.rows.load(mX, block, thread)
             self.rows.prepare(values, mX, block, preparation, thread)
-            low, high = self.rows.tops(values, block, mX.shape[3], of_warps, thread)
+            low, high = self.rows.amax(values, block, mX.shape[3], of_warps, thread)
             if thread == 0:
                 target = cute.domain_offset((block.index, block.head // group), mTops).iterator
                 cute.arch.inline_ptx(

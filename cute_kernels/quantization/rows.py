@@ -36,7 +36,7 @@ class Preparation:
     rotation: Rotation
 
 
-class Rows:
+class RegisterRows:
     """How the rows of one block lie in its threads."""
 
     def __init__(self, dtype: str, columns: int):
@@ -101,7 +101,7 @@ class Rows:
         return Int32(cute.arch.warp_redux_sync(top.bitcast(Int32), "max"))
 
     @cute.jit
-    def tops(
+    def amax(
         self,
         values: cute.Tensor,
         block: Block,

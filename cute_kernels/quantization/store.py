@@ -1,6 +1,6 @@
 """Rows in registers (rows.py), divided and cast to e4m3, to memory.
 
-As x lies; or "arranged", as V's columns, through shared memory (v_layout.py).
+As x lies; or transposed for WGMMA, through shared memory (v_layout.py).
 
 The quotient is an IEEE division's: q = x r with the rounded reciprocal r of the divisor d, then
 q - (q d - x) r (Markstein, IBM J. Res. Dev. 34, 1990); with these signs -0 stays -0.
@@ -45,12 +45,12 @@ class Divisor:
 class Values:
     """The place of one block's values."""
 
-    def __init__(self, columns: int, arranged: bool):
-        self.columns, self.arranged = columns, arranged
+    def __init__(self, columns: int, transposed: bool):
+        self.columns, self.transposed = columns, transposed
 
     def example_argument(self) -> cute.Tensor:
-        """(batch, row, head, column); arranged: v_layout.py."""
-        if self.arranged:
+        """(batch, row, head, column); transposed: v_layout.py."""
+        if self.transposed:
             return strided(FP8, 4)
         shape = (*(cute.sym_int32() for _ in range(3)), cute.sym_int32(divisibility=VECTOR))
         stride = (*(cute.sym_int64(divisibility=VECTOR) for _ in range(3)), 1)
@@ -66,7 +66,7 @@ class Values:
         thread: Int32,
         allocator: SmemAllocator,
     ):
-        if cutlass.const_expr(self.arranged):
+        if cutlass.const_expr(self.transposed):
             staging = Staging.allocate(allocator, self.columns)
             self.stage(values, divisor, staging, block, thread)
             cute.arch.sync_threads()

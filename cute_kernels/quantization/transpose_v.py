@@ -2,10 +2,10 @@
 
 A thread block of 256 threads has 128 keys of 64 columns of a head.
 
-ArrangeRows      V's rows lie together.  A thread loads 16 columns of two successive keys and
-                 stores them pair by pair to shared memory, where columns are put together.
-ArrangeColumns   V's columns do.  A thread permutes 16 keys of a column in registers.  Where packed
-                 sequences start between multiples of 16, it loads twice and shifts.
+TransposeRows      V's rows lie together.  A thread loads 16 columns of two successive keys and
+                   stores them pair by pair to shared memory, where columns are put together.
+TransposeColumns   V's columns do.  A thread permutes 16 keys of a column in registers.  Where
+                   packed sequences start between multiples of 16, it loads twice and shifts.
 """
 
 import cuda.bindings.driver as cuda
@@ -18,7 +18,7 @@ from hopper_attention.cute_kernels.primitives.arguments import RowAddresses, exa
 from hopper_attention.cute_kernels.primitives.arithmetic import ceil_div, minimum
 from hopper_attention.cute_kernels.primitives.instructions import permute_bytes
 from hopper_attention.cute_kernels.primitives.types import DTYPES, strided
-from hopper_attention.cute_kernels.quantization.config import ArrangeConfig
+from hopper_attention.cute_kernels.quantization.config import TransposeVConfig
 from hopper_attention.cute_kernels.quantization.v_layout import (
     CHUNKS,
     EIGHT,
@@ -49,8 +49,8 @@ def piece_of(lengths: Lengths, columns: Int32) -> tuple[Block, Int32]:
     return Block(index, lengths.of(index), x // pieces, number), x % pieces * COLUMNS
 
 
-class ArrangeRows:
-    def __init__(self, config: ArrangeConfig):
+class TransposeRows:
+    def __init__(self, config: TransposeVConfig):
         self.cfg = config
 
     def example_arguments(self) -> tuple:
@@ -111,8 +111,8 @@ class ArrangeRows:
                 slots[2 * i + 1] = Uint16(two >> 16)
 
 
-class ArrangeColumns:
-    def __init__(self, config: ArrangeConfig):
+class TransposeColumns:
+    def __init__(self, config: TransposeVConfig):
         self.cfg = config
 
     def example_arguments(self) -> tuple:
@@ -128,7 +128,7 @@ class ArrangeColumns:
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
-        """v (batch or 1, heads, columns, keys up to a multiple of 16); else as ArrangeRows.
+        """v (batch or 1, heads, columns, keys up to a multiple of 16); else as TransposeRows.
 
         Without `addresses`, the sequences' lengths are `max_seqlen`.
         """

@@ -56,7 +56,7 @@ class TileQueue:
                 self.slots[i, state.index] = words[i]
             self.pipe.producer_commit(state)
 
-    def words(self, state: pipeline.PipelineState) -> list[Int32]:
+    def read(self, state: pipeline.PipelineState) -> list[Int32]:
         """Consumers read the tile, between `pipe.consumer_wait` and `release`."""
         return [self.slots[i, state.index] for i in range(cute.size(self.slots, mode=[0]))]
 

@@ -4,7 +4,7 @@ After each block, for every row: row_max = max of the scores so far, row_sum = s
 exp2((score - row_max) * scale_log2 + headroom) over *this thread's* columns; the quad's four
 partial sums are added once, at the end.  FlashAttention-2 (arXiv 2307.08691), section 3.1.
 
-Where parts of a block have scales of their own, row_max is of the scaled scores.
+Where groups of a block have scales of their own, row_max is of the scaled scores.
 """
 
 import functools
@@ -59,7 +59,7 @@ def quad_max(value: Float32) -> Float32:
 
 
 @dataclass(frozen=True)
-class Part:
+class ScaleGroup:
     """Columns of a block whose scores share a scale."""
 
     columns: range
@@ -88,9 +88,9 @@ class OnlineSoftmax:
     row_sum: cute.Tensor
     """(rows,) float32 registers: this thread's share."""
     scale_log2: Any = None
-    """Common to all parts; None: not."""
+    """Common to all groups; None: not."""
     headroom: float = 0.0
-    """Headroom of parts whose weight is 1."""
+    """Headroom of groups whose weight is 1."""
     integer_maxima: bool = False
     """True: scores that are not masked are compared as integers, which is worth it on sm_90."""
 
@@ -107,20 +107,22 @@ class OnlineSoftmax:
         self.row_max.fill(LOWEST)
         self.row_sum.fill(0.0)
 
-    def maxima(self, scores: cute.Tensor, parts: tuple[Part, ...], masked: bool) -> cute.Tensor:
+    def maxima(
+        self, scores: cute.Tensor, groups: tuple[ScaleGroup, ...], masked: bool
+    ) -> cute.Tensor:
         """Maxima of this thread's columns of a block's scores (rows, columns), in row_max's unit.
 
-        `parts` are all of the columns.  Where they are `in_integers`, any negative number stands
+        `groups` are all of the columns.  Where they are `in_integers`, any negative number stands
         for the negative maximum until `raise_to` settles it.
         """
         found = cute.make_rmem_tensor_like(self.row_max)
         for row in range(cute.size(found)):
             if self.in_integers(masked):
-                tops = [top_unless_negative(scores, row, part.columns) for part in parts]
+                tops = [top_unless_negative(scores, row, group.columns) for group in groups]
             else:
-                tops = [reduce_row(scores, row, fmax, part.columns) for part in parts]
+                tops = [reduce_row(scores, row, fmax, group.columns) for group in groups]
             if self.scale_log2 is None:
-                tops = [top * part.scale_log2 for top, part in zip(tops, parts)]
+                tops = [top * group.scale_log2 for top, group in zip(tops, groups)]
             found[row] = functools.reduce(fmax, tops)
         return found
 
@@ -146,13 +148,13 @@ class OnlineSoftmax:
         return cute.arch.vote_any_sync(new)
 
     @cute.jit
-    def settle(self, maxima: cute.Tensor, scores: cute.Tensor, parts: cutlass.Constexpr):
+    def exact_maxima(self, maxima: cute.Tensor, scores: cute.Tensor, groups: cutlass.Constexpr):
         """Maxima that are negative, if there are any, as what they are."""
         negative = Boolean(False)
         for i in cutlass.range_constexpr(cute.size(maxima)):
             negative = negative | (maxima[i] < 0.0)
         if cute.arch.vote_any_sync(negative):
-            found = self.maxima(scores, parts, masked=True)
+            found = self.maxima(scores, groups, masked=True)
             for i in cutlass.range_constexpr(cute.size(maxima)):
                 maxima[i] = found[i]
 
@@ -162,12 +164,12 @@ class OnlineSoftmax:
         maxima: cute.Tensor,
         factors: cute.Tensor,
         scores: cute.Tensor,
-        parts: cutlass.Constexpr,
+        groups: cutlass.Constexpr,
         masked: cutlass.Constexpr,
     ):
         """factors (rows,) <- by what everything that was accumulated before must be multiplied."""
         if const_expr(self.in_integers(masked)):
-            self.settle(maxima, scores, parts)
+            self.exact_maxima(maxima, scores, groups)
         for i in cutlass.range_constexpr(cute.size(maxima)):
             row_max = quad_max(fmax(maxima[i], self.row_max[i]))
             factors[i] = cute.math.exp2(self.log2(self.row_max[i] - row_max), fastmath=True)
@@ -175,30 +177,34 @@ class OnlineSoftmax:
             self.row_max[i] = row_max
 
     @cute.jit
-    def exponentiate(self, scores: cute.Tensor, parts: cutlass.Constexpr, first: cutlass.Constexpr):
+    def exponentiate(
+        self, scores: cute.Tensor, groups: cutlass.Constexpr, first: cutlass.Constexpr
+    ):
         """scores <- exp2((scores - row_max) * scale + headroom), and the sums of rows.
 
-        `parts` are all of the columns; the `first` block's sums replace row_sum.
+        `groups` are all of the columns; the `first` block's sums replace row_sum.
         """
         for i in cutlass.range_constexpr(cute.size(self.row_max)):
             top = self.log2(self.row_max[i])
-            for part in parts:
-                shift = top if part.headroom is None else top - part.headroom
-                row_sum = self.exponentials(scores, i, part, shift)
-                if const_expr(part.weight is not None):
-                    row_sum = row_sum * part.weight
-                if const_expr(not first or part is not parts[0]):
+            for group in groups:
+                shift = top if group.headroom is None else top - group.headroom
+                row_sum = self.exponentials(scores, i, group, shift)
+                if const_expr(group.weight is not None):
+                    row_sum = row_sum * group.weight
+                if const_expr(not first or group is not groups[0]):
                     row_sum = self.row_sum[i] + row_sum
                 self.row_sum[i] = row_sum
 
-    def exponentials(self, scores: cute.Tensor, row: int, part: Part, shift: Float32) -> Float32:
+    def exponentials(
+        self, scores: cute.Tensor, row: int, group: ScaleGroup, shift: Float32
+    ) -> Float32:
         """scores <- exp2(scores * scale - shift) in a part of one row; their sum."""
-        for j in part.columns:
-            scores[row, j] = self.exponential(scores[row, j], part, shift)
-        return reduce_row(scores, row, add, part.columns)
+        for j in group.columns:
+            scores[row, j] = self.exponential(scores[row, j], group, shift)
+        return reduce_row(scores, row, add, group.columns)
 
-    def exponential(self, score: Float32, part: Part, shift: Float32) -> Float32:
-        return cute.math.exp2(score * part.scale_log2 - shift, fastmath=True)
+    def exponential(self, score: Float32, group: ScaleGroup, shift: Float32) -> Float32:
+        return cute.math.exp2(score * group.scale_log2 - shift, fastmath=True)
 
     def log2(self, score: Float32) -> Float32:
         """The base-2 logarithm of exp(score in row_max's unit)."""

@@ -14,9 +14,9 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_tensor
 from hopper_attention.cute_kernels.backward import workspace
-from hopper_attention.cute_kernels.backward.dq_semaphore import Semaphore
+from hopper_attention.cute_kernels.backward.dq_semaphore import DqSemaphore
 from hopper_attention.cute_kernels.backward.row_order import RowOrder
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
 from hopper_attention.cute_kernels.primitives.arguments import (
     BackwardOperands,
     SequenceAddresses,
@@ -34,29 +34,29 @@ from hopper_attention.hopper.backward.dq_tile import DqTile
 from hopper_attention.hopper.primitives.named_barriers import consumer_warpgroup
 from hopper_attention.hopper.primitives.row_store import RowStore, swizzle_atom, widest_span
 from hopper_attention.hopper.primitives.tma import load_row, load_stage, partition, permute
-from hopper_attention.hopper.primitives.zero_fill import clear_tail
+from hopper_attention.hopper.primitives.zero_fill import zero_fill_rows
 
 CONSUMERS = 2
 CONSUMER_THREADS = CONSUMERS * 128
 
 
-class TurnBarrier(IntEnum):
+class DqBarrier(IntEnum):
     """Named barriers of both kernels, behind their own.
 
     Between the warp that waits for turns in global memory and the consumers.  Each consumer has its
-    own TURN: the two of kernel_wide.py add dQ of a row block in different steps, and one that
+    own MAY_ADD: the two of kernel_wide.py add dQ of a row block in different steps, and one that
     waited for the other there could be waited for at another barrier of both.
     """
 
-    TURN = 4
-    """TURN + w: it is this block's turn to add to a block of dQ; consumer w may."""
-    OVER = TURN + CONSUMERS
+    MAY_ADD = 4
+    """MAY_ADD + w: it is this block's turn to add to a block of dQ; consumer w may."""
+    ADDED = MAY_ADD + CONSUMERS
     """Both consumers have added."""
 
 
-TURN_THREADS = 128 + 32
+MAY_ADD_THREADS = 128 + 32
 """A consumer and the warp that waits for turns."""
-OVER_THREADS = CONSUMER_THREADS + 32
+ADDED_THREADS = CONSUMER_THREADS + 32
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Problem:
     softcap: Any
     """(inner, outer) of `softmax.online.cap`, or None."""
     window: Any
-    """(left, right, chunk) of `Visibility`, or None where the mask is not local."""
-    turns: Semaphore
+    """(left, right, chunk) of `MaskRange`, or None where the mask is not local."""
+    dq_semaphore: DqSemaphore
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Work:
     head_kv: Int32
     queries: Sequence
     keys: Sequence
-    visibility: Visibility
+    mask_range: MaskRange
     order: RowOrder
     workspace_row: Int32
     """The workspace's row at which the sequence starts."""
@@ -139,7 +139,7 @@ class Launch:
     scheduler: Any
 
 
-class Parts:
+class BackwardHost:
     """Parts of a kernel with one configuration, BackwardConfig or WideBackwardConfig."""
 
     def __init__(self, config: Any):
@@ -211,9 +211,9 @@ class Parts:
         capped, scale = None, softmax_scale
         if cfg.softcap:
             capped, scale = (2.0 * LOG2_E * scale / softcap, softcap), Float32(1.0)
-        turns = Semaphore(dq_semaphore, heads, saved.dq.shape[2])
+        semaphore = DqSemaphore(dq_semaphore, heads, saved.dq.shape[2])
         problem = Problem(
-            queries, keys, group, softmax_scale, scale * LOG2_E, capped, window, turns
+            queries, keys, group, softmax_scale, scale * LOG2_E, capped, window, semaphore
         )
         return Launch(tma, saved, gradients, problem, scheduler)
 
@@ -298,8 +298,8 @@ class Parts:
             keys = Sequence(keys.batch, keys.offset, length)
             packed = problem.queries.cu_seqlens != 0
         window = problem.window if const_expr(cfg.mask == "local") else ()
-        visibility = Visibility(cfg.mask, queries.length, keys.length, *window)
-        blocks = BlockRange.of_viewers(visibility.viewers, n_block, cfg.tile_n, cfg.tile_m)
+        mask_range = MaskRange(cfg.mask, queries.length, keys.length, *window)
+        blocks = BlockRange.of_keys(mask_range.transposed, n_block, cfg.tile_n, cfg.tile_m)
         if const_expr(cfg.varlen):
             end = blocks.end if keys.length > 0 else blocks.first
             blocks = BlockRange(
@@ -311,12 +311,12 @@ class Parts:
             * (cfg.tile_n // cfg.tile_m)
             % maximum(blocks.unmasked_end - blocks.unmasked_first, 1)
         )
-        order = RowOrder(blocks, shift if problem.turns.address == 0 else Int32(0))
+        order = RowOrder(blocks, shift if problem.dq_semaphore.address == 0 else Int32(0))
         row = workspace.first_row(packed, queries, batch)
-        return Work(n_block, tile.head, queries, keys, visibility, order, row)
+        return Work(n_block, tile.head, queries, keys, mask_range, order, row)
 
     @cute.jit
-    def take_turns(self, problem: Problem, work: Work):
+    def order_dq_adds(self, problem: Problem, work: Work):
         """Second warp, where key blocks add to dQ in ascending order."""
         cfg, lane = self.cfg, cute.arch.lane_idx()
         first_block = work.workspace_row // cfg.tile_m
@@ -326,16 +326,16 @@ class Parts:
                 m_block = work.order.block(i)
                 place = (work.queries.batch, head, first_block + m_block)
                 if lane == 0:
-                    earlier = BlockRange.of(work.visibility, m_block, cfg.tile_m, cfg.tile_n)
-                    problem.turns.wait(place, work.n_block - earlier.first)
+                    earlier = BlockRange.of(work.mask_range, m_block, cfg.tile_m, cfg.tile_n)
+                    problem.dq_semaphore.wait(place, work.n_block - earlier.first)
                 cute.arch.sync_warp()
                 for consumer in cutlass.range_constexpr(CONSUMERS):
                     cute.arch.barrier_arrive(
-                        barrier_id=TurnBarrier.TURN + consumer, number_of_threads=TURN_THREADS
+                        barrier_id=DqBarrier.MAY_ADD + consumer, number_of_threads=MAY_ADD_THREADS
                     )
-                cute.arch.barrier(barrier_id=TurnBarrier.OVER, number_of_threads=OVER_THREADS)
+                cute.arch.barrier(barrier_id=DqBarrier.ADDED, number_of_threads=ADDED_THREADS)
                 if lane == 0:
-                    problem.turns.give(place)
+                    problem.dq_semaphore.signal(place)
 
     def address_of_dq(
         self, saved: Workspace, work: Work, head: Int32, m_block: Int32, index: Int32
@@ -348,15 +348,15 @@ class Parts:
     @cute.jit
     def add_dq(self, acc: cute.Tensor, address: Int64, problem: Problem):
         """Each consumer adds its part, from registers; in turns or not."""
-        if problem.turns.address != 0:
-            own = consumer_warpgroup() + TurnBarrier.TURN
-            cute.arch.barrier(barrier_id=own, number_of_threads=TURN_THREADS)
+        if problem.dq_semaphore.address != 0:
+            own = consumer_warpgroup() + DqBarrier.MAY_ADD
+            cute.arch.barrier(barrier_id=own, number_of_threads=MAY_ADD_THREADS)
         self.dq_tile.add(acc, address)
-        if problem.turns.address != 0:
+        if problem.dq_semaphore.address != 0:
             cute.arch.fence_acq_rel_gpu()
-            cute.arch.barrier_arrive(barrier_id=TurnBarrier.OVER, number_of_threads=OVER_THREADS)
+            cute.arch.barrier_arrive(barrier_id=DqBarrier.ADDED, number_of_threads=ADDED_THREADS)
 
-    def note_keys(self, note: cute.Tensor, work: Work) -> None:
+    def save_keys(self, note: cute.Tensor, work: Work) -> None:
         keys = work.keys
         values = (work.n_block, work.head_kv, keys.batch, keys.offset, keys.length)
         for i, value in enumerate(values):
@@ -425,6 +425,6 @@ class Parts:
         """Both consumers zero the rows from `valid` of a stage of the tile `name`."""
         rows, columns, _ = self.tile_shapes()[name]
         start = tile.iterator + stage * (rows * columns)
-        clear_tail(
+        zero_fill_rows(
             start, (rows, columns), self.spans[name], valid, thread, CONSUMER_THREADS, barrier
         )

@@ -24,7 +24,7 @@ Pipelines  name    stages    full                         empty
            Q       4         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
            dO      2         the same, with delta         8 arrivals: dV of the block is done
            dS      2         8 arrivals, one a warp       by itself: see below
-           turn    1         TURN + w, 128 + 32 threads   OVER, 256 + 32 threads
+           turn    1         MAY_ADD + w, 128 + 32 threads   ADDED, 256 + 32 threads
 
            A warp writes dS(i) over dS(i - 2) when it has waited for dQ(i - 1), which was issued
            when all had written dS(i - 1), hence waited for dQ(i - 2).
@@ -86,11 +86,11 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     pin,
     rows_and_columns,
 )
-from hopper_attention.cute_kernels.scheduling.sequence import Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads, Sequence
 from hopper_attention.hopper.backward.common import (
     CONSUMER_THREADS,
+    BackwardHost,
     Gradients,
-    Parts,
     Problem,
     Tma,
     Work,
@@ -107,7 +107,7 @@ PART = 64
 
 
 class Barrier(IntEnum):
-    """Named barriers of a block, beside `TurnBarrier`; 0 is __syncthreads."""
+    """Named barriers of a block, beside `DqBarrier`; 0 is __syncthreads."""
 
     CONSUMERS = 1
     """All consumer threads."""
@@ -188,12 +188,12 @@ class Backward:
 
     def __init__(self, config: BackwardConfig):
         self.cfg = config
-        self.parts = Parts(config)
-        self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
+        self.host = BackwardHost(config)
+        self.dtype, self.dq_tile = self.host.dtype, self.host.dq_tile
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        return self.parts.example_arguments()
+        return self.host.example_arguments()
 
     @cute.jit
     def __call__(
@@ -209,7 +209,7 @@ class Backward:
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        launch = self.parts.prepare(
+        launch = self.host.prepare(
             operands, Workspace(*statistics, dq_workspace), softmax_scale, softcap, window,
             addresses, num_sequences, dq_semaphore,
         )  # fmt: skip
@@ -235,23 +235,23 @@ class Backward:
         )
 
     def shared_storage(self):
-        parts, buffer = self.parts, self.parts.buffer
+        host, buffer = self.host, self.host.buffer
 
         @cute.struct
         class Storage:
-            q_barriers: parts.barriers("q")
-            do_barriers: parts.barriers("do")
-            k_barriers: parts.barriers("k")
-            v_barriers: parts.barriers("v")
+            q_barriers: host.barriers("q")
+            do_barriers: host.barriers("do")
+            k_barriers: host.barriers("k")
+            v_barriers: host.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
             lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
-            q: parts.tile("q")
-            do: parts.tile("do")
-            k: parts.tile("k")
-            v: parts.tile("v")
-            ds: parts.tile("ds")
+            q: host.tile("q")
+            do: host.tile("do")
+            k: host.tile("k")
+            v: host.tile("v")
+            ds: host.tile("ds")
 
         return Storage
 
@@ -274,31 +274,31 @@ class Backward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-        work = self.parts.find_work(problem, scheduler)
+        work = self.host.find_work(problem, scheduler)
         if warp_index == 0:
-            self.parts.note_keys(tiles.keys, work)
+            self.host.save_keys(tiles.keys, work)
         pipelines = self.make_pipelines(storage, warp_index)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
                 if work.order.count > 0:
-                    self.parts.load(tma, tiles, pipelines, problem, saved, work)
+                    self.host.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
-                if problem.turns.address != 0:
-                    self.parts.take_turns(problem, work)
+                if problem.dq_semaphore.address != 0:
+                    self.host.order_dq_adds(problem, work)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             self.consume(mmas, tiles, pipelines, problem, saved, work, gradients)
 
     def make_tiles(self, storage) -> Tiles:
-        layout = self.parts.shared_layouts()["ds"]
+        layout = self.host.shared_layouts()["ds"]
         ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
-        return Tiles(**self.parts.input_tiles(storage), ds=ds)
+        return Tiles(**self.host.input_tiles(storage), ds=ds)
 
     def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
         ds = storage.ds_barriers.data_ptr()
         self.initialise(ds, warp_index)
-        return Pipelines(**self.parts.input_pipelines(storage), ds=ds)
+        return Pipelines(**self.host.input_pipelines(storage), ds=ds)
 
     @cute.jit
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
@@ -326,7 +326,7 @@ class Backward:
             acc.fill(0.0)
             pin(acc)  # else the zeros are moved behind the fence of the first WGMMA
         if work.order.count > 0:
-            self.differentiate(mmas, tiles, pipelines, problem, saved, work, fragments, thread)
+            self.mainloop(mmas, tiles, pipelines, problem, saved, work, fragments, thread)
         for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
             fragments.acc_dk[i] = fragments.acc_dk[i] * problem.scale
         # Not the index from above: nothing derived from it shall occupy registers in the main loop.
@@ -334,12 +334,12 @@ class Backward:
         place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
         # dV where the same 16 rows of V were: only this warp read them.
         sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
-        self.parts.store_dv.store(
+        self.host.store_dv.store(
             fragments.acc_dv, mmas.dv, sV, gradients.tma_dv, gradients.dv, place, index, cfg.varlen
         )
         # dK where K was, which both warpgroups read for dQ.
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
-        self.parts.store_dk.store(
+        self.host.store_dk.store(
             fragments.acc_dk, mmas.dk, sK, gradients.tma_dk, gradients.dk, place, index, cfg.varlen
         )
 
@@ -382,7 +382,7 @@ class Backward:
         )
 
     @cute.jit
-    def differentiate(
+    def mainloop(
         self,
         mmas: Mmas,
         tiles: Tiles,
@@ -396,8 +396,10 @@ class Backward:
         """All row blocks of all heads of the group; dK (unscaled) and dV are complete after it."""
         cfg, order = self.cfg, work.order
         first_key = work.n_block * cfg.tile_n
-        mask = Mask(work.visibility.viewers, thread.coordinates, Rows(1, 0, first_key), cfg.tile_m)
-        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        mask = Mask(
+            work.mask_range.transposed, thread.coordinates, PackedHeads(1, 0, first_key), cfg.tile_m
+        )
+        clear = partial(self.host.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
         once = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         pipelines.k.consumer_wait(once)
         if const_expr(cfg.varlen):
@@ -451,7 +453,7 @@ class Backward:
         cfg, fr, state = self.cfg, fragments, stage_of(number)
         q_state, q_before = (stage_of(n, cfg.q_stages) for n in (number, number - 1))
         acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
-        clear = partial(self.parts.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        clear = partial(self.host.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
         rows, m_block = None, work.order.block(i)
         if const_expr(cfg.varlen):
             rows = work.queries.length - m_block * cfg.tile_m
@@ -571,8 +573,8 @@ class Backward:
         """This warpgroup's part of a row block's dQ."""
         # Worked out only now, from the thread's index anew: it would occupy registers in the loop.
         index = opaque(cute.arch.thread_idx()[0]) & 127
-        address = self.parts.address_of_dq(saved, work, *place, index)
-        self.parts.add_dq(acc, address, problem)
+        address = self.host.address_of_dq(saved, work, *place, index)
+        self.host.add_dq(acc, address, problem)
 
     @cute.jit
     def finish(

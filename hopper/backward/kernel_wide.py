@@ -20,7 +20,7 @@ Pipelines  name  stages  full                         empty
            P     1       barrier P_FULL, 256 threads  barrier P_EMPTY, 256 threads
            dS    2       4 arrivals, "keys"           by itself: "values" gives P(i + 1) when it
                                                       has waited for dQ(i - 1)
-           turn  1       TURN + w, 128 + 32 threads   OVER, 256 + 32 threads
+           turn  1       MAY_ADD + w, 128 + 32 threads   ADDED, 256 + 32 threads
 
 Timeline   of row block i ("|" where it waits):
 
@@ -64,11 +64,11 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     pin,
     rows_and_columns,
 )
-from hopper_attention.cute_kernels.scheduling.sequence import Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads, Sequence
 from hopper_attention.hopper.backward.common import (
     CONSUMER_THREADS,
+    BackwardHost,
     Gradients,
-    Parts,
     Problem,
     Tma,
     Work,
@@ -82,7 +82,7 @@ from hopper_attention.hopper.primitives.tma import permute
 
 
 class Barrier(IntEnum):
-    """Named barriers of a block, beside `TurnBarrier`; 0 is __syncthreads."""
+    """Named barriers of a block, beside `DqBarrier`; 0 is __syncthreads."""
 
     CONSUMERS = 1
     P_FULL = 2
@@ -152,12 +152,12 @@ class BackwardWide:
 
     def __init__(self, config: WideBackwardConfig):
         self.cfg = config
-        self.parts = Parts(config)
-        self.dtype, self.dq_tile = self.parts.dtype, self.parts.dq_tile
+        self.host = BackwardHost(config)
+        self.dtype, self.dq_tile = self.host.dtype, self.host.dq_tile
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        return self.parts.example_arguments()
+        return self.host.example_arguments()
 
     @cute.jit
     def __call__(
@@ -173,7 +173,7 @@ class BackwardWide:
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        launch = self.parts.prepare(
+        launch = self.host.prepare(
             operands, Workspace(*statistics, dq_workspace), softmax_scale, softcap, window,
             addresses, num_sequences, dq_semaphore,
         )  # fmt: skip
@@ -198,23 +198,23 @@ class BackwardWide:
         )
 
     def shared_storage(self):
-        parts, buffer = self.parts, self.parts.buffer
+        host, buffer = self.host, self.host.buffer
 
         @cute.struct
         class Storage:
-            q_barriers: parts.barriers("q")
-            do_barriers: parts.barriers("do")
-            k_barriers: parts.barriers("k")
-            v_barriers: parts.barriers("v")
+            q_barriers: host.barriers("q")
+            do_barriers: host.barriers("do")
+            k_barriers: host.barriers("k")
+            v_barriers: host.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
             lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
-            q: parts.tile("q")
-            do: parts.tile("do")
-            k: parts.tile("k")
-            v: parts.tile("v")
-            ds: parts.tile("ds")
+            q: host.tile("q")
+            do: host.tile("do")
+            k: host.tile("k")
+            v: host.tile("v")
+            ds: host.tile("ds")
             p: buffer(Float32, self.cfg.tile_n * self.cfg.tile_m)
 
         return Storage
@@ -233,27 +233,27 @@ class BackwardWide:
         storage_type = self.shared_storage()
         assert storage_type.__sizeof__() == cfg.shared_memory_bytes, storage_type.__sizeof__()
         storage = SmemAllocator().allocate(storage_type)
-        layout = self.parts.shared_layouts()["ds"]
+        layout = self.host.shared_layouts()["ds"]
         ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
-        tiles = Tiles(**self.parts.input_tiles(storage), ds=ds, p=storage.p.data_ptr())
+        tiles = Tiles(**self.host.input_tiles(storage), ds=ds, p=storage.p.data_ptr())
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        work = self.parts.find_work(problem, scheduler)
+        work = self.host.find_work(problem, scheduler)
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-            self.parts.note_keys(tiles.keys, work)
+            self.host.save_keys(tiles.keys, work)
         self.initialise(storage.ds_barriers.data_ptr(), warp_index)
         pipelines = Pipelines(
-            **self.parts.input_pipelines(storage), ds=storage.ds_barriers.data_ptr()
+            **self.host.input_pipelines(storage), ds=storage.ds_barriers.data_ptr()
         )
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
                 if work.order.count > 0:
-                    self.parts.load(tma, tiles, pipelines, problem, saved, work)
+                    self.host.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
-                if problem.turns.address != 0:
-                    self.parts.take_turns(problem, work)
+                if problem.dq_semaphore.address != 0:
+                    self.host.order_dq_adds(problem, work)
         elif warp_index < 8:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             self.consume_values(mmas, tiles, pipelines, problem, saved, work, gradients)
@@ -288,16 +288,16 @@ class BackwardWide:
             pipelines.k.consumer_wait(once)
             step = partial(self.step_values, mmas, tiles, pipelines, problem, saved, work, consumer)
             first_key = work.n_block * self.cfg.tile_n
-            viewers, coordinates = work.visibility.viewers, consumer.coordinates
-            mask = Mask(viewers, coordinates, Rows(1, 0, first_key), self.cfg.tile_m)
-            number, address = self.walk(step, problem, work, mask)
+            mask_range, coordinates = work.mask_range.transposed, consumer.coordinates
+            mask = Mask(mask_range, coordinates, PackedHeads(1, 0, first_key), self.cfg.tile_m)
+            number, address = self.for_each_row_block(step, problem, work, mask)
             self.add_dq(pipelines, problem, consumer, stage_of(number), address)
             warpgroup.wait_group(0)
             pin(consumer.acc)
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
         index, note = opaque(index), tiles.keys
         place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
-        self.parts.store_dv.store(
+        self.host.store_dv.store(
             consumer.acc, mmas.dv, tiles.v[None, None, 0], gradients.tma_dv, gradients.dv, place,
             index, self.cfg.varlen,
         )  # fmt: skip
@@ -322,7 +322,7 @@ class BackwardWide:
             once = self.prepare_keys(tiles, pipelines, work, index + 128)
             pipelines.v.consumer_wait(once)
             step = partial(self.step_keys, mmas, tiles, pipelines, problem, saved, work, consumer)
-            self.walk(step, problem, work, None)
+            self.for_each_row_block(step, problem, work, None)
             warpgroup.wait_group(0)
             pin(consumer.acc)
         for i in cutlass.range_constexpr(cute.size(consumer.acc)):
@@ -330,7 +330,7 @@ class BackwardWide:
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
         index, note = opaque(index), tiles.keys
         place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
-        self.parts.store_dk.store(
+        self.host.store_dk.store(
             consumer.acc, mmas.dk, tiles.k[None, None, 0], gradients.tma_dk, gradients.dk, place,
             index, self.cfg.varlen,
         )  # fmt: skip
@@ -369,11 +369,11 @@ class BackwardWide:
             pipelines.v.consumer_wait(once)
             valid = work.keys.length - work.n_block * self.cfg.tile_n
             for tile, name in ((tiles.k, "k"), (tiles.v, "v")):
-                self.parts.clear(tile, name, 0, valid, index, Barrier.CONSUMERS)
+                self.host.clear(tile, name, 0, valid, index, Barrier.CONSUMERS)
         return once
 
     @cute.jit
-    def walk(self, step, problem: Problem, work: Work, mask: Optional[Mask]):
+    def for_each_row_block(self, step, problem: Problem, work: Work, mask: Optional[Mask]):
         """`step` for all row blocks of all heads; returns the number and dQ address of the last.
 
         Both kinds of step get the same, `step_keys` without use for the address before or a mask.
@@ -411,7 +411,7 @@ class BackwardWide:
             pipelines.q.consumer_wait(state)
             pipelines.do.consumer_wait(state)
             for tile, name in ((tiles.q, "q"), (tiles.do, "do")):
-                self.parts.clear(tile, name, state.index, valid, index, Barrier.CONSUMERS)
+                self.host.clear(tile, name, state.index, valid, index, Barrier.CONSUMERS)
 
     @cute.jit
     def step_values(
@@ -457,7 +457,7 @@ class BackwardWide:
             self.add_dq(pipelines, problem, consumer, before, address_before)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
-        return self.parts.address_of_dq(saved, work, head, m_block, consumer.index)
+        return self.host.address_of_dq(saved, work, head, m_block, consumer.index)
 
     @cute.jit
     def step_keys(
@@ -500,7 +500,7 @@ class BackwardWide:
             acc[j] = acc[j] * p[j]
         consumer.packed.convert(acc)
         self.store_ds(mmas, tiles, pipelines, consumer, state)
-        address = self.parts.address_of_dq(saved, work, head, m_block, consumer.index)
+        address = self.host.address_of_dq(saved, work, head, m_block, consumer.index)
         pipelines.q.consumer_wait(state)
         self.add_dq(pipelines, problem, consumer, state, address, with_gradient=True)
         if const_expr(not self.cfg.gradient_stays_under_way):
@@ -553,4 +553,4 @@ class BackwardWide:
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        self.parts.add_dq(acc, address, problem)
+        self.host.add_dq(acc, address, problem)

@@ -38,7 +38,7 @@ class ForwardConfig:
     """Bytes of an element of Q, K, V; O has two."""
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
-    turns: ClassVar[bool] = True
+    ping_pong: ClassVar[bool] = True
     """True if consumers take turns with issuing their GEMMs."""
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class ForwardFp8Config(ForwardConfig):
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
     scale_bytes: ClassVar[int] = 16
-    turns: ClassVar[bool] = False
+    ping_pong: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +131,7 @@ class ForwardFp8Config(ForwardConfig):
         return False
 
     @property
-    def in_halves(self) -> tuple[int, ...]:
+    def f16x2_columns(self) -> tuple[int, ...]:
         """Groups of four of a thread's columns with exponentials in half precision: each second.
 
         None with wide heads, of which the GEMMs take longer than all that MUFU has to do.

@@ -59,7 +59,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.masks.apply import Mask
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, Visibility
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
 from hopper_attention.cute_kernels.primitives.arguments import (
     ForwardCounts,
     ForwardOperands,
@@ -77,14 +77,19 @@ from hopper_attention.cute_kernels.primitives.fragments import (
 )
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.scheduling.sequence import EqualLengths, Lengths, Rows, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import (
+    EqualLengths,
+    Lengths,
+    PackedHeads,
+    Sequence,
+)
 from hopper_attention.cute_kernels.scheduling.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
 from hopper_attention.cute_kernels.softmax.online import (
     LOG2_E,
     OnlineSoftmax,
-    Part,
+    ScaleGroup,
     cap,
     scale_rows,
 )
@@ -106,13 +111,13 @@ from hopper_attention.hopper.forward.roles import (
 )
 from hopper_attention.hopper.primitives import wgmma
 from hopper_attention.hopper.primitives.named_barriers import (
-    Barrier,
-    GemmTurns,
-    NoTurns,
+    NamedBarrier,
+    NoPingPong,
+    PingPong,
     consumer_warpgroup,
 )
 from hopper_attention.hopper.primitives.tma import load_stage, partition, permute
-from hopper_attention.hopper.primitives.zero_fill import clear_tail
+from hopper_attention.hopper.primitives.zero_fill import zero_fill_rows
 
 GATHERS = 4
 """Loads of 16 bytes a thread that are under way at the same time where TMA cannot load Q."""
@@ -297,11 +302,11 @@ class Forward:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             v_start = storage.v.data_ptr()
-            turns = GemmTurns.start(cfg.warpgroups) if cfg.turns else NoTurns()
-            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, turns)
+            ping_pong = PingPong.start(cfg.warpgroups) if cfg.ping_pong else NoPingPong()
+            self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, ping_pong)
 
-    # What the kernel for FP8 does otherwise, here and below: issue_pv, finish_pv, rescale,
-    # clear_tail.
+    # What the kernel for FP8 does otherwise, here and below: issue_pv, wait_pv, rescale,
+    # zero_fill_rows.
 
     def statistics(self, problem: Problem) -> OnlineSoftmax:
         return OnlineSoftmax.create(2, scale_log2=problem.scale_log2, integer_maxima=True)
@@ -318,15 +323,15 @@ class Forward:
         """Load what comes to shared memory beside a block of K, in the same stage."""
 
     def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Any:
-        """The scales of a tile that `parts` takes; None without FP8."""
+        """The scales of a tile that `groups` takes; None without FP8."""
 
     def read_scales(self, scales: Any, stage: Int32, n_block: Int32) -> Any:
         """The scales of a key block in a stage of K; None without FP8."""
 
-    def parts(self, problem: Problem, scales: Any, of_block: Any) -> tuple[Part, ...]:
+    def scale_groups(self, problem: Problem, scales: Any, of_block: Any) -> tuple[ScaleGroup, ...]:
         """Parts of a key block that are scaled alike; `of_block`: from `read_scales`."""
         inner = problem.softcap[0] if self.cfg.softcap else None
-        return (Part(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
+        return (ScaleGroup(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
 
     def values_offset(self, problem: Problem, work: Work) -> Int32:
         """V's column of a sequence's first key."""
@@ -348,23 +353,23 @@ class Forward:
             # A number left over: no rows.
             rows = queries.length if tile.batch < scheduler.batch else Int32(0)
             queries = Sequence(queries.batch, queries.offset, rows)
-        visibility = self.visibility(problem, queries, keys)
+        mask_range = self.mask_range(problem, queries, keys)
         group = self.group(problem)
-        blocks = BlockRange.of(visibility, tile.m_block, cfg.tile_m, cfg.tile_n, group)
+        blocks = BlockRange.of(mask_range, tile.m_block, cfg.tile_m, cfg.tile_n, group)
         if const_expr(cfg.varlen):
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
-        rows = Rows(group, tile.head * group, tile.m_block * cfg.tile_m)
+        rows = PackedHeads(group, tile.head * group, tile.m_block * cfg.tile_m)
         return Work(tile, queries, keys, blocks, rows)
 
-    def visibility(self, problem: Problem, queries: Sequence, keys: Sequence) -> Visibility:
+    def mask_range(self, problem: Problem, queries: Sequence, keys: Sequence) -> MaskRange:
         window = problem.window if self.cfg.mask == "local" else ()
-        return Visibility(self.cfg.mask, queries.length, keys.length, *window)
+        return MaskRange(self.cfg.mask, queries.length, keys.length, *window)
 
     def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
         """Consumers read the work of their tile number `count`: what the producer has found."""
-        words = queue.words(state_after(count, TILE_STAGES))
-        work = Work.of(words, self.group(problem), self.cfg.tile_m)
+        words = queue.read(state_after(count, TILE_STAGES))
+        work = Work.unpacked(words, self.group(problem), self.cfg.tile_m)
         if self.cfg.mask == "local":
             return work
         first = Int32(0)  # known, it needs no register
@@ -435,7 +440,7 @@ class Forward:
         while number < scheduler.tiles:
             following = pipelines.tiles.take()
             work = self.find_work(problem, scheduler, number)
-            pipelines.tiles.publish(tile_state, work.words())
+            pipelines.tiles.publish(tile_state, work.packed())
             q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             tile_state.advance()
             number = following
@@ -506,7 +511,7 @@ class Forward:
         pipelines: Pipelines,
         problem: Problem,
         v_start: cute.Pointer,
-        turns: GemmTurns | NoTurns,
+        ping_pong: PingPong | NoPingPong,
     ):
         """Consumer warpgroup: 64 rows of S, softmax and O, tile after tile."""
         cfg = self.cfg
@@ -531,7 +536,7 @@ class Forward:
         queue, count = pipelines.tiles, Int32(0)
         late = Boolean(False)  # whether the Q of the tile before is still to be released
         queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
-        while queue.words(state_after(count, TILE_STAGES))[0] != NO_MORE:
+        while queue.read(state_after(count, TILE_STAGES))[0] != NO_MORE:
             q_state = state_after(count, cfg.q_stages)
             work = self.current_work(problem, queue, count)
             softmax.reset()
@@ -545,7 +550,7 @@ class Forward:
                 pipelines.q.consumer_wait(q_state)
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
-                    mmas, fragments, tiles, pipelines, softmax, turns, problem, work, v_start,
+                    mmas, fragments, tiles, pipelines, softmax, ping_pong, problem, work, v_start,
                     count, k_state, late,
                 )  # fmt: skip
             else:
@@ -582,7 +587,7 @@ class Forward:
         tiles: Tiles,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: GemmTurns | NoTurns,
+        ping_pong: PingPong | NoPingPong,
         problem: Problem,
         work: Work,
         v_start: cute.Pointer,
@@ -598,9 +603,9 @@ class Forward:
         cfg, blocks, acc_s, acc_o = self.cfg, work.blocks, fragments.acc_s, fragments.acc_o
         v_state = k_state.clone()  # one block behind: V uses the stage that K used before
         q_block = fragments.q.stage(state_after(count, cfg.q_stages).index)
-        visibility = self.visibility(problem, work.queries, work.keys)
+        mask_range = self.mask_range(problem, work.queries, work.keys)
         coordinates = coordinates_of(mmas.qk, (cfg.tile_m, cfg.tile_n))
-        mask = Mask(visibility, coordinates, work.rows, cfg.tile_n)
+        mask = Mask(mask_range, coordinates, work.rows, cfg.tile_n)
 
         last = blocks.end - 1
         scales = self.scales(tiles, problem, work)
@@ -612,17 +617,19 @@ class Forward:
         of_block = self.read_scales(scales, k_state.index, last)
         warpgroup.wait_group(0)
         pin(acc_s)
-        parts = self.parts(problem, scales, of_block)
+        groups = self.scale_groups(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
-        scores = self.masked_scores(acc_s, problem, parts, mask, last)
-        softmax.begin(softmax.maxima(scores, parts, masked=True))
+        scores = self.masked_scores(acc_s, problem, groups, mask, last)
+        softmax.begin(softmax.maxima(scores, groups, masked=True))
         k_state.advance()
-        softmax.exponentiate(scores, parts, first=True)
+        softmax.exponentiate(scores, groups, first=True)
         fragments.p.convert(acc_s)
         if const_expr(cfg.varlen):
-            self.clear_tail(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
+            self.zero_fill_rows(pipelines.v, v_state, v_start, work.keys.length - last * cfg.tile_n)
 
-        step = partial(self.step, fragments, q_block, pipelines, softmax, turns, problem, scales)
+        step = partial(
+            self.step, fragments, q_block, pipelines, softmax, ping_pong, problem, scales
+        )
         unmasked_end = minimum(blocks.unmasked_end, last)
         unmasked_first = minimum(blocks.unmasked_first, last)
         if const_expr(cfg.mask != "full"):
@@ -639,7 +646,7 @@ class Forward:
         self.issue_pv(fragments, fragments.v.stage(v_state.index), problem, blocks.first)
         work = self.current_work(problem, pipelines.tiles, count)
         factors = softmax.finish(self.read_sinks(mmas, problem, work))
-        self.finish_pv(fragments, problem, Int32(0))
+        self.wait_pv(fragments, problem, Int32(0))
         pipelines.v.consumer_release(v_state)
         self.descale_output(factors, problem, work)
         scale_rows(rows_and_columns(acc_o), factors)
@@ -652,7 +659,7 @@ class Forward:
         q_block: cute.Tensor,
         pipelines: Pipelines,
         softmax: OnlineSoftmax,
-        turns: GemmTurns | NoTurns,
+        ping_pong: PingPong | NoPingPong,
         problem: Problem,
         scales: Any,
         k_state: pipeline.PipelineState,
@@ -667,23 +674,23 @@ class Forward:
         k_ready = pipelines.k.consumer_try_wait(k_state)  # beside V's: either takes a while
         v_ready = pipelines.v.consumer_try_wait(v_state)
         pipelines.k.consumer_wait(k_state, k_ready)
-        turns.wait()
+        ping_pong.wait()
         of_block = self.read_scales(scales, k_state.index, n_block)
         wgmma.issue(acc_s, q_block, k_block, accumulate=False)
         pipelines.v.consumer_wait(v_state, v_ready)
         self.issue_pv(fragments, v_block, problem, n_block + 1)
-        turns.give()
+        ping_pong.signal()
         warpgroup.wait_group(1)
         pin(acc_s)
-        parts = self.parts(problem, scales, of_block)
+        groups = self.scale_groups(problem, scales, of_block)
         pipelines.k.consumer_release(k_state)
-        scores = self.masked_scores(acc_s, problem, parts, mask, n_block)
-        maxima = softmax.maxima(scores, parts, masked)
+        scores = self.masked_scores(acc_s, problem, groups, mask, n_block)
+        maxima = softmax.maxima(scores, groups, masked)
         factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
-            softmax.raise_to(maxima, factors, scores, parts, masked)
-        softmax.exponentiate(scores, parts, first=False)
-        self.finish_pv(fragments, problem, n_block + 1)
+            softmax.raise_to(maxima, factors, scores, groups, masked)
+        softmax.exponentiate(scores, groups, first=False)
+        self.wait_pv(fragments, problem, n_block + 1)
         pipelines.v.consumer_release(v_state)
         fragments.p.convert(acc_s)
         if grown:
@@ -699,7 +706,7 @@ class Forward:
         wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
 
     @cute.jit
-    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+    def wait_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
         """Waits for the last group, P V of `n_block`; O has it then."""
         warpgroup.wait_group(0)
         pin(fragments.acc_pv)
@@ -714,21 +721,23 @@ class Forward:
         self,
         acc_s: cute.Tensor,
         problem: Problem,
-        parts: tuple[Part, ...],
+        groups: tuple[ScaleGroup, ...],
         mask: Optional[Mask],
         n_block: Int32,
     ) -> cute.Tensor:
         """S of one key block, capped and masked in place, as (rows, columns)."""
         scores = rows_and_columns(acc_s)
         if const_expr(self.cfg.softcap):
-            for part in parts:
-                cap(part.of(scores), part.inner, problem.softcap[1])
+            for group in groups:
+                cap(group.of(scores), group.inner, problem.softcap[1])
         if const_expr(mask is not None):
             mask.apply(scores, n_block)
         return scores
 
     @cute.jit
-    def clear_tail(self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32):
+    def zero_fill_rows(
+        self, pipe, state: pipeline.PipelineState, v_start: cute.Pointer, valid: Int32
+    ):
         """Rows of a stage of V behind the last key, of which P is 0."""
         cfg = self.cfg
         tile = (cfg.tile_n, cfg.head_dim_v)
@@ -736,7 +745,9 @@ class Forward:
             pipe.consumer_wait(state)
             start = v_start + state.index * (tile[0] * tile[1])
             thread, threads = cute.arch.thread_idx()[0] - 128, 128 * cfg.warpgroups
-            clear_tail(start, tile, self.output.span, valid, thread, threads, Barrier.CONSUMERS)
+            zero_fill_rows(
+                start, tile, self.output.span, valid, thread, threads, NamedBarrier.CONSUMERS
+            )
 
     @cute.jit
     def read_sinks(self, mmas: Mmas, problem: Problem, work: Work) -> cute.Tensor:
@@ -767,7 +778,7 @@ class Forward:
         cfg = self.cfg
         warpgroup_threads = partial(
             cute.arch.barrier,
-            barrier_id=Barrier.QUERIES + consumer_warpgroup(),
+            barrier_id=NamedBarrier.QUERIES + consumer_warpgroup(),
             number_of_threads=128,
         )
         warpgroup_threads()  # the GEMMs that read the tile before are done

@@ -51,7 +51,7 @@ from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.fragments import Fp8Fragment, pin, rows_and_columns
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import key_scales, row_statistics, strided
-from hopper_attention.cute_kernels.softmax.online import Part, scale_rows
+from hopper_attention.cute_kernels.softmax.online import ScaleGroup, scale_rows
 from hopper_attention.cute_kernels.softmax.online_fp8 import Fp8Softmax
 from hopper_attention.hopper.forward.config import ForwardFp8Config
 from hopper_attention.hopper.forward.kernel import Forward
@@ -192,11 +192,11 @@ class ForwardFp8(Forward):
         return q, k, v, self.output.layout()
 
     def statistics(self, problem: Problem) -> Fp8Softmax:
-        halves = self.cfg.in_halves
-        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, in_halves=halves)
+        columns = self.cfg.f16x2_columns
+        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, f16x2_columns=columns)
 
     def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
-        return Fp8Fragment.like(acc_s, self.cfg.in_halves)
+        return Fp8Fragment.like(acc_s, self.cfg.f16x2_columns)
 
     def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
         return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o
@@ -210,7 +210,7 @@ class ForwardFp8(Forward):
                 offset = (work.keys.offset // SEQUENCE + work.tile.batch) * SEQUENCE
         return offset
 
-    def clear_tail(self, pipe, state, v_start: cute.Pointer, valid: Int32) -> None:
+    def zero_fill_rows(self, pipe, state, v_start: cute.Pointer, valid: Int32) -> None:
         """V has zeros behind the last key."""
 
     @cute.jit
@@ -238,7 +238,9 @@ class ForwardFp8(Forward):
         cute.autovec_copy(cute.make_tensor(source, values.layout), values)
         return values
 
-    def parts(self, problem: Problem, scales: Scales, of_block: cute.Tensor) -> tuple[Part, ...]:
+    def scale_groups(
+        self, problem: Problem, scales: Scales, of_block: cute.Tensor
+    ) -> tuple[ScaleGroup, ...]:
         pin(of_block)  # else ptxas multiplies them, and waits for them, between the WGMMAs of P V
         columns, found = BLOCK // 4, []
         for i in range(cute.size(of_block, mode=[1])):
@@ -246,7 +248,7 @@ class ForwardFp8(Forward):
             scale_log2, inner = (problem.scale_log2, factor) if self.cfg.softcap else (factor, None)
             weight = cute.math.exp2(-shift, fastmath=True)
             own = range(i * columns, (i + 1) * columns)
-            found.append(Part(own, scale_log2, HEADROOM + shift, weight, inner))
+            found.append(ScaleGroup(own, scale_log2, HEADROOM + shift, weight, inner))
         return tuple(found)
 
     @cute.jit
@@ -270,7 +272,7 @@ class ForwardFp8(Forward):
             wgmma.issue(fragments.acc_pv, fragments.p, v_block, accumulate=True)
 
     @cute.jit
-    def finish_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
+    def wait_pv(self, fragments: Fragments, problem: Problem, n_block: Int32):
         """Waits for the last group, P V of `n_block`; O has it then, or when the sums end."""
         warpgroup.wait_group(0)
         pin(fragments.acc_pv)

@@ -1,4 +1,4 @@
-"""Named barriers of a block, and the turns that its consumer warpgroups take."""
+"""Named barriers of a block, and the ping-pong order of its consumer warpgroups."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -9,13 +9,13 @@ from cutlass import Int32
 from hopper_attention.cute_kernels.primitives.fragments import opaque
 
 
-class Barrier(IntEnum):
+class NamedBarrier(IntEnum):
     """Named barriers of a block; 0 is __syncthreads."""
 
     CONSUMERS = 1
     """All consumer threads."""
-    TURN = 2
-    """TURN + w: consumer w may issue its GEMMs."""
+    PING_PONG = 2
+    """PING_PONG + w: consumer w may issue its GEMMs."""
     QUERIES = 5
     """QUERIES + w: the threads of consumer w."""
 
@@ -26,40 +26,43 @@ def consumer_warpgroup() -> Int32:
 
 
 @dataclass(frozen=True)
-class GemmTurns:
+class PingPong:
     """Ping-pong: consumers issue their GEMMs in turn, 0, 1, ..., 0, ...
 
-    Barrier TURN + w completes when consumer w waits for its turn and the one before has given it.
+    Barrier PING_PONG + w completes when consumer w waits for its turn and the one before has
+    signalled that its own is over.
     """
 
     own: Int32
-    """Barrier of this consumer warpgroup."""
+    """The barrier of this consumer warpgroup."""
     following: Int32
-    """Barrier of the one whose turn comes next."""
+    """The barrier of the one whose turn comes next."""
 
     @staticmethod
     @cute.jit
     def start(warpgroups: cutlass.Constexpr):
-        """The last one gives the first one its first turn."""
+        """The last one signals to the first one that it may begin."""
         warpgroup = consumer_warpgroup()
         following = warpgroup + 1 if warpgroup < warpgroups - 1 else 0
-        turns = GemmTurns(opaque(warpgroup + Barrier.TURN), opaque(following + Barrier.TURN))
+        ping_pong = PingPong(
+            opaque(warpgroup + NamedBarrier.PING_PONG), opaque(following + NamedBarrier.PING_PONG)
+        )
         if warpgroup == warpgroups - 1:
-            turns.give()
-        return turns
+            ping_pong.signal()
+        return ping_pong
 
     def wait(self) -> None:
         """Before the GEMMs are issued."""
         cute.arch.barrier(barrier_id=self.own, number_of_threads=256)
 
-    def give(self) -> None:
+    def signal(self) -> None:
         """When they are."""
         cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=256)
 
 
-class NoTurns:
+class NoPingPong:
     """Consumers issue their GEMMs whenever they can."""
 
     def wait(self) -> None: ...
 
-    def give(self) -> None: ...
+    def signal(self) -> None: ...

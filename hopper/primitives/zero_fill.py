@@ -6,7 +6,7 @@ from cutlass import Int32
 
 
 @cute.jit
-def clear_tail(
+def zero_fill_rows(
     start: cute.Pointer,
     shape: cutlass.Constexpr,
     span: cutlass.Constexpr,

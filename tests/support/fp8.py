@@ -89,7 +89,7 @@ def exact(operands):
     return [x.values.double() * spread(x.descale, x.values).double() for x in operands]
 
 
-def exp2_in_halves(x):
+def exp2_f16x2(x):
     """As the kernels compute it where they do without MUFU: bits of halves, and a parabola."""
     line = ((x + 15) * 1024).clamp(0, 32 * 1024 - 1).round().to(torch.int16)
     mantissa = (line & 1023 | 0x3C00).view(torch.float16).double()
@@ -130,9 +130,9 @@ def model(operands, call: Options, config, sink=None):
         p = torch.exp2((scores[..., keys] - finite[..., None]) / math.log(2) + HEADROOM)
         wide = p * below
         if config["head_dim"] <= 128:
-            in_halves = torch.arange(keys.start, keys.stop, device=q.device) // 16 % 2 == 1
-            p = torch.where(in_halves, exp2_in_halves(p.log2()), p)
-            wide = torch.where(in_halves, (p * below.half().double()).half().double(), wide)
+            in_f16x2 = torch.arange(keys.start, keys.stop, device=q.device) // 16 % 2 == 1
+            p = torch.where(in_f16x2, exp2_f16x2(p.log2()), p)
+            wide = torch.where(in_f16x2, (p * below.half().double()).half().double(), wide)
         weights = wide.float().to(torch.float8_e4m3fn).double() / 2**HEADROOM / below
         out = out * shrink.transpose(1, 2)[..., None] + torch.einsum(
             "bhqk,bkhd->bqhd", weights, v[:, keys]

@@ -1,10 +1,10 @@
-"""Visibility, block ranges and the dense scheduler, on Python integers, against enumeration."""
+"""MaskRange, block ranges and the dense scheduler, on Python integers, against enumeration."""
 
 from __future__ import annotations
 
 import pytest
-from hopper_attention.cute_kernels.masks.visible_range import UNBOUNDED, BlockRange, Visibility
-from hopper_attention.cute_kernels.scheduling.sequence import Rows
+from hopper_attention.cute_kernels.masks.visible_range import UNBOUNDED, BlockRange, MaskRange
+from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import L2_BYTES, DenseScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +14,8 @@ from hopper_attention.problem import values
 TILE_M, TILE_N = 12, 5
 
 sides = st.one_of(st.integers(0, 40), st.just(UNBOUNDED))
-visibilities = st.builds(
-    Visibility,
+mask_ranges = st.builds(
+    MaskRange,
     kind=st.sampled_from(("full", "causal", "local")),
     seqlen_q=st.integers(1, 60),
     seqlen_k=st.integers(0, 60),
@@ -25,7 +25,7 @@ visibilities = st.builds(
 )
 
 
-def visible(mask: Visibility, row: int, key: int) -> bool:
+def visible(mask: MaskRange, row: int, key: int) -> bool:
     """From the definition, not from `begin` and `end`."""
     aligned = row + mask.seqlen_k - mask.seqlen_q
     if not 0 <= key < mask.seqlen_k:
@@ -38,19 +38,21 @@ def visible(mask: Visibility, row: int, key: int) -> bool:
     return in_window and key // mask.chunk == max(aligned, 0) // mask.chunk
 
 
-@given(visibilities)
+@given(mask_ranges)
 def test_begin_and_end_bound_what_is_visible(mask):
     for row in range(mask.seqlen_q):
         keys = [key for key in range(mask.seqlen_k) if visible(mask, row, key)]
         assert keys == list(range(max(mask.begin(row), 0), mask.end(row)))
 
 
-@given(visibilities, st.integers(1, 5))
+@given(mask_ranges, st.integers(1, 5))
 def test_blocks_cover_what_is_visible(mask, group):
     for m_block in range((mask.seqlen_q * group + TILE_M - 1) // TILE_M):
         found = BlockRange.of(mask, m_block, TILE_M, TILE_N, group)
         tile_rows = range(m_block * TILE_M, min((m_block + 1) * TILE_M, mask.seqlen_q * group))
-        rows = {Rows(group, 0, m_block * TILE_M).position(r - tile_rows[0]) for r in tile_rows}
+        rows = {
+            PackedHeads(group, 0, m_block * TILE_M).position(r - tile_rows[0]) for r in tile_rows
+        }
         blocks = range((mask.seqlen_k + TILE_N - 1) // TILE_N)
 
         def seen(block, rows=rows):
@@ -113,21 +115,24 @@ def test_sections_fit_32_bits():
     assert scheduler.section == 20000
 
 
-@given(visibilities)
+@given(mask_ranges)
 def test_viewers_are_visibility_transposed(mask):
     for key in range(mask.seqlen_k + 3):
         rows = [row for row in range(mask.seqlen_q) if visible(mask, row, key)]
-        begin, end = max(mask.viewers.begin(key), 0), min(mask.viewers.end(key), mask.seqlen_q)
+        begin, end = (
+            max(mask.transposed.begin(key), 0),
+            min(mask.transposed.end(key), mask.seqlen_q),
+        )
         assert rows == list(range(begin, end))
 
 
-@given(visibilities)
+@given(mask_ranges)
 def test_pairs_of_blocks_are_the_same_from_both_sides(mask):
     m_blocks = (mask.seqlen_q + TILE_M - 1) // TILE_M
     n_blocks = (mask.seqlen_k + TILE_N - 1) // TILE_N
     by_query = {m: BlockRange.of(mask, m, TILE_M, TILE_N) for m in range(m_blocks)}
     for n in range(n_blocks):
-        found = BlockRange.of_viewers(mask.viewers, n, TILE_N, TILE_M)
+        found = BlockRange.of_keys(mask.transposed, n, TILE_N, TILE_M)
         visited = range(found.first, found.end)
         assert list(visited) == [m for m, by in by_query.items() if by.first <= n < by.end]
         for m in range(found.unmasked_first, found.unmasked_end):

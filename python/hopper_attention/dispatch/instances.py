@@ -145,15 +145,15 @@ def main_backward_instance(
 
 
 @functools.cache
-def quantize_instance(dtype: str, head_dim: int, arranged: bool) -> str:
+def quantize_instance(dtype: str, head_dim: int, transposed: bool) -> str:
     """The quantisation kernel with the least tile that holds `head_dim` columns."""
-    return _column_instance("quantize", {"dtype": dtype, "arranged": arranged}, head_dim)
+    return _column_instance("quantize", {"dtype": dtype, "transposed": transposed}, head_dim)
 
 
 @functools.cache
-def narrow_instance(head_dim: int, arranged: bool) -> str:
+def narrow_instance(head_dim: int, transposed: bool) -> str:
     """Like `quantize_instance`, for e4m3 from e5m2."""
-    return _column_instance("narrow", {"arranged": arranged}, head_dim)
+    return _column_instance("narrow", {"transposed": transposed}, head_dim)
 
 
 @functools.cache

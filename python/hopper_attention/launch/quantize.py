@@ -218,23 +218,23 @@ def _run_kernels(
     element = DTYPES[x.dtype]
     table = _Table.of(problem, recipe, heads_kv)
     descale = x.new_empty(table.shape, dtype=torch.float32)
-    tops = None
+    amax = None
     if recipe.rows is None or octaves:
-        tops = x.new_zeros(table.tops_shape, dtype=torch.float32)
+        amax = x.new_zeros(table.amax_shape, dtype=torch.float32)
     addressed = {
         "mean": _means(executor, problem) if centered else None,
         "signs": _scaled_signs(x.device, head_dim) if hadamard else None,
-        "tops": tops,
+        "amax": amax,
     }
     scalars = {
-        "tops_stride": table.tops_stride,
+        "amax_stride": table.amax_stride,
         "block_rows": recipe.rows or 0,
         "group": table.group,
         "rotation_size": head_dim & -head_dim if hadamard else 1,
     }
-    if tops is not None:
+    if amax is not None:
         instance = instances.abs_max_instance(element, head_dim)
-        of_heads = tops.view(-1, heads // table.group).expand(problem.sequences, -1)
+        of_heads = amax.view(-1, heads // table.group).expand(problem.sequences, -1)
         problem.launch(executor, instance, (x, of_heads), scalars, addressed)
     shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
     out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
@@ -264,7 +264,7 @@ class _Table:
     sequences: int
     group: int
     """Successive heads with one scale."""
-    tops_shape: tuple[int, int]
+    amax_shape: tuple[int, int]
     """Shape of the greatest magnitudes that AbsMax finds."""
 
     @staticmethod
@@ -279,9 +279,9 @@ class _Table:
         return _Table((sequences, heads, blocks), sequences, 1, (sequences, heads))
 
     @property
-    def tops_stride(self) -> int:
+    def amax_stride(self) -> int:
         """From sequence to sequence."""
-        rows, columns = self.tops_shape
+        rows, columns = self.amax_shape
         return columns if rows == self.sequences else 0
 
     def of_heads(self, descale: Tensor) -> Tensor:

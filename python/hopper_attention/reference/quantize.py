@@ -104,7 +104,7 @@ def stated(
         behind = (0, blocks - descale.shape[2])
         descale = torch.nn.functional.pad(descale, behind, value=LEAST_DESCALE)
         if octaves:
-            descale = in_octaves(descale)
+            descale = power_of_two_scale(descale)
     factor = _of_rows(descale, recipe.rows, rows)
     values = (rows / factor).clamp(-largest, largest).to(dtype)
     out = torch.zeros(sequences.rows.shape, dtype=dtype, device=x.device)
@@ -124,11 +124,11 @@ def narrowed_stated(
     sequences = Sequences.of(x, lengths)
     rows = sequences.gathered()
     blocks = -(-(x.shape[-3] if max_seqlen is None else max_seqlen) // 64)
-    tops = block_tops(rows, 64)
-    tops = torch.nn.functional.pad(tops, (0, blocks - tops.shape[2]))
-    _, exponent = torch.frexp(tops)  # of a mantissa from 1/2
+    amax = block_tops(rows, 64)
+    amax = torch.nn.functional.pad(amax, (0, blocks - amax.shape[2]))
+    _, exponent = torch.frexp(amax)  # of a mantissa from 1/2
     steps = (exponent - 1 - 8).clamp(min=-7)  # 448 is 1.75 * 2^8
-    factor = torch.where(tops < torch.inf, torch.ldexp(torch.ones_like(tops), steps), tops)
+    factor = torch.where(amax < torch.inf, torch.ldexp(torch.ones_like(amax), steps), amax)
     values = (rows / _of_rows(factor, 64, rows)).to(torch.float8_e4m3fn)
     out = torch.zeros(sequences.rows.shape, dtype=values.dtype, device=x.device)
     out = sequences.scattered(values, out).view(x.shape)
@@ -158,8 +158,8 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
     if recipe is Recipe.PER_TENSOR:
         top = x.abs().amax().reshape(1) if x.numel() else x.new_zeros(1)
     elif recipe is Recipe.PER_HEAD:
-        tops = x.abs().amax(dim=(1, 3)) if seqlen else x.new_zeros(batch, heads)
-        top = tops.unflatten(1, (heads_kv or heads, -1)).amax(dim=2)
+        amax = x.abs().amax(dim=(1, 3)) if seqlen else x.new_zeros(batch, heads)
+        top = amax.unflatten(1, (heads_kv or heads, -1)).amax(dim=2)
     else:
         assert recipe.rows is not None
         top = block_tops(x, recipe.rows)
@@ -173,7 +173,7 @@ def block_tops(x: Tensor, rows: int) -> Tensor:
     return padded.unflatten(1, (-1, rows)).amax(dim=2).transpose(1, 2)
 
 
-def in_octaves(descale: Tensor) -> Tensor:
+def power_of_two_scale(descale: Tensor) -> Tensor:
     """The least that are not smaller and powers of two below the largest of their head.
 
     At most OCTAVES below: whatever is smaller is rounded to zeros beside the largest.
