@@ -507,7 +507,7 @@ class AmpereBackward:
     def add_dq(
         self, tensors: Tensors, problem: Problem, work: Work, smem: SmemAddresses, visit: Visit
     ):
-        """This warp's rows and columns of dQ = dS K, added to the workspace, in turns or not."""
+        """This warp's rows and columns of dQ = dS K, added to the workspace, in order or not."""
         cfg, (rows, parts) = self.cfg, self.cfg.query_warps
         warp, lane = self.warp(), cute.arch.lane_idx()
         query = self.ds.first_column(warp // parts, rows)

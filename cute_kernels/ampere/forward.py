@@ -74,7 +74,7 @@ from hopper_attention.cute_kernels.scheduling.tile_scheduler import (
 from hopper_attention.cute_kernels.softmax.online import (
     LOG2_E,
     OnlineSoftmax,
-    Part,
+    ScaleGroup,
     cap,
     scale_rows,
 )
@@ -412,12 +412,12 @@ class AmpereForward:
         if const_expr(masked):
             mask = Mask(Limits(smem.limits), self.coordinates(), PackedHeads(1, 0, 0), cfg.tile_n)
             mask.apply(scores, n_block)
-        parts = (Part(range(cfg.tile_n // 4), problem.scale_log2),)
-        maxima = softmax.maxima(scores, parts, masked)
+        groups = (ScaleGroup(range(cfg.tile_n // 4), problem.scale_log2),)
+        maxima = softmax.maxima(scores, groups, masked)
         factors, grown = cute.make_rmem_tensor_like(maxima), softmax.exceeded_by(maxima, masked)
         if grown:
-            softmax.raise_to(maxima, factors, scores, parts, masked)
-        softmax.exponentiate(scores, parts, first=False)
+            softmax.raise_to(maxima, factors, scores, groups, masked)
+        softmax.exponentiate(scores, groups, first=False)
         if grown:
             scale_rows(rows_and_columns(acc_o), factors)
         p = PackedFragment.like(acc_s, self.dtype)

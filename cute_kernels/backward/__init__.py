@@ -1,1 +1,1 @@
-"""Parts that the backward kernels of every architecture share."""
+"""What the backward kernels of every architecture share."""

@@ -1,4 +1,4 @@
-"""Turns between blocks of one launch: counters in global memory."""
+"""The order in which thread blocks of one launch add to dQ: counters in global memory."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class DqSemaphore:
     """One int32 for every (entry, head, block of rows), zero before the launch."""
 
     address: Int64
-    """0: nobody waits."""
+    """0: blocks add in any order."""
     heads: Int32
     blocks: Int32
 

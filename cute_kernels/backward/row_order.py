@@ -11,8 +11,8 @@ from hopper_attention.cute_kernels.primitives.arithmetic import select
 class RowOrder:
     """Last block first: masked, then unmasked, then masked ones again.
 
-    So key blocks that take turns (lower ones first) at a block of queries hardly wait: each is one
-    step behind the one before it, under a window not even that.  Where there are no turns, each
+    So key blocks that add to a block of dQ in order (lower ones first) hardly wait: each is one
+    step behind the one before it, under a window not even that.  Where there is no order, each
     starts at another of its unmasked blocks, `shift` from the last: they would all add to the
     same dQ at the same time.
     """

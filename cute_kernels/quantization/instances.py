@@ -75,7 +75,7 @@ def _transpose_v(by_columns: bool) -> Instance:
     return Instance(
         name=f"arrange_{kind.lower()}",
         family="arrange",
-        kernel=f"hopper_attention.cute_kernels.quantization.transpose_v:Arrange{kind}",
+        kernel=f"hopper_attention.cute_kernels.quantization.transpose_v:Transpose{kind}",
         config=TransposeVConfig(by_columns),
         claims=("LDG", "PRMT", "STG"),
         group="fp8",

@@ -84,7 +84,7 @@ class OnlineSoftmax:
     """Running statistics of the rows one thread holds."""
 
     row_max: cute.Tensor
-    """(rows,) float32 registers: scores, times `scale_log2` of their part if that is not common."""
+    """(rows,) float32 registers: scores, times `scale_log2` of their group if that differs."""
     row_sum: cute.Tensor
     """(rows,) float32 registers: this thread's share."""
     scale_log2: Any = None
@@ -113,7 +113,7 @@ class OnlineSoftmax:
         """Maxima of this thread's columns of a block's scores (rows, columns), in row_max's unit.
 
         `groups` are all of the columns.  Where they are `in_integers`, any negative number stands
-        for the negative maximum until `raise_to` settles it.
+        for the negative maximum until `raise_to` finds the exact one.
         """
         found = cute.make_rmem_tensor_like(self.row_max)
         for row in range(cute.size(found)):
@@ -198,7 +198,7 @@ class OnlineSoftmax:
     def exponentials(
         self, scores: cute.Tensor, row: int, group: ScaleGroup, shift: Float32
     ) -> Float32:
-        """scores <- exp2(scores * scale - shift) in a part of one row; their sum."""
+        """scores <- exp2(scores * scale - shift) in the columns of a group; their sum."""
         for j in group.columns:
             scores[row, j] = self.exponential(scores[row, j], group, shift)
         return reduce_row(scores, row, add, group.columns)

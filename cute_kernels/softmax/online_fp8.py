@@ -19,8 +19,10 @@ class Fp8Softmax(OnlineSoftmax):
     def exponentials(
         self, scores: cute.Tensor, row: int, group: ScaleGroup, shift: Float32
     ) -> Float32:
-        """Halves are summed before they are lowered to the part's headroom: what a small scale of V
-        takes from P might leave nothing of them for the sum."""
+        """Halves are summed before they are lowered to the group's headroom.
+
+        What a small scale of V takes from P might leave nothing of them for the sum.
+        """
         sums, pairs, below = [], [], group.headroom - self.headroom
         fractions = exp2_f16x2.fractions(group.scale_log2, shift + below)
         lowering = cute.math.exp2(below, fastmath=True)

@@ -43,9 +43,9 @@ CONSUMER_THREADS = CONSUMERS * 128
 class DqBarrier(IntEnum):
     """Named barriers of both kernels, behind their own.
 
-    Between the warp that waits for turns in global memory and the consumers.  Each consumer has its
-    own MAY_ADD: the two of kernel_wide.py add dQ of a row block in different steps, and one that
-    waited for the other there could be waited for at another barrier of both.
+    Between the warp that waits for lower key blocks, in global memory, and the consumers.  Each
+    consumer has its own MAY_ADD: the two of kernel_wide.py add dQ of a row block in different
+    steps, and one that waited for the other there could be waited for at another barrier of both.
     """
 
     MAY_ADD = 4
@@ -55,7 +55,7 @@ class DqBarrier(IntEnum):
 
 
 MAY_ADD_THREADS = 128 + 32
-"""A consumer and the warp that waits for turns."""
+"""A consumer and the warp that waits for lower key blocks."""
 ADDED_THREADS = CONSUMER_THREADS + 32
 
 
@@ -140,7 +140,7 @@ class Launch:
 
 
 class BackwardHost:
-    """Parts of a kernel with one configuration, BackwardConfig or WideBackwardConfig."""
+    """What both kernels do alike, for one BackwardConfig or WideBackwardConfig."""
 
     def __init__(self, config: Any):
         self.cfg = config
@@ -347,7 +347,7 @@ class BackwardHost:
 
     @cute.jit
     def add_dq(self, acc: cute.Tensor, address: Int64, problem: Problem):
-        """Each consumer adds its part, from registers; in turns or not."""
+        """Each consumer adds its share of dQ from registers, in order or not."""
         if problem.dq_semaphore.address != 0:
             own = consumer_warpgroup() + DqBarrier.MAY_ADD
             cute.arch.barrier(barrier_id=own, number_of_threads=MAY_ADD_THREADS)
@@ -356,11 +356,11 @@ class BackwardHost:
             cute.arch.fence_acq_rel_gpu()
             cute.arch.barrier_arrive(barrier_id=DqBarrier.ADDED, number_of_threads=ADDED_THREADS)
 
-    def save_keys(self, note: cute.Tensor, work: Work) -> None:
+    def save_keys(self, target: cute.Tensor, work: Work) -> None:
         keys = work.keys
         values = (work.n_block, work.head_kv, keys.batch, keys.offset, keys.length)
         for i, value in enumerate(values):
-            note[i] = Int32(value)
+            target[i] = Int32(value)
 
     @cute.jit
     def load(

@@ -16,7 +16,7 @@ Layouts    Q, dO (batch, seqlen_q, heads, d); K, V, dK, dV (batch, seqlen_k, hea
            operands of dV and dK.  Only dS goes through shared memory, for dQ, which needs the keys
            of both warpgroups.
 
-Roles      warp 0          issues every load       warp 1   gives and takes turns, if there are any
+Roles      warp 0          issues every load       warp 1   orders the adds to dQ, if asked for
            warpgroup 1, 2  consumers, 64 keys each, and half of dQ; registers: config.py
 
 Pipelines  name    stages    full                         empty
@@ -24,12 +24,12 @@ Pipelines  name    stages    full                         empty
            Q       4         1 arrival + bytes, with LSE  8 arrivals: dK of the block is done
            dO      2         the same, with delta         8 arrivals: dV of the block is done
            dS      2         8 arrivals, one a warp       by itself: see below
-           turn    1         MAY_ADD + w, 128 + 32 threads   ADDED, 256 + 32 threads
+           dQ      1         MAY_ADD + w, 160 threads     ADDED, 288 threads
 
            A warp writes dS(i) over dS(i - 2) when it has waited for dQ(i - 1), which was issued
            when all had written dS(i - 1), hence waited for dQ(i - 2).
 
-           Q(i) is given back in the middle of block i + 1: with two stages the load of Q(i + 2)
+           Q(i) is released in the middle of block i + 1: with two stages the load of Q(i + 2)
            would have half a block's time, less than L2 takes under this load.
 
 Timeline   of a consumer and row block i ("|" where it waits):
@@ -51,7 +51,7 @@ dQ         is added by vector reductions from registers.  Staged in shared memor
            reductions it takes as long and a sixth of shared memory's time besides.  Adding is a
            fifth of the kernel's time at d = 128 (without: 768 TFLOP/s, with it 606; H100, 16k).
 
-Turns      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
+Order      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
            the result has the same bits every time.  Blocks start in ascending order, so
            that whoever waits, waits for a block that has started.
 
@@ -330,8 +330,8 @@ class Backward:
         for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
             fragments.acc_dk[i] = fragments.acc_dk[i] * problem.scale
         # Not the index from above: nothing derived from it shall occupy registers in the main loop.
-        index, note = opaque(index), tiles.keys
-        place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
+        index, saved_keys = opaque(index), tiles.keys
+        place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
         # dV where the same 16 rows of V were: only this warp read them.
         sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
         self.host.store_dv.store(

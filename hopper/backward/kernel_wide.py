@@ -4,7 +4,7 @@ The maths are those of kernel.py.  There each consumer has dK and dV of 64 keys 
 registers, (d + dv) / 2 a thread: too many from d = 192 on.  Here a block takes 64 keys, and its two
 consumers share the work instead of the keys:
 
-Roles      warp 0       issues every load      warp 1   gives and takes turns, if there are any
+Roles      warp 0       issues every load      warp 1   orders the adds to dQ, if asked for
            warpgroup 1  "values": S, P, dV and the left half of dQ's columns
            warpgroup 2  "keys": dP, dS, dK and the right half of dQ's columns
 
@@ -20,7 +20,7 @@ Pipelines  name  stages  full                         empty
            P     1       barrier P_FULL, 256 threads  barrier P_EMPTY, 256 threads
            dS    2       4 arrivals, "keys"           by itself: "values" gives P(i + 1) when it
                                                       has waited for dQ(i - 1)
-           turn  1       MAY_ADD + w, 128 + 32 threads   ADDED, 256 + 32 threads
+           dQ    1       MAY_ADD + w, 160 threads     ADDED, 288 threads
 
 Timeline   of row block i ("|" where it waits):
 
@@ -295,8 +295,8 @@ class BackwardWide:
             warpgroup.wait_group(0)
             pin(consumer.acc)
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
-        index, note = opaque(index), tiles.keys
-        place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
+        index, saved_keys = opaque(index), tiles.keys
+        place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
         self.host.store_dv.store(
             consumer.acc, mmas.dv, tiles.v[None, None, 0], gradients.tma_dv, gradients.dv, place,
             index, self.cfg.varlen,
@@ -328,8 +328,8 @@ class BackwardWide:
         for i in cutlass.range_constexpr(cute.size(consumer.acc)):
             consumer.acc[i] = consumer.acc[i] * problem.scale
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
-        index, note = opaque(index), tiles.keys
-        place = (note[0], note[1], Sequence(note[2], note[3], note[4]))
+        index, saved_keys = opaque(index), tiles.keys
+        place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
         self.host.store_dk.store(
             consumer.acc, mmas.dk, tiles.k[None, None, 0], gradients.tma_dk, gradients.dk, place,
             index, self.cfg.varlen,

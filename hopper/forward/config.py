@@ -39,7 +39,7 @@ class ForwardConfig:
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
     ping_pong: ClassVar[bool] = True
-    """True if consumers take turns with issuing their GEMMs."""
+    """True if consumers issue their GEMMs in ping-pong order."""
 
     def __post_init__(self) -> None:
         assert self.dtype in self.dtypes, self.dtype
@@ -91,7 +91,7 @@ class ForwardConfig:
 
     @property
     def releases_late(self) -> bool:
-        """True if Q, where O is staged, is given back during the next tile, not at the end of its.
+        """True if Q, where O is staged, is released during the next tile, not at the end of its.
 
         The store has read O by then, so nothing waits for it; the next tile has Q's other stage.
         """

@@ -323,13 +323,13 @@ class Forward:
         """Load what comes to shared memory beside a block of K, in the same stage."""
 
     def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Any:
-        """The scales of a tile that `groups` takes; None without FP8."""
+        """The scales of a tile that `scale_groups` takes; None without FP8."""
 
     def read_scales(self, scales: Any, stage: Int32, n_block: Int32) -> Any:
         """The scales of a key block in a stage of K; None without FP8."""
 
     def scale_groups(self, problem: Problem, scales: Any, of_block: Any) -> tuple[ScaleGroup, ...]:
-        """Parts of a key block that are scaled alike; `of_block`: from `read_scales`."""
+        """Columns of a key block by their scale; `of_block`: from `read_scales`."""
         inner = problem.softcap[0] if self.cfg.softcap else None
         return (ScaleGroup(range(self.cfg.tile_n // 4), problem.scale_log2, inner=inner),)
 

@@ -23,7 +23,7 @@ P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can
            Up to d128 half of the exponentials are computed in half precision, without MUFU
            (`exp2_f16x2.py`): there MUFU would take as long as both GEMMs.
 
-Turns      are not taken: GEMMs take half as long as those of 16 bits, softmax as long.
+Ping-pong  order is not kept: GEMMs take half as long as those of 16 bits, softmax as long.
 
 Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
            section 3.3.2).  Then P V of each key block, or of 2, 4, ... successive ones, goes to
