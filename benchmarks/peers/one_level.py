@@ -27,11 +27,12 @@ class OneLevel:
         refuse_if(problem.lengths, "dense batches only")
         window = (problem.window, 0 if problem.causal else None)
         options = Options.of(
-            None, problem.causal, window if problem.window >= 0 else (-1, -1), 0, problem.softcap,
-            None, None, None, 0, False,
-        )  # fmt: skip
+            causal=problem.causal,
+            window_size=window if problem.window >= 0 else (-1, -1),
+            softcap=problem.softcap,
+        )
         tensors = values.Inputs(inputs.q, inputs.k, inputs.v)
-        call = plan.prepare(tensors, options, values.Fp8(two_level=False))
+        call = plan.prepare(tensors, options, values.AccumulationOptions(two_level=False))
         one = torch.ones(1, device=inputs.q.device)
         columns = columns_of(inputs.v) if self.arranged else None
         scaling = forward_fp8.Scaling(

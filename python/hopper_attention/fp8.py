@@ -65,9 +65,8 @@ def attention_fp8(
             of head dims beyond 128.
     """
     options = Options.of(
-        softmax_scale, causal, window_size, attention_chunk, softcap, None, None, None, 0,
-        deterministic,
-    )  # fmt: skip
+        softmax_scale, causal, window_size, attention_chunk, softcap, deterministic=deterministic
+    )
     treatment = Fp8Options.of(
         recipe, hadamard, two_level, accumulate_every, max_seqlen_q, max_seqlen_k
     )

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from hopper_attention.problem import checks, scalars, values
-from hopper_attention.problem.values import DENSE, FP8_TENSORS, Lengths, Options
+from hopper_attention.problem.values import (
+    DENSE,
+    FP8_TENSORS,
+    Descales,
+    Lengths,
+    Options,
+    SequenceBounds,
+)
 from hopper_attention.torch_ops import attention, fp8
 
 WindowSize = Sequence[int | None]
@@ -103,9 +110,9 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, pack_gqa, out_dtype,
         sm_margin, deterministic,
     )  # fmt: skip
-    descales = (q_descale, k_descale, v_descale, out_descale)
+    descales = Descales(q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
-        lengths, bounds = (DENSE, DENSE), (None, None)
+        lengths, bounds = (DENSE, DENSE), SequenceBounds()
         result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
     else:
         if not (q_descale is k_descale is v_descale is out_descale is None):
@@ -180,11 +187,10 @@ def flash_attn_varlen_func(
         values.packing_bound(bound_q), pack_gqa, out_dtype, sm_margin, deterministic,
     )  # fmt: skip
     queries, keys = Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-    descales = (q_descale, k_descale, v_descale, out_descale)
+    descales = Descales(q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
-        result, lse = fp8.attend(
-            q, k, v, learnable_sink, (queries, keys), descales, (bound_q, bound_k), options, out
-        )
+        lengths, bounds = (queries, keys), SequenceBounds(bound_q, bound_k)
+        result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
     else:
         _check_descales(descales)
         result, lse = attention.attend(q, k, v, learnable_sink, queries, keys, options, out)
@@ -264,11 +270,11 @@ def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
         checks.check_unsupported(qv=qv)
 
 
-def _check_descales(descales: tuple[Tensor | None, ...]) -> None:
+def _check_descales(descales: Descales) -> None:
     """Refuse descales of tensors that are not FP8."""
-    for name, descale in zip(("q", "k", "v", "out"), descales, strict=True):
+    for name, descale in descales._asdict().items():
         if descale is not None:
-            raise NotImplementedError(f"{name}_descale: only of FP8 tensors; leave it out")
+            raise NotImplementedError(f"{name}: only of FP8 tensors; leave it out")
 
 
 def _with_lse(return_attn_probs: bool, return_lse: bool) -> bool:

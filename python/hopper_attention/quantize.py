@@ -21,14 +21,22 @@ infinity reach all that shares their scale: dequantised it is NaN.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hopper_attention.cute_kernels.conventions import LEAST_DESCALE as LEAST
 from hopper_attention.launch import quantize as run
-from hopper_attention.problem.quantization import Quantized, Recipe, Rotary
+from hopper_attention.problem.quantization import QuantizationRequest, Quantized, Recipe, Rotary
 from hopper_attention.problem.values import DENSE, Lengths
-from hopper_attention.reference.quantize import block_rows, rotated, signs, spread, stated
+from hopper_attention.reference.quantize import (
+    block_rows,
+    quantize_reference,
+    rotated,
+    signs,
+    spread,
+)
 
 __all__ = [
     "LEAST", "Lengths", "Quantized", "Recipe", "Rotary", "block_rows", "columns_of", "means_of",
@@ -73,10 +81,20 @@ def quantize(
     Raises TypeError, ValueError for arguments that make no sense, NotImplementedError for what has
     no kernel, before anything is launched.
     """
-    return run.quantize(
+    request = QuantizationRequest.of(
         x, recipe, heads_kv=heads_kv, hadamard=hadamard, centered=centered, octaves=octaves,
         arranged=arranged, dtype=dtype, lengths=lengths, max_seqlen=max_seqlen, rotary=rotary,
     )  # fmt: skip
+    return run.quantize(x, request)
+
+
+def stated(x: Tensor, recipe: Recipe, *arguments: Any, **keywords: Any) -> Quantized:
+    """`quantize` by the plain reference in PyTorch, on any device and without checks.
+
+    After `x` and `recipe` come the fields of `QuantizationRequest`: `quantize`'s arguments, in its
+    order; `max_seqlen` is an integer or None, `rotary` a `Rotary`.
+    """
+    return quantize_reference(x, QuantizationRequest(recipe, *arguments, **keywords))
 
 
 def means_of(x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None) -> Tensor:

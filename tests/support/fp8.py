@@ -39,9 +39,7 @@ def arguments_for(config, number):
 
 
 def options(causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, **_):
-    return Options.of(
-        None, causal, window_size, attention_chunk, softcap, None, None, None, 0, False
-    )
+    return Options.of(None, causal, window_size, attention_chunk, softcap)
 
 
 def outliers(q, k, v):

@@ -15,7 +15,7 @@ from hopper_attention import (
 )
 from hopper_attention.dispatch import instances
 from hopper_attention.launch import backward
-from hopper_attention.problem.values import UNBOUNDED, Lengths, Mask
+from hopper_attention.problem.values import UNBOUNDED, Inputs, Lengths, Mask
 from hopper_attention.torch_ops.autograd import Attention
 
 MASKS = {
@@ -42,18 +42,19 @@ def exact(monkeypatch):
         problem["compute_dtype"] = torch.float64
 
         def run_forward(_plan, inputs):
-            q, k, v, sink, queries, keys = inputs
-            return reference.attention(q, k, v, sink=sink, queries=queries, keys=keys, **problem)
+            q, k, v, sink, *_ = inputs
+            lengths = {"queries": inputs.queries, "keys": inputs.keys}
+            return reference.attention(q, k, v, sink=sink, **lengths, **problem)
 
         def run_backward(_plan, inputs, out, lse, dout, dlse):
-            q, k, v, sink, queries, keys = inputs
+            q, k, v, sink, *_ = inputs
+            lengths = {"queries": inputs.queries, "keys": inputs.keys}
             return reference.gradients(
-                q, k, v, dout, dlse, out=out, lse=lse, sink=sink, queries=queries, keys=keys,
-                **problem,
-            )  # fmt: skip
+                q, k, v, dout, dlse, out=out, lse=lse, sink=sink, **lengths, **problem
+            )
 
         monkeypatch.setattr(backward, "run", run_backward)
-        return Attention.apply(None, run_forward, *inputs)
+        return Attention.apply(None, run_forward, *Inputs.of(*inputs))
 
     return attention
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
-from hopper_attention.problem.values import Options
-from hopper_attention.torch_ops import dtensor
+from hopper_attention.problem.values import Inputs, Options
+from hopper_attention.torch_ops import dtensor, schema
 from hopper_attention.torch_ops.attention import forward
 
 FORWARD = torch.ops.hopper_attention.forward.default
@@ -42,8 +42,7 @@ def qkv():
 
 
 def options(**changes):
-    plain = Options.of(None, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
-    return plain._replace(**changes)
+    return Options.of()._replace(**changes)
 
 
 def packed_tensors(cu_seqlens_q=(0, 7, 7, 17), cu_seqlens_k=(0, 9, 10, 19), seqused_k=(5, 1, 9)):
@@ -84,10 +83,11 @@ def test_opcheck_of_packed_sequences():
     opcheck(FORWARD, tuple(arguments))
 
 
-def test_options_are_the_schema():
+def test_schemas_are_the_tuples():
     names = [argument.name for argument in FORWARD._schema.arguments]
-    assert tuple(names[8:]) == Options._fields
-    assert [argument.name for argument in BACKWARD._schema.arguments][4:] == names
+    assert tuple(names) == Inputs._fields + Options._fields
+    names = [argument.name for argument in BACKWARD._schema.arguments]
+    assert tuple(names) == schema.Results._fields + Inputs._fields + Options._fields
 
 
 def attention_loss(q, k, v, sink=None, causal=True):

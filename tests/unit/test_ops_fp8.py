@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
 from hopper_attention.problem.quantization import Fp8Options
-from hopper_attention.problem.values import Options
+from hopper_attention.problem.values import Descales, Inputs, Options, SequenceBounds
 from hopper_attention.torch_ops import fp8
 
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default
-PLAIN = Options.of(None, True, (-1, -1), 0, 0.0, None, None, None, 0, False)
+PLAIN = Options.of(causal=True)
 TREATMENT = Fp8Options("block64", True, None, 1, None, None)
 
 
@@ -51,7 +51,7 @@ def test_opcheck():
 
 def test_opcheck_of_packed_sequences():
     index = (offsets((3, 0, 31)), offsets((70, 5, 65)), None, None)
-    treatment = TREATMENT._replace(max_seqlen_q=31, max_seqlen_k=70)
+    treatment = TREATMENT._replace(bound_q=31, bound_k=70)
     opcheck(ATTENTION, (*leaves(packed=True), None, *index, *PLAIN, *treatment))
 
 
@@ -67,9 +67,11 @@ def test_opcheck_of_quantised_tensors(dtype):
 
 
 def test_schemas_are_the_tuples():
-    names = [argument.name for argument in ATTENTION._schema.arguments][8:]
-    assert tuple(names[: len(Options._fields)]) == Options._fields
-    assert tuple(names[len(Options._fields) : -2]) == Fp8Options._fields[:-2]
+    names = [argument.name for argument in ATTENTION._schema.arguments]
+    assert tuple(names) == Inputs._fields + Options._fields + Fp8Options._fields
+    names = [argument.name for argument in FORWARD._schema.arguments]
+    groups = (Inputs, Descales, Options, SequenceBounds)
+    assert names == [name for group in groups for name in group._fields]
 
 
 def trained(q, k, v):

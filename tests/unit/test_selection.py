@@ -262,7 +262,7 @@ def test_gradients_by_operators_are_of_the_backend_of_forward(watched, create_gr
 
 def test_plans_are_apart():
     shapes, dtypes = (Q.shape,) * 3, (Q.dtype,) * 3
-    options = Options.of(None, False, (-1, -1), 0, 0.0, None, None, None, 0, False)
+    options = Options.of()
     targets = [
         choose((8, 0)),
         choose((9, 0)),

@@ -15,10 +15,10 @@ from hopper_attention import reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
 from hopper_attention.launch import forward_fp8
 from hopper_attention.problem.quantization import Quantized, Recipe
+from hopper_attention.quantize import stated
 from hopper_attention.reference import fp8
 from hopper_attention.reference.error import Error, pytorch_attention
 from hopper_attention.reference.fp8 import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
-from hopper_attention.reference.quantize import stated
 
 
 class Accumulation(str, enum.Enum):

@@ -85,26 +85,27 @@ COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
 
 
 @functools.cache
-def scalar_names(instance: str) -> list[str]:
-    """Return the names of the instance's arguments that are not tensors, addresses included.
+def arguments(instance: str) -> tuple[tuple[str, bool], ...]:
+    """Return the instance's arguments in order: the name, and whether it is a tensor.
 
-    Without those that `launch` adds.
+    An address is none.  Those that the launch adds are left out.
     """
-    return [name for name in _all_scalar_names(instance) if name not in (COUNTER, MAX_BLOCKS)]
+    found = instances()[instance].arguments
+    named = ((argument["name"], argument["kind"] == "tensor") for argument in found)
+    return tuple((name, tensor) for name, tensor in named if name not in (COUNTER, MAX_BLOCKS))
 
 
 @functools.cache
 def is_persistent(instance: str) -> bool:
     """Say whether blocks take tile after tile from a counter."""
-    return COUNTER in _all_scalar_names(instance)
+    return _has(instance, COUNTER)
 
 
 @functools.cache
 def takes_limit(instance: str) -> bool:
     """Say whether there may be fewer blocks than tiles."""
-    return MAX_BLOCKS in _all_scalar_names(instance)
+    return _has(instance, MAX_BLOCKS)
 
 
-def _all_scalar_names(instance: str) -> list[str]:
-    arguments = instances()[instance].arguments
-    return [argument["name"] for argument in arguments if argument["kind"] != "tensor"]
+def _has(instance: str, name: str) -> bool:
+    return any(argument["name"] == name for argument in instances()[instance].arguments)

@@ -22,10 +22,9 @@ from hopper_attention.dispatch.target import (
 from hopper_attention.problem import checks
 from hopper_attention.problem.checks import check_index_tensors, result_type
 from hopper_attention.problem.values import (
-    DENSE,
     DTYPES,
     FP8_TENSORS,
-    Fp8,
+    AccumulationOptions,
     Inputs,
     Mask,
     Options,
@@ -33,24 +32,21 @@ from hopper_attention.problem.values import (
     result_shapes,
 )
 
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "num_sequences")
 
-
-def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
+def prepare(inputs: Inputs, options: Options, fp8: AccumulationOptions | None = None) -> Plan:
     """The plan for a call, with everything about the call checked; `fp8`: of FP8 kernels.
 
     Raises TypeError, ValueError or NotImplementedError, as the public functions say.
     """
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, sink, *_ = inputs
     shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
     if fp8 is not None and q.dtype in FP8_TENSORS:
         dtypes = (torch.bfloat16,) * 3  # whose result theirs is
-    if queries is DENSE and keys is DENSE:
+    if not inputs.varlen:
         plan = make_plan(shapes, dtypes, options, _target(q, fp8), fp8=fp8)
     else:
-        packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
         target = _target(q, fp8)
-        plan = make_plan(shapes, dtypes, options, target, *packed, inputs.varlen, fp8)
+        plan = make_plan(shapes, dtypes, options, target, *inputs.packed, True, fp8)
         executor_for(q)  # refuses other devices before their index tensors are read
         check_index_tensors(inputs)
     if sink is not None:
@@ -60,7 +56,7 @@ def prepare(inputs: Inputs, options: Options, fp8: Fp8 | None = None) -> Plan:
     return plan
 
 
-def _target(q: Tensor, fp8: Fp8 | None) -> Target:
+def _target(q: Tensor, fp8: AccumulationOptions | None) -> Target:
     return target_for(q) if fp8 is None else target_for_fp8(q)
 
 
@@ -91,14 +87,11 @@ class Plan:
 
     @functools.cached_property
     def scalars(self) -> list[float | int]:
-        """The instance's scalar arguments where none of them stands for a tensor."""
-        return self.scalars_with({})
-
-    def scalars_with(self, tensors: dict[str, int]) -> list[float | int]:
-        """Scalar arguments with addresses and the number of sequences by name; 0 where absent."""
-        absent = dict.fromkeys(("learnable_sink", "out_descale", *LENGTHS), 0)
-        values: dict[str, float | int] = {**absent, **self.values, **tensors}
-        return [values[name] for name in manifest.scalar_names(self.instance)]
+        """The instance's scalar arguments where there are neither lengths nor sinks."""
+        absent = dict.fromkeys((*Inputs._fields, "num_sequences"), 0)
+        values: dict[str, float | int] = {**absent, **self.values}
+        arguments = manifest.arguments(self.instance)
+        return [values[name] for name, is_tensor in arguments if not is_tensor]
 
     @property
     def values(self) -> dict[str, float | int]:
@@ -136,7 +129,7 @@ def make_plan(
     packed_q: bool = False,
     packed_k: bool = False,
     varlen: bool = False,
-    fp8: Fp8 | None = None,
+    fp8: AccumulationOptions | None = None,
     mask: Mask | None = None,
 ) -> Plan:
     """Raises what `prepare` does about these.  `mask`: in place of the options'."""

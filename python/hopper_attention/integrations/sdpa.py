@@ -20,7 +20,7 @@ from torch.nn import attention
 from hopper_attention.dispatch.plan import prepare
 from hopper_attention.launch import backward, forward
 from hopper_attention.problem import checks, memory, scalars, values
-from hopper_attention.problem.values import Inputs, Lengths, Options
+from hopper_attention.problem.values import Inputs, Options
 
 logger = logging.getLogger(__name__)
 NAME = "hopper_attention"
@@ -155,7 +155,7 @@ def _options(
     longest: int | None = None,
 ) -> Options:
     window = (window_left, window_right)
-    return Options.of(scale, causal, window, 0, 0.0, longest, None, None, 0, False)
+    return Options.of(scale, causal, window, max_seqlen_q=longest)
 
 
 def _longest(cum_seq_q: Tensor | None, max_q: int, max_k: int) -> int | None:
@@ -295,8 +295,10 @@ def _flash_forward_inplace(
     memory.check_out(out, query, key, value, None)
     longest = _longest(cum_seq_q, max_q, max_k)
     options = _options(scale, is_causal, window_size_left, window_size_right, longest)
-    lengths = Lengths(cum_seq_q), Lengths(cum_seq_k, seqused_k)
-    return _attend(Inputs(query, key, value, None, *lengths), options, out)
+    inputs = Inputs(
+        query, key, value, cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k, seqused_k=seqused_k
+    )
+    return _attend(inputs, options, out)
 
 
 def _flash_backward(
@@ -323,7 +325,7 @@ def _flash_backward(
     _refuse(dropout_p=dropout_p, **more)
     longest = _longest(cum_seq_q, max_q, max_k)
     options = _options(scale, is_causal, window_size_left, window_size_right, longest)
-    inputs = Inputs(query, key, value, None, Lengths(cum_seq_q), Lengths(cum_seq_k))
+    inputs = Inputs(query, key, value, cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k)
     found = _gradients(inputs, options, out, logsumexp, grad_out)
     return _laid_out_like(found, (query, key, value))
 

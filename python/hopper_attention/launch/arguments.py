@@ -1,33 +1,62 @@
-"""Steps that several launches share: addresses by name, batch entries, rows of no sequence."""
+"""Kernel arguments by name, and steps that several launches share."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hopper_attention.dispatch import manifest
+from hopper_attention.dispatch.target import Executor
+from hopper_attention.launch import runtime
 from hopper_attention.problem.values import Inputs
+
+Value = Tensor | float | int | None
+
+
+class Bound(NamedTuple):
+    """A kernel's arguments as `runtime.launch` takes them."""
+
+    tensors: list[Tensor]
+    scalars: list[float | int]
+    pointees: list[Tensor]
+    """The tensors whose addresses are among the scalars."""
+
+
+def bind(instance: str, values: Mapping[str, Value]) -> Bound:
+    """Return the instance's arguments, found by their names among `values`.
+
+    An argument that is an address takes a tensor, or None for 0.  `values` may have more names
+    than this instance has arguments: one call's values serve all of its kernels.
+    """
+    bound = Bound([], [], [])
+    for name, is_tensor in manifest.arguments(instance):
+        value = values[name]
+        if isinstance(value, Tensor):
+            if is_tensor:
+                bound.tensors.append(value)
+            else:
+                bound.scalars.append(value.data_ptr())
+                bound.pointees.append(value)
+        else:
+            bound.scalars.append(0 if value is None else value)
+    return bound
+
+
+def launch(
+    executor: Executor, instance: str, values: Mapping[str, Value], sm_margin: int = 0
+) -> None:
+    """Run one kernel instance on the arguments that `bind` finds."""
+    runtime.launch(executor, instance, *bind(instance, values), sm_margin)
 
 
 def clear_unused(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
     """Rows of no sequence: on a GPU only where asked for, since it costs a pass over out."""
-    if inputs.varlen and (inputs.queries.seqused is not None or not inputs.q.is_cuda):
+    if inputs.varlen and (inputs.seqused_q is not None or not inputs.q.is_cuda):
         out.zero_()
         lse.fill_(-torch.inf)
-
-
-def addressed(inputs: Inputs) -> tuple[dict[str, int], tuple[Tensor, ...]]:
-    """Scalar arguments that stand for tensors, by name, with the number of sequences; and these."""
-    _, _, _, sink, queries, keys = inputs
-    pointers = {
-        "learnable_sink": sink,
-        "cu_seqlens_q": queries.cu_seqlens,
-        "cu_seqlens_k": keys.cu_seqlens,
-        "seqused_q": queries.seqused,
-        "seqused_k": keys.seqused,
-    }
-    given = {name: tensor for name, tensor in pointers.items() if tensor is not None}
-    numbers = {name: tensor.data_ptr() for name, tensor in given.items()}
-    return numbers | {"num_sequences": inputs.sequences}, tuple(given.values())
 
 
 def as_entry(tensor: Tensor, rank: int) -> Tensor:

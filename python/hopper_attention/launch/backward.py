@@ -18,28 +18,25 @@ from hopper_attention.dispatch import manifest
 from hopper_attention.dispatch.instances import BackwardInstances, main_backward_instance, or_listed
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.dispatch.target import Executor, target_for
-from hopper_attention.launch import runtime
-from hopper_attention.launch.arguments import as_entry
+from hopper_attention.launch.arguments import Value, as_entry, launch
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
-from hopper_attention.problem.values import DTYPES, Inputs
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Gradients of q, k, v and the sinks."""
+from hopper_attention.problem.values import DTYPES, Gradients, Inputs
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """float32, laid out as in cute_kernels/backward/workspace.py; counters of turns are int32."""
+    """float32, laid out as in cute_kernels/backward/workspace.py; the semaphore is int32."""
 
     lse: Tensor
     delta: Tensor
     dq: Tensor
-    turns: Tensor | None
+    dq_semaphore: Tensor | None
+    """A counter of every block of dQ, where key blocks add to it in order."""
 
     @staticmethod
     def like(inputs: Inputs, instances: BackwardInstances, deterministic: bool) -> Workspace:
-        q, packed = inputs.q, inputs.queries.cu_seqlens is not None
+        q, (packed, _) = inputs.q, inputs.packed
         shape = statistics_shape(q, inputs.sequences, packed)
         float32 = torch.float32
         if inputs.varlen:  # gaps between sequences are read for the sinks
@@ -48,11 +45,11 @@ class Workspace:
         else:
             lse, delta = q.new_empty(shape, dtype=float32), q.new_empty(shape, dtype=float32)
         dq = q.new_empty((*shape, instances.head_dim), dtype=float32)
-        turns = None
+        semaphore = None
         if deterministic:
             blocks = (*shape[:2], shape[2] // instances.tile_m)
-            turns = q.new_zeros(blocks, dtype=torch.int32)
-        return Workspace(lse, delta, dq, turns)
+            semaphore = q.new_zeros(blocks, dtype=torch.int32)
+        return Workspace(lse, delta, dq, semaphore)
 
 
 def statistics_shape(q: Tensor, sequences: int, packed: bool) -> tuple[int, int, int]:
@@ -94,11 +91,12 @@ def run(
     executor = plan.executor_for(inputs.q)
     _check_results(plan, inputs, out, lse, dout, dlse)
     if executor is Executor.REFERENCE:
-        q, k, v, sink, queries, keys = inputs
-        return reference.gradients(
+        q, k, v, sink, *_ = inputs
+        found = reference.gradients(
             q, k, v, dout, dlse, out=out, lse=lse, softmax_scale=plan.scale, mask=plan.mask,
-            softcap=plan.softcap, sink=sink, queries=queries, keys=keys,
+            softcap=plan.softcap, sink=sink, queries=inputs.queries, keys=inputs.keys,
         )  # fmt: skip
+        return Gradients(*found)
     return _run_kernels(executor, plan, inputs, out, lse, dout, dlse)
 
 
@@ -140,64 +138,55 @@ def _run_kernels(
         dk.zero_()
         dv.zero_()
     if nothing:
-        return dq, dk, dv, _sink_gradient_without_keys(inputs, lse, dlse)
+        return Gradients(dq, dk, dv, _sink_gradient_without_keys(inputs, lse, dlse))
     # A gradient may come with any strides: expanded, transposed.
     dout, out = (memory.made_addressable(*x) for x in (("dout", dout), ("out", out)))
     dlse = None if dlse is None else dlse.float().contiguous()
     workspace = Workspace.like(inputs, instances, plan.options.deterministic)
-    pointers = {
-        "cu_seqlens_q": inputs.queries.cu_seqlens,
-        "cu_seqlens_k": inputs.keys.cu_seqlens,
-        "seqused_q": inputs.queries.seqused,
-        "seqused_k": inputs.keys.seqused,
-        "dq_semaphore": workspace.turns,
-    }
-    present = {name: tensor for name, tensor in pointers.items() if tensor is not None}
-    values = {
+    rows = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    lse = as_entry(lse.contiguous(), 3)
+    values: dict[str, Value] = {
         **plan.values,
-        **dict.fromkeys(pointers, 0),
-        **{name: tensor.data_ptr() for name, tensor in present.items()},
+        **inputs._asdict(),
+        **{name: as_entry(tensor, 4) for name, tensor in rows.items()},
+        "lse": lse,
+        "dlse": lse if dlse is None else as_entry(dlse, 3),  # read with `with_dlse` only
+        "with_dlse": int(dlse is not None),
+        "lse_workspace": workspace.lse,
+        "delta_workspace": workspace.delta,
+        "dq_semaphore": workspace.dq_semaphore,
         "num_sequences": inputs.sequences,
         "varlen": int(inputs.varlen),
-        "with_dlse": int(dlse is not None),
     }
-
-    def launch(instance: str, tensors: tuple[Tensor, ...]) -> None:
-        scalars = [values[name] for name in manifest.scalar_names(instance)]
-        runtime.launch(executor, instance, tensors, scalars, tuple(present.values()))
-
-    q, k, v, dout, out = (as_entry(x, 4) for x in (q, k, v, dout, out))
-    lse = as_entry(lse.contiguous(), 3)
-    statistics = (workspace.lse, workspace.delta)
-    dlse_or_any = lse if dlse is None else as_entry(dlse, 3)
-    launch(instances.preprocess, (out, dout, lse, dlse_or_any, *statistics, workspace.dq))
 
     def blocks_of(rows: int) -> Tensor:
         entries, heads, all_rows, _ = workspace.dq.shape
         return workspace.dq.view(entries, heads, all_rows // rows, -1)
 
-    gradients = (as_entry(dk, 4), as_entry(dv, 4))
-    dq_blocks = blocks_of(instances.tile_m)
-    launch(instances.main, (q, k, v, dout, *statistics, dq_blocks, *gradients))
-    launch(instances.postprocess, (blocks_of(instances.post_rows), as_entry(dq, 4)))
+    for instance, dq_workspace in (
+        (instances.preprocess, workspace.dq),
+        (instances.main, blocks_of(instances.tile_m)),
+        (instances.postprocess, blocks_of(instances.post_rows)),
+    ):
+        launch(executor, instance, {**values, "dq_workspace": dq_workspace})
     dsink = None
-    if inputs.sink is not None:
-        exponent = inputs.sink[None, :, None] * math.log2(math.e) - workspace.lse
+    if inputs.learnable_sink is not None:
+        exponent = inputs.learnable_sink[None, :, None] * math.log2(math.e) - workspace.lse
         # At most 1, as in the kernels: cute_kernels/backward/scores.py.
         probability = torch.exp2(-exponent.abs())
         dsink = (probability * workspace.delta).sum(dim=(0, 2))
-    return dq, dk, dv, dsink
+    return Gradients(dq, dk, dv, dsink)
 
 
 def _sink_gradient_without_keys(inputs: Inputs, lse: Tensor, dlse: Tensor | None) -> Tensor | None:
     """Then a row's LSE is its sink."""
-    if inputs.sink is None:
+    if inputs.learnable_sink is None:
         return None
     if dlse is None:
-        return torch.zeros_like(inputs.sink)
+        return torch.zeros_like(inputs.learnable_sink)
     lse = as_entry(lse, 3)
     counted = lse != -torch.inf
-    if inputs.queries.cu_seqlens is not None:  # behind the last sequence lse is undefined
+    if inputs.cu_seqlens_q is not None:  # behind the last sequence lse is undefined
         rows = torch.arange(lse.shape[-1], device=lse.device)
-        counted &= rows < inputs.queries.cu_seqlens[-1]
+        counted &= rows < inputs.cu_seqlens_q[-1]
     return torch.where(counted, as_entry(dlse, 3), 0.0).float().sum(dim=(0, 2))

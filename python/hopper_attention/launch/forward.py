@@ -9,7 +9,7 @@ from hopper_attention import reference
 from hopper_attention.dispatch import target
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.launch import runtime
-from hopper_attention.launch.arguments import addressed, as_entry, clear_unused
+from hopper_attention.launch.arguments import as_entry, clear_unused, launch
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.values import Inputs
@@ -26,18 +26,18 @@ def run(plan: Plan, inputs: Inputs, out: Tensor | None = None) -> tuple[Tensor, 
         out = memory.addressable("out", out)
     if executor is target.Executor.REFERENCE:
         return _run_reference(plan, inputs, out)
-    if inputs.sink is None and not plan.varlen and plan.qheads_per_tile == 1:
+    if inputs.learnable_sink is None and not plan.varlen and plan.qheads_per_tile == 1:
         return _run_plain(executor, plan, inputs, out)
     return _run_indexed(executor, plan, inputs, out)
 
 
 def _run_reference(plan: Plan, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, sink, *_ = inputs
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         memory.addressable(name, tensor)  # refuses what the kernels refuse
     result, lse = reference.attention(
         q, k, v, softmax_scale=plan.scale, mask=plan.mask, softcap=plan.softcap, sink=sink,
-        queries=queries, keys=keys, out_dtype=plan.out_dtype,
+        queries=inputs.queries, keys=inputs.keys, out_dtype=plan.out_dtype,
     )  # fmt: skip
     return (result if out is None else out.copy_(result)), lse
 
@@ -48,8 +48,10 @@ def _run_plain(
     """Run a call without lengths, sinks and packed heads, as most are, in little Python."""
     q, k, v, *_ = inputs
     described = [
-        memory.described("q", q), memory.described("k", k), memory.described("v", v)
-    ]  # fmt: skip
+        memory.address_shape_stride("q", q),
+        memory.address_shape_stride("k", k),
+        memory.address_shape_stride("v", v),
+    ]
     out, lse, stored = _results(plan, q, out)
     if out.numel() > 0:
         described.append((stored.data_ptr(), stored.shape, stored.stride()))
@@ -70,10 +72,15 @@ def _run_indexed(
     out, lse, stored = _results(plan, q, out)
     clear_unused(inputs, out, lse)
     if out.numel() > 0 and inputs.sequences > 0:
-        numbers, pointees = addressed(inputs)
-        views = [*(as_entry(x, 4) for x in (q, k, v, stored)), as_entry(lse, 3)]
-        scalars = plan.scalars_with(numbers)
-        runtime.launch(executor, plan.instance, views, scalars, pointees, plan.options.sm_margin)
+        operands = {"q": q, "k": k, "v": v, "out": stored}
+        values = {
+            **plan.values,
+            **inputs._asdict(),
+            **{name: as_entry(x, 4) for name, x in operands.items()},
+            "lse": as_entry(lse, 3),
+            "num_sequences": inputs.sequences,
+        }
+        launch(executor, plan.instance, values, plan.options.sm_margin)
     return out, lse
 
 

@@ -15,21 +15,26 @@ from hopper_attention import reference
 from hopper_attention.cute_kernels.conventions import LARGEST_E4M3, LEAST_DESCALE
 from hopper_attention.dispatch.plan import Plan, make_plan, prepare
 from hopper_attention.dispatch.target import Executor, target_for_fp8
-from hopper_attention.launch import runtime
-from hopper_attention.launch.arguments import addressed, as_entry, clear_unused
+from hopper_attention.launch.arguments import as_entry, clear_unused, launch
 from hopper_attention.launch.quantize import columns_of, narrowed, quantize
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.fp8 import checked_descale, checked_out_descale, sequence_bounds
-from hopper_attention.problem.quantization import Fp8Options, Quantized, Recipe
+from hopper_attention.problem.quantization import (
+    Fp8Options,
+    QuantizationRequest,
+    Quantized,
+    Recipe,
+)
 from hopper_attention.problem.values import (
     FP8_TENSORS,
-    NO_WINDOW,
-    Fp8,
+    AccumulationOptions,
+    Descales,
     Inputs,
     Lengths,
     Mask,
     Options,
+    SequenceBounds,
 )
 from hopper_attention.reference.quantize import block_rows, spread
 
@@ -62,7 +67,7 @@ def run(
 
     `out` is written if given.
     """
-    q, k, v, _, _, keys = inputs
+    q, k, v, *_ = inputs
     executor = plan.executor_for(q)
     if executor is Executor.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
         result, lse = _run_reference(plan, inputs, scaling)
@@ -74,26 +79,33 @@ def run(
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     columns = scaling.columns
     if columns is None:
-        columns = columns_of(v, keys, scaling.max_seqlen_k)
+        columns = columns_of(v, inputs.keys, scaling.max_seqlen_k)
     clear_unused(inputs, out, lse)
     if out.numel() > 0 and inputs.sequences > 0:
         rows = (memory.made_addressable(*x) for x in (("q", q), ("k", k)))
-        stored = out.view(torch.bfloat16)  # as the kernel takes any
-        operands = (*(as_entry(x, 4) for x in rows), columns, as_entry(stored, 4))
-        tables = _query_scales(inputs, scaling), *_key_scales(inputs, scaling)
-        numbers, pointees = addressed(inputs)
-        if scaling.out is not None:
-            numbers["out_descale"] = scaling.out.data_ptr()
-            pointees = (*pointees, scaling.out)
-        runtime.launch(
-            executor, plan.instance, (*operands, as_entry(lse, 3), *tables),
-            plan.scalars_with(numbers), pointees, plan.options.sm_margin,
-        )  # fmt: skip
+        rows_q, rows_k = (as_entry(x, 4) for x in rows)
+        key_descales, v_descale = _key_scales(inputs, scaling)
+        values = {
+            **plan.values,
+            **inputs._asdict(),
+            "q": rows_q,
+            "k": rows_k,
+            "v": columns,
+            "out": as_entry(out.view(torch.bfloat16), 4),  # as the kernel takes any
+            "lse": as_entry(lse, 3),
+            "q_descale": _query_scales(inputs, scaling),
+            "key_descales": key_descales,
+            "v_descale": v_descale,
+            "out_descale": scaling.out,
+            "num_sequences": inputs.sequences,
+        }
+        launch(executor, plan.instance, values, plan.options.sm_margin)
     return out, lse
 
 
 def _run_reference(plan: Plan, inputs: Inputs, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, sink, *_ = inputs
+    queries, keys = inputs.queries, inputs.keys
     bounds = (scaling.max_seqlen_q, scaling.max_seqlen_k, scaling.max_seqlen_k)
     sides = zip((q, k, v), scaling[:3], (queries, keys, keys), bounds, strict=True)
     exact = (x.float() * spread(scale, x, lengths, bound) for x, scale, lengths, bound in sides)
@@ -162,20 +174,21 @@ def _in_blocks(descale: Tensor, seqlen: int, heads: int) -> Tensor:
 
 
 def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Fp8Options) -> tuple[Tensor, Tensor]:
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, *_ = inputs
     recipe, hadamard = Recipe(treatment.recipe), treatment.hadamard
-    bound_q, bound_k = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)
-    of_queries: dict[str, Any] = {"lengths": queries, "max_seqlen": bound_q}
-    of_keys: dict[str, Any] = {"lengths": keys, "max_seqlen": bound_k}
+    bound_q, bound_k = sequence_bounds(inputs, treatment.bound_q, treatment.bound_k)
+    of_queries: dict[str, Any] = {"lengths": inputs.queries, "max_seqlen": bound_q}
+    of_keys: dict[str, Any] = {"lengths": inputs.keys, "max_seqlen": bound_k}
     arranged = _arranges(plan, inputs)
-    q8 = quantize(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
-    k8 = quantize(k, recipe, hadamard=hadamard, **of_keys)
-    v8 = quantize(v, recipe, octaves=True, arranged=arranged, **of_keys)
+    request = QuantizationRequest.of
+    q8 = quantize(q, request(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries))
+    k8 = quantize(k, request(k, recipe, hadamard=hadamard, **of_keys))
+    v8 = quantize(v, request(v, recipe, octaves=True, arranged=arranged, **of_keys))
     scaling = Scaling(
         q8.descale, k8.descale, v8.descale, bound_q, bound_k,
         columns=v8.values if arranged else None,
     )  # fmt: skip
-    values = Inputs(q8.values, k8.values, v if arranged else v8.values, sink, queries, keys)
+    values = inputs._replace(q=q8.values, k=k8.values, v=v if arranged else v8.values)
     return run(plan, values, scaling)
 
 
@@ -187,13 +200,14 @@ def _arranges(plan: Plan, inputs: Inputs) -> bool:
 
 def descale_and_attend(
     inputs: Inputs,
-    descales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    bounds: tuple[int | None, int | None],
+    descales: Descales,
+    bounds: SequenceBounds,
     options: Options,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with everything checked that can be checked without data."""
-    q, k, v, _, _, keys = inputs
+    q, k, v, *_ = inputs
+    keys = inputs.keys
     accepted = {"q": FP8_TENSORS[:1], "k": FP8_TENSORS, "v": FP8_TENSORS}
     for (name, dtypes), tensor in zip(accepted.items(), (q, k, v), strict=True):
         if tensor.dtype not in dtypes:
@@ -201,15 +215,15 @@ def descale_and_attend(
             raise NotImplementedError(
                 f"{name} has dtype {tensor.dtype}; supported with FP8 tensors: {have}"
             )
-    plan = prepare(inputs, options, Fp8())
+    plan = prepare(inputs, options, AccumulationOptions())
     bound_q, bound_k = sequence_bounds(inputs, *bounds)
-    names = ("q_descale", "k_descale", "v_descale")
-    sides = ((q, bound_q), (k, bound_k), (v, bound_k))
+    given = descales._asdict()
+    sides = {"q_descale": (q, bound_q), "k_descale": (k, bound_k), "v_descale": (v, bound_k)}
     q_descale, k_descale, v_descale = (
-        checked_descale(name, descale, x, k.shape[-2], inputs.sequences, bound)
-        for name, descale, (x, bound) in zip(names, descales, sides, strict=False)
+        checked_descale(name, given[name], x, k.shape[-2], inputs.sequences, bound)
+        for name, (x, bound) in sides.items()
     )
-    out_descale = checked_out_descale(descales[3], plan.out_dtype, q)
+    out_descale = checked_out_descale(descales.out_descale, plan.out_dtype, q)
     columns = None
     if k.dtype == torch.float8_e5m2:
         k, k_descale = narrowed(k, k_descale, lengths=keys, max_seqlen=bound_k)
@@ -235,11 +249,9 @@ def compute(
     By the kernel: CUDA tensors, or CPU tensors inside `simulator.enabled()`.
     """
     q, k, v = (x.values for x in operands)
-    options = Options.of(
-        softmax_scale, False, NO_WINDOW, 0, 0.0, None, None, torch.float32, 0, False
-    )
+    options = Options.of(softmax_scale, out_dtype=torch.float32)
     shapes, dtypes = (q.shape, k.shape, v.shape), (torch.bfloat16,) * 3
-    how = Fp8(two_level, accumulate_every)
+    how = AccumulationOptions(two_level, accumulate_every)
     target = target_for_fp8(q)
     plan = make_plan(shapes, dtypes, options, target, fp8=how, mask=mask)
     q_descale, k_descale, v_descale = (x.descale for x in operands)

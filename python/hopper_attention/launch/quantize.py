@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from hopper_attention.cute_kernels.conventions import SUM_ROWS
-from hopper_attention.dispatch import instances, manifest, target
+from hopper_attention.dispatch import instances, target
 from hopper_attention.dispatch.target import Executor
 from hopper_attention.launch import runtime
+from hopper_attention.launch.arguments import Value, launch
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
 from hopper_attention.problem.quantization import (
+    QuantizationRequest,
     Quantized,
     Recipe,
     Rotary,
     check_arranged,
     check_head_dim,
     check_kernels,
-    check_options,
     check_rows,
-    checked_rotary,
     in_blocks,
     number_of_sequences,
 )
@@ -34,41 +34,22 @@ from hopper_attention.reference.quantize import (
     arranged_shape,
     batched,
     means,
-    narrowed_stated,
+    narrowed_reference,
+    quantize_reference,
     signs,
-    stated,
 )
 
 
-def quantize(
-    x: Tensor,
-    recipe: Recipe | str,
-    *,
-    heads_kv: int | None = None,
-    hadamard: bool = False,
-    centered: bool = False,
-    octaves: bool = False,
-    arranged: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    lengths: Lengths = DENSE,
-    max_seqlen: int | Tensor | None = None,
-    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
-) -> Quantized:
+def quantize(x: Tensor, request: QuantizationRequest) -> Quantized:
     """`quantize.quantize`: values and descales, by kernels or the reference."""
-    max_rows = check_rows("x", x, lengths, max_seqlen)
-    recipe, heads_kv = check_options(x, recipe, heads_kv, dtype)
-    if arranged:
-        check_arranged("x", x)
-    embedding = None if rotary is None else checked_rotary(rotary, x, lengths, max_rows)
-    executor, problem = _executor(x, "x"), _Problem(x, lengths, max_rows, embedding)
+    assert request.max_seqlen is not None  # as `QuantizationRequest.of` leaves it
+    problem = _Problem(x, request.lengths, request.max_seqlen, request.rotary)
+    executor = _executor(x, "x")
     if executor is not Executor.REFERENCE:
-        check_kernels(x, dtype)
+        check_kernels(x, request.dtype)
     if executor is Executor.REFERENCE or problem.empty:
-        return stated(
-            x, recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_rows,
-            embedding,
-        )  # fmt: skip
-    return _run_kernels(executor, problem, recipe, heads_kv, hadamard, centered, octaves, arranged)
+        return quantize_reference(x, request)
+    return _run_kernels(executor, problem, request)
 
 
 def means_of(x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None) -> Tensor:
@@ -101,7 +82,7 @@ def narrowed(
     if executor is not Executor.REFERENCE:
         check_head_dim(x)
     if executor is Executor.REFERENCE or problem.empty:
-        values, factor = narrowed_stated(x, arranged, lengths, max_rows)
+        values, factor = narrowed_reference(x, arranged, lengths, max_rows)
     else:
         values, factor = _narrow(executor, problem, arranged)
     return Quantized(values, factor * given)
@@ -152,108 +133,72 @@ class _Problem:
         return memory.addressable("x", batched(self.x, self.lengths))
 
     @functools.cached_property
-    def rotary_arguments(self) -> tuple[dict[str, int], dict[str, Tensor | None]]:
-        """Scalars, and what is passed by its address."""
-        if self.rotary is None:
-            names = ("dim", "interleaved", "positions", "offset")
-            addressed = dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_offsets"))
-            return {f"rotary_{name}": 0 for name in names}, addressed
-        cos, sin, interleaved, offsets = self.rotary
-        scalars = {
-            "rotary_dim": 2 * cos.shape[1],
-            "rotary_interleaved": int(interleaved),
-            "rotary_positions": cos.shape[0],
-            "rotary_offset": 0 if isinstance(offsets, Tensor) else offsets,
-        }
-        tables: dict[str, Tensor | None] = {
-            "rotary_cos": _loadable_floats(cos),
-            "rotary_sin": _loadable_floats(sin),
-            "rotary_offsets": offsets if isinstance(offsets, Tensor) else None,
-        }
-        return scalars, tables
-
-    def launch(
-        self,
-        executor: Executor,
-        instance: str,
-        tensors: tuple[Tensor, ...],
-        scalars: dict[str, int],
-        addressed: dict[str, Tensor | None],
-    ) -> None:
-        """`addressed`: what is passed by its address, or 0; scalars and these go by name."""
-        rotary, tables = self.rotary_arguments
-        addressed = {
+    def values(self) -> dict[str, Value]:
+        """The kernels' arguments that describe x and its sequences, by name."""
+        cos, sin, interleaved, offsets = self.rotary or (None, None, False, 0)
+        return {
             "cu_seqlens": self.lengths.cu_seqlens,
             "seqused": self.lengths.seqused,
-            **tables,
-            **addressed,
-        }
-        present = {name: tensor for name, tensor in addressed.items() if tensor is not None}
-        values = {
-            **dict.fromkeys(addressed, 0),
-            **{name: tensor.data_ptr() for name, tensor in present.items()},
             "sequences": self.sequences,
             "max_seqlen": self.max_seqlen,
-            **rotary,
-            **scalars,
+            "rotary_cos": None if cos is None else _loadable_floats(cos),
+            "rotary_sin": None if sin is None else _loadable_floats(sin),
+            "rotary_dim": 0 if cos is None else 2 * cos.shape[1],
+            "rotary_positions": 0 if cos is None else cos.shape[0],
+            "rotary_interleaved": int(interleaved),
+            "rotary_offset": 0 if isinstance(offsets, Tensor) else offsets,
+            "rotary_offsets": offsets if isinstance(offsets, Tensor) else None,
         }
-        names = manifest.scalar_names(instance)
-        pointees = [present[name] for name in names if name in present]
-        runtime.launch(executor, instance, tensors, [values[name] for name in names], pointees)
 
 
 @annotated("quantize")
-def _run_kernels(
-    executor: Executor,
-    problem: _Problem,
-    recipe: Recipe,
-    heads_kv: int | None,
-    hadamard: bool,
-    centered: bool,
-    octaves: bool,
-    arranged: bool,
-) -> Quantized:
-    x = problem.rows
+def _run_kernels(executor: Executor, problem: _Problem, request: QuantizationRequest) -> Quantized:
+    x, recipe = problem.rows, request.recipe
     heads, head_dim = x.shape[2:]
     element = DTYPES[x.dtype]
-    table = _Table.of(problem, recipe, heads_kv)
+    table = _Table.of(problem, recipe, request.heads_kv)
     descale = x.new_empty(table.shape, dtype=torch.float32)
     amax = None
-    if recipe.rows is None or octaves:
+    if recipe.rows is None or request.octaves:
         amax = x.new_zeros(table.amax_shape, dtype=torch.float32)
-    addressed = {
-        "mean": _means(executor, problem) if centered else None,
-        "signs": _scaled_signs(x.device, head_dim) if hadamard else None,
+    out = _new_values(problem, x, request.arranged)
+    values: dict[str, Value] = {
+        **problem.values,
+        "x": x,
+        "values": out,
+        "descale": table.of_heads(descale),
+        "mean": _means(executor, problem) if request.centered else None,
+        "signs": _scaled_signs(x.device, head_dim) if request.hadamard else None,
+        "rotation_size": head_dim & -head_dim if request.hadamard else 1,
         "amax": amax,
-    }
-    scalars = {
         "amax_stride": table.amax_stride,
         "block_rows": recipe.rows or 0,
         "group": table.group,
-        "rotation_size": head_dim & -head_dim if hadamard else 1,
     }
     if amax is not None:
-        instance = instances.abs_max_instance(element, head_dim)
         of_heads = amax.view(-1, heads // table.group).expand(problem.sequences, -1)
-        problem.launch(executor, instance, (x, of_heads), scalars, addressed)
+        launch(
+            executor, instances.abs_max_instance(element, head_dim), {**values, "amax": of_heads}
+        )
+    launch(executor, instances.quantize_instance(element, head_dim, request.arranged), values)
+    return Quantized(out if request.arranged else out.view(problem.x.shape), descale)
+
+
+def _new_values(problem: _Problem, x: Tensor, arranged: bool) -> Tensor:
+    """Room for the FP8 values of `x`, problem.x's rows, in their layout or V's."""
     shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
-    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
-    instance = instances.quantize_instance(element, head_dim, arranged)
-    tensors = (x, out, table.of_heads(descale))
-    problem.launch(executor, instance, tensors, scalars, addressed)
-    return Quantized(out if arranged else out.view(problem.x.shape), descale)
+    return x.new_empty(shape, dtype=torch.float8_e4m3fn)
 
 
 @annotated("narrow")
 def _narrow(executor: Executor, problem: _Problem, arranged: bool) -> Quantized:
     x = memory.made_addressable("x", batched(problem.x, problem.lengths))
-    shape = arranged_shape(problem.x, problem.lengths) if arranged else x.shape
-    out = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    out = _new_values(problem, x, arranged)
     blocks = (problem.sequences, x.shape[2], -(-problem.max_seqlen // 64))
-    factor = x.new_empty(blocks, dtype=torch.float32)
-    instance = instances.narrow_instance(x.shape[3], arranged)
-    problem.launch(executor, instance, (x, out, factor), {}, {})
-    return Quantized(out if arranged else out.view(problem.x.shape), factor)
+    factors = x.new_empty(blocks, dtype=torch.float32)
+    values = {**problem.values, "x": x, "values": out, "factors": factors}
+    launch(executor, instances.narrow_instance(x.shape[3], arranged), values)
+    return Quantized(out if arranged else out.view(problem.x.shape), factors)
 
 
 @dataclass(frozen=True)
@@ -299,11 +244,10 @@ def _means(executor: Executor, problem: _Problem) -> Tensor:
     if problem.lengths.cu_seqlens is not None:  # as arranged columns
         chunks = seqlen // SUM_ROWS + problem.sequences
     sums = x.new_empty((batch, chunks, heads, head_dim), dtype=torch.float32)
-    instance = instances.column_sums_instance(DTYPES[x.dtype])
-    problem.launch(executor, instance, (x, sums), {}, {})
     means = x.new_empty((problem.sequences, heads, head_dim), dtype=torch.float32)
-    instance = instances.column_means_instance()
-    problem.launch(executor, instance, (sums, means), {"padded": seqlen}, {})
+    values = {**problem.values, "x": x, "sums": sums, "means": means, "padded": seqlen}
+    launch(executor, instances.column_sums_instance(DTYPES[x.dtype]), values)
+    launch(executor, instances.column_means_instance(), values)
     return means
 
 
@@ -324,7 +268,7 @@ def _arrange(executor: Executor, problem: _Problem) -> Tensor:
     instance = instances.arrange_instance(source is not None)
     if source is None:
         source = memory.made_addressable("v", rows)
-    problem.launch(executor, instance, (source, out), {}, {})
+    launch(executor, instance, {**problem.values, "v": source, "columns": out})
     return out
 
 

@@ -15,7 +15,7 @@ from hopper_attention.problem.values import (
     DTYPES,
     MAX_HEAD_DIM,
     UNBOUNDED,
-    Fp8,
+    AccumulationOptions,
     Inputs,
     Lengths,
     Options,
@@ -209,23 +209,21 @@ FP8_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m
 
 def check_shapes_of(inputs: Inputs) -> None:
     """Check dtypes and shapes, which tensors without data have, too."""
-    q, k, v, _, queries, keys = inputs
-    packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
+    q, k, v, *_ = inputs
     check_dtypes(q.dtype, k.dtype, v.dtype)
-    check_shapes(q.shape, k.shape, v.shape, *packed)
+    check_shapes(q.shape, k.shape, v.shape, *inputs.packed)
 
 
 def check_fp8_shapes_of(inputs: Inputs, options: Options, two_level: bool | None) -> None:
     """Check shapes, head dims and out's dtype for the FP8 kernels."""
-    q, k, v, _, queries, keys = inputs
-    packed = (queries.cu_seqlens is not None, keys.cu_seqlens is not None)
-    check_shapes(q.shape, k.shape, v.shape, *packed)
+    q, k, v, *_ = inputs
+    check_shapes(q.shape, k.shape, v.shape, *inputs.packed)
     check_fp8_head_dims(q.shape[-1], v.shape[-1])
-    result_type(options.out_dtype, torch.bfloat16, Fp8(two_level))
+    result_type(options.out_dtype, torch.bfloat16, AccumulationOptions(two_level))
 
 
 def check_index_tensors(inputs: Inputs) -> None:
-    q, k, _, _, queries, keys = inputs
+    q, k, queries, keys = inputs.q, inputs.k, inputs.queries, inputs.keys
     batch = _batch(q, k, queries, keys)
     for side, tensor, lengths in (("q", q, queries), ("k", k, keys)):
         check_index(f"cu_seqlens_{side}", lengths.cu_seqlens, batch + 1, q)
@@ -234,7 +232,7 @@ def check_index_tensors(inputs: Inputs) -> None:
 
 
 def result_type(
-    out_dtype: torch.dtype | None, dtype: torch.dtype, fp8: Fp8 | None
+    out_dtype: torch.dtype | None, dtype: torch.dtype, fp8: AccumulationOptions | None
 ) -> tuple[torch.dtype, int]:
     """out's dtype, and its number among those that the kernel stores."""
     if fp8 is None:

@@ -13,7 +13,7 @@ Description = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A tensor's address, shape and strides, as the extension takes them."""
 
 
-def described(name: str, tensor: Tensor) -> Description:
+def address_shape_stride(name: str, tensor: Tensor) -> Description:
     """Return address, shape and strides of the tensor as `addressable` makes it."""
     address, strides = tensor.data_ptr(), tensor.stride()
     outer_bits = strides[0] | strides[1] | strides[-2]  # of three or four dimensions

@@ -11,8 +11,10 @@ from torch import Tensor
 from hopper_attention.cute_kernels.conventions import BLOCK_ROWS
 from hopper_attention.problem import checks, memory, scalars
 from hopper_attention.problem.values import (
+    DENSE,
     DTYPES,
     MAX_HEAD_DIM,
+    Bound,
     Lengths,
 )
 
@@ -51,6 +53,38 @@ class Rotary(NamedTuple):
     """Position of a sequence's first row, or of each one's: (sequences,) int32."""
 
 
+class QuantizationRequest(NamedTuple):
+    """How a tensor is quantised: the arguments of `quantize.quantize` of these names."""
+
+    recipe: Recipe
+    heads_kv: int | None = None
+    hadamard: bool = False
+    centered: bool = False
+    octaves: bool = False
+    arranged: bool = False
+    dtype: torch.dtype = torch.float8_e4m3fn
+    lengths: Lengths = DENSE
+    max_seqlen: int | None = None
+    """None: all rows."""
+    rotary: Rotary | None = None
+
+    @staticmethod
+    def of(x: Tensor, recipe: Any, **arguments: Any) -> QuantizationRequest:
+        """Return the request for x, in the forms that implementations take.
+
+        Raises TypeError, ValueError or NotImplementedError that names the argument.
+        """
+        given = QuantizationRequest(recipe, **arguments)
+        rows = check_rows("x", x, given.lengths, given.max_seqlen)
+        recipe, heads_kv = check_options(x, recipe, given.heads_kv, given.dtype)
+        if given.arranged:
+            check_arranged("x", x)
+        rotary = given.rotary
+        if rotary is not None:
+            rotary = checked_rotary(rotary, x, given.lengths, rows)
+        return given._replace(recipe=recipe, heads_kv=heads_kv, max_seqlen=rows, rotary=rotary)
+
+
 def number_of_sequences(x: Tensor, lengths: Lengths) -> int:
     return x.shape[0] if lengths.cu_seqlens is None else lengths.cu_seqlens.shape[0] - 1
 
@@ -62,8 +96,9 @@ class Fp8Options(NamedTuple):
     hadamard: bool
     two_level: bool | None
     accumulate_every: int
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
+    bound_q: Bound | None
+    """max_seqlen_q, a name that `Options` has already."""
+    bound_k: Bound | None
 
     @staticmethod
     def of(

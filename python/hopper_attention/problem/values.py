@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +60,17 @@ DENSE = Lengths()
 """Every batch entry is a sequence."""
 
 
+Bound = Annotated[int, torch.SymInt]
+"""An upper bound of lengths; compilers may keep it symbolic."""
+NO_WINDOW = (-1, -1)
+"""The functions' default: what is given instead is looked at, as (-1.0, -1) equals it."""
+
+
 class Options(NamedTuple):
     """The scalar arguments as plain values: equal calls have equal options, and a hash.
 
-    In the order of the operators' scalar arguments.  A tuple, since it is made and hashed at
-    every call: a frozen dataclass costs 2 us more.
+    The operators' scalar arguments have these names, types and order.  A tuple, since it is made
+    and hashed at every call: a frozen dataclass costs 2 us more.
     """
 
     softmax_scale: float | None
@@ -75,7 +81,7 @@ class Options(NamedTuple):
     attention_chunk: int
     softcap: float
     """0: none."""
-    max_seqlen_q: int | None
+    max_seqlen_q: Bound | None
     """An upper bound for packed queries, for `pack_gqa`; None: the tensor's rows."""
     pack_gqa: bool | None
     out_dtype: torch.dtype | None
@@ -84,16 +90,16 @@ class Options(NamedTuple):
 
     @staticmethod
     def of(
-        softmax_scale: Any,
-        causal: Any,
-        window_size: Any,
-        attention_chunk: Any,
-        softcap: Any,
-        max_seqlen_q: Any,
-        pack_gqa: Any,
-        out_dtype: Any,
-        sm_margin: Any,
-        deterministic: Any,
+        softmax_scale: Any = None,
+        causal: Any = False,
+        window_size: Any = NO_WINDOW,
+        attention_chunk: Any = 0,
+        softcap: Any = 0.0,
+        max_seqlen_q: Any = None,
+        pack_gqa: Any = None,
+        out_dtype: Any = None,
+        sm_margin: Any = 0,
+        deterministic: Any = False,
     ) -> Options:
         """Raises TypeError or ValueError that names the argument.
 
@@ -130,8 +136,6 @@ class Options(NamedTuple):
         return Options.of(scale, causal, (left, right), chunk, softcap, longest, *rest)
 
 
-NO_WINDOW = (-1, -1)
-"""The functions' default: what is given instead is looked at, as (-1.0, -1) equals it."""
 MAX_SM_MARGIN = 100
 """An H100 or A100 has more multiprocessors; others may have fewer (dispatch/target.py)."""
 SCALE_RANGE = (1e-20, 1e6)
@@ -176,47 +180,94 @@ def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask
 FP8_TENSORS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class Fp8(NamedTuple):
-    """How FP8 tensor cores are used: `attention_fp8`'s arguments of these names."""
+class AccumulationOptions(NamedTuple):
+    """How FP8 tensor cores add: `attention_fp8`'s arguments of these names."""
 
     two_level: bool | None = None
     accumulate_every: int = 1
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, as the public functions take them; `sink` is float32."""
+    """The tensors of one call; `learnable_sink` is float32.
+
+    Public functions, operators and kernels have arguments of these names; an operator takes them
+    in this order (torch_ops/schema.py).
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    sink: Tensor | None = None
-    queries: Lengths = DENSE
-    keys: Lengths = DENSE
+    learnable_sink: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
 
     @staticmethod
-    def of(flat: tuple[Any, ...]) -> Inputs:
-        """From an operator's tensors."""
-        q, k, v, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = flat
-        return Inputs(
-            q, k, v, sink, Lengths(cu_seqlens_q, seqused_q), Lengths(cu_seqlens_k, seqused_k)
-        )
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None = None,
+        queries: Lengths = DENSE,
+        keys: Lengths = DENSE,
+    ) -> Inputs:
+        index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
+        return Inputs(q, k, v, sink, *index)
 
     @property
-    def flat(self) -> tuple[Tensor | None, ...]:
-        """The same tensors in the order of an operator's."""
-        q, k, v, sink, queries, keys = self
-        index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
-        return q, k, v, sink, *index
+    def queries(self) -> Lengths:
+        return Lengths(self.cu_seqlens_q, self.seqused_q)
+
+    @property
+    def keys(self) -> Lengths:
+        return Lengths(self.cu_seqlens_k, self.seqused_k)
+
+    @property
+    def index_tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that say where sequences lie."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k
 
     @property
     def varlen(self) -> bool:
-        return self.queries.given or self.keys.given
+        """True if sequences are not whole batch entries."""
+        return any(tensor is not None for tensor in self.index_tensors)
+
+    @property
+    def packed(self) -> tuple[bool, bool]:
+        """Whether queries are packed, and whether keys are."""
+        return self.cu_seqlens_q is not None, self.cu_seqlens_k is not None
 
     @property
     def sequences(self) -> int:
         """How many there are: batch entries, if they are not packed."""
-        cu_seqlens = self.queries.cu_seqlens
+        cu_seqlens = self.cu_seqlens_q
         return self.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of these names; the operator's is empty where there are no sinks."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dsink: Tensor | None
+
+
+class Descales(NamedTuple):
+    """Factors of FP8 tensors: the public functions' arguments of these names."""
+
+    q_descale: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    out_descale: Tensor | None = None
+
+
+class SequenceBounds(NamedTuple):
+    """max_seqlen_q and max_seqlen_k of the public functions, for tables of scales."""
+
+    bound_q: Bound | None = None
+    bound_k: Bound | None = None
 
 
 def result_shapes(q: Shape, v: Shape, packed_q: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

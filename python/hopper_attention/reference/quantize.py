@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hopper_attention.cute_kernels.conventions import BLOCK_ROWS, LEAST_DESCALE, OCTAVES
 from hopper_attention.problem.quantization import (
+    QuantizationRequest,
     Quantized,
     Recipe,
     Rotary,
@@ -74,42 +75,34 @@ def batched(x: Tensor, lengths: Lengths) -> Tensor:
     return x if lengths.cu_seqlens is None else x.unsqueeze(0)
 
 
-def stated(
-    x: Tensor,
-    recipe: Recipe,
-    heads_kv: int | None = None,
-    hadamard: bool = False,
-    centered: bool = False,
-    octaves: bool = False,
-    arranged: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    lengths: Lengths = DENSE,
-    max_seqlen: int | None = None,
-    rotary: Rotary | None = None,
-) -> Quantized:
-    """`quantize`."""
-    sequences = Sequences.of(x, lengths)
+def quantize_reference(x: Tensor, request: QuantizationRequest) -> Quantized:
+    """`quantize.quantize`, step by step on whole tensors."""
+    sequences = Sequences.of(x, request.lengths)
     rows = sequences.gathered()
-    if rotary is not None:
-        rows = embedded(rows, rotary)
-    if centered:
+    if request.rotary is not None:
+        rows = embedded(rows, request.rotary)
+    if request.centered:
         exists = torch.arange(rows.shape[1], device=x.device) < sequences.counts[:, None]
         rows = torch.where(exists[..., None, None], rows - means(rows, sequences.counts), 0)
-    if hadamard:
+    if request.hadamard:
         rows = rotated(rows)
+    recipe, dtype = request.recipe, request.dtype
     largest = torch.finfo(dtype).max
-    descale = descale_of(rows, recipe, heads_kv, largest)
+    descale = descale_of(rows, recipe, request.heads_kv, largest)
     if recipe.rows is not None:
-        blocks = -(-(x.shape[-3] if max_seqlen is None else max_seqlen) // recipe.rows)
+        longest = x.shape[-3] if request.max_seqlen is None else request.max_seqlen
+        blocks = -(-longest // recipe.rows)
         behind = (0, blocks - descale.shape[2])
         descale = torch.nn.functional.pad(descale, behind, value=LEAST_DESCALE)
-        if octaves:
+        if request.octaves:
             descale = power_of_two_scale(descale)
     factor = _of_rows(descale, recipe.rows, rows)
     values = (rows / factor).clamp(-largest, largest).to(dtype)
     out = torch.zeros(sequences.rows.shape, dtype=dtype, device=x.device)
     out = sequences.scattered(values, out).view(x.shape)
-    return Quantized(arranged_columns(out, lengths) if arranged else out, descale)
+    if request.arranged:
+        out = arranged_columns(out, request.lengths)
+    return Quantized(out, descale)
 
 
 def means(rows: Tensor, counts: Tensor) -> Tensor:
@@ -117,14 +110,14 @@ def means(rows: Tensor, counts: Tensor) -> Tensor:
     return rows.sum(dim=1, keepdim=True) / counts.clamp(min=1).view(-1, 1, 1, 1)
 
 
-def narrowed_stated(
+def narrowed_reference(
     x: Tensor, arranged: bool, lengths: Lengths = DENSE, max_seqlen: int | None = None
 ) -> Quantized:
     """`narrowed`, but for the given descale: instead of descales there are the powers of two."""
     sequences = Sequences.of(x, lengths)
     rows = sequences.gathered()
     blocks = -(-(x.shape[-3] if max_seqlen is None else max_seqlen) // 64)
-    amax = block_tops(rows, 64)
+    amax = block_amax(rows, 64)
     amax = torch.nn.functional.pad(amax, (0, blocks - amax.shape[2]))
     _, exponent = torch.frexp(amax)  # of a mantissa from 1/2
     steps = (exponent - 1 - 8).clamp(min=-7)  # 448 is 1.75 * 2^8
@@ -162,12 +155,12 @@ def descale_of(x: Tensor, recipe: Recipe, heads_kv: int | None, largest: float) 
         top = amax.unflatten(1, (heads_kv or heads, -1)).amax(dim=2)
     else:
         assert recipe.rows is not None
-        top = block_tops(x, recipe.rows)
+        top = block_amax(x, recipe.rows)
     # On a GPU a division by a number is a multiplication by its reciprocal: another rounding.
     return (top / torch.full_like(top, largest)).clamp(min=LEAST_DESCALE).contiguous()
 
 
-def block_tops(x: Tensor, rows: int) -> Tensor:
+def block_amax(x: Tensor, rows: int) -> Tensor:
     """(batch, heads, blocks): the greatest magnitudes of so many rows."""
     padded = torch.nn.functional.pad(x.abs().amax(dim=3), (0, 0, 0, -x.shape[1] % rows))
     return padded.unflatten(1, (-1, rows)).amax(dim=2).transpose(1, 2)

@@ -15,32 +15,19 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from hopper_attention.dispatch import target
-from hopper_attention.dispatch.plan import Plan, prepare
+from hopper_attention.dispatch.plan import prepare
 from hopper_attention.launch import backward, forward
 from hopper_attention.problem import checks, memory, values
 from hopper_attention.problem.checks import check_shapes_of
 from hopper_attention.problem.values import Inputs, Lengths, Options, result_shapes
 from hopper_attention.torch_ops import autograd, dtensor
 from hopper_attention.torch_ops.eager import needs_dispatcher
+from hopper_attention.torch_ops.schema import BACKWARD, FORWARD
 
-TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
-)
-NUM_TENSORS = 8
-OPTIONS = (
-    "float? softmax_scale, bool causal, int window_left, int window_right, int attention_chunk, "
-    "float softcap, SymInt? max_seqlen_q, bool? pack_gqa, ScalarType? out_dtype, int sm_margin, "
-    "bool deterministic"
-)
-"""`Options`, in its order."""
 KERNELS = "CompositeExplicitAutograd"  # CUDA and CPU alike: forward.run and backward.run choose
 library = torch.library.Library("hopper_attention", "DEF")
-library.define(f"forward({TENSORS}, {OPTIONS}) -> (Tensor out, Tensor lse)")
-library.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {TENSORS}, {OPTIONS}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
-)
+library.define(f"forward({FORWARD}) -> (Tensor out, Tensor lse)")
+library.define(f"backward({BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)")
 
 
 def attend(
@@ -58,7 +45,7 @@ def attend(
     if not (q.dtype is k.dtype is v.dtype and q.dtype in values.DTYPES):
         q, k, v = checks.autocast(q, k, v)
     sink = checks.resolve_sink(learnable_sink, q)
-    inputs = Inputs(q, k, v, sink, queries, keys)
+    inputs = Inputs.of(q, k, v, sink, queries, keys)
     needed = q.requires_grad or k.requires_grad or v.requires_grad
     needed = (needed or (sink is not None and sink.requires_grad)) and torch.is_grad_enabled()
     if out is not None:
@@ -68,7 +55,7 @@ def attend(
     if needs_dispatcher(inputs):
         refuse_tangents(q, k, v, sink)
         dtensor.register()
-        result, lse = torch.ops.hopper_attention.forward(*inputs.flat, *options)
+        result, lse = torch.ops.hopper_attention.forward(*inputs, *options)
         return (result if out is None else out.copy_(result)), lse
     plan = prepare(inputs, options)
     if not needed:
@@ -89,29 +76,25 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
                 raise NotImplementedError("forward-mode derivatives of attention are not supported")
 
 
-def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options]:
-    return Inputs.of(flat[:NUM_TENSORS]), Options(*flat[NUM_TENSORS:])
-
-
-def _checked(flat: tuple[Any, ...]) -> tuple[Inputs, Plan]:
-    """For those who call an operator directly: what the functions check before."""
-    inputs, options = _unflat(flat)
-    checks.check_tensors(*inputs[:3])
-    inputs = inputs._replace(sink=checks.resolve_sink(inputs.sink, inputs.q))
-    return inputs, prepare(inputs, options.checked())
+def checked(inputs: Inputs) -> Inputs:
+    """Return an operator's tensors, with everything checked that the functions check before."""
+    checks.check_tensors(inputs.q, inputs.k, inputs.v)
+    sink = checks.resolve_sink(inputs.learnable_sink, inputs.q)
+    return inputs._replace(learnable_sink=sink)
 
 
 @torch.library.impl(library, "forward", KERNELS)
-def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, plan = _checked(flat)
-    return forward.run(plan, inputs)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = FORWARD.groups_of(arguments)
+    inputs = checked(inputs)
+    return forward.run(prepare(inputs, options.checked()), inputs)
 
 
 @torch.library.impl(library, "backward", KERNELS)
-def _backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, plan = _checked(flat)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (dout, dlse, out, lse), inputs, options = BACKWARD.groups_of(arguments)
+    inputs = checked(inputs)
+    plan = prepare(inputs, options.checked())
     dq, dk, dv, dsink = backward.run(plan, inputs, out, lse, dout, dlse)
     return dq, dk, dv, _or_nothing(dsink, inputs.q)
 
@@ -122,51 +105,52 @@ def _or_nothing(dsink: Tensor | None, q: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("hopper_attention::forward", lib=library)
-def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = _unflat(flat)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = FORWARD.groups_of(arguments)
     check_shapes_of(inputs)
-    q, v = inputs.q, inputs.v
-    out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
-    out = q.new_empty(out_shape, dtype=checks.resolve_out_dtype(options.out_dtype, q.dtype))
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return fake_results(inputs, checks.resolve_out_dtype(options.out_dtype, inputs.q.dtype))
+
+
+def fake_results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out and lse without data."""
+    q, (packed, _) = inputs.q, inputs.packed
+    out_shape, lse_shape = result_shapes(q.shape, inputs.v.shape, packed)
+    return q.new_empty(out_shape, dtype=dtype), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("hopper_attention::backward", lib=library)
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, sink, *_ = flat
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, (q, k, v, sink, *_), _ = BACKWARD.groups_of(arguments)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, _or_nothing(None if sink is None else torch.empty_like(sink), q)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, scalars = inputs[:NUM_TENSORS], inputs[NUM_TENSORS:]
-    checks.check_differentiable(output[0].dtype, tensors[0].dtype)
+    tensors, ctx.options = FORWARD.groups_of(inputs)
+    checks.check_differentiable(output[0].dtype, tensors.q.dtype)
     ctx.save_for_backward(*output, *tensors)
-    ctx.scalars = scalars
     ctx.forced = target.forced()
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     with target.restored(ctx.forced):
-        return gradients(ctx.saved_tensors, ctx.scalars, dout, dlse)
+        found = gradients(ctx.saved_tensors, ctx.options, dout, dlse)
+    return FORWARD.gradients(found)
 
 
 def gradients(
-    saved: tuple[Tensor, ...], scalars: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
+    saved: tuple[Tensor, ...], options: Options, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of `forward`'s arguments; `saved` are its results, then its tensors."""
-    none = (None,) * (NUM_TENSORS - 4 + len(scalars))
-    if dout is None and dlse is None:
-        return (None,) * 4 + none
+    """Return gradients of `Inputs`, as one; `saved` are forward's results, then its inputs."""
     out, lse, *tensors = saved
+    inputs = Inputs(*tensors)
+    if dout is None and dlse is None:
+        return Inputs(*(None for _ in tensors))  # type: ignore[arg-type]
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsink = torch.ops.hopper_attention.backward(
-        dout, dlse, out, lse, *tensors, *scalars
-    )
-    return dq, dk, dv, None if tensors[3] is None else dsink, *none
+    found = torch.ops.hopper_attention.backward(dout, dlse, out, lse, *inputs, *options)
+    dq, dk, dv, dsink = found
+    return Inputs(dq, dk, dv, None if inputs.learnable_sink is None else dsink)
 
 
 def _refuse_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
@@ -182,8 +166,9 @@ torch.library.register_autograd(
 
 
 @register_flop_formula(torch.ops.hopper_attention.forward, get_raw=True)
-def _forward_flops(*flat: Any, out_val: Any = None) -> int:
-    return forward_flops(Inputs.of(flat[:NUM_TENSORS]))
+def _forward_flops(*arguments: Any, out_val: Any = None) -> int:
+    inputs, _ = FORWARD.groups_of(arguments)
+    return forward_flops(inputs)
 
 
 def forward_flops(inputs: Inputs) -> int:
@@ -193,11 +178,9 @@ def forward_flops(inputs: Inputs) -> int:
 
 
 @register_flop_formula(torch.ops.hopper_attention.backward, get_raw=True)
-def _backward_flops(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any, out_val: Any = None
-) -> int:
+def _backward_flops(*arguments: Any, out_val: Any = None) -> int:
     """Five GEMMs: S again, dP, dV, dQ, dK."""
-    inputs, _ = _unflat(flat)
+    _, inputs, _ = BACKWARD.groups_of(arguments)
     d, dv = inputs.q.shape[-1], inputs.v.shape[-1]
     return 2 * (3 * d + 2 * dv) * inputs.q.shape[-2] * _scores(inputs)
 

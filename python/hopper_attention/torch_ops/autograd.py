@@ -11,7 +11,7 @@ from torch import Tensor
 from hopper_attention.dispatch import target
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.launch import backward
-from hopper_attention.problem.values import Inputs, Lengths
+from hopper_attention.problem.values import Inputs
 from hopper_attention.torch_ops.eager import needs_dispatcher
 
 
@@ -27,16 +27,12 @@ class Attention(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         run: Callable[[Plan, Inputs], tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        queries: Lengths,
-        keys: Lengths,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(q, k, v, sink, queries, keys)
+        """`tensors` are the fields of `Inputs`: autograd must see them one by one."""
+        inputs = Inputs(*tensors)
         out, lse = run(plan, inputs)
-        ctx.save_for_backward(out, lse, *inputs.flat)
+        ctx.save_for_backward(out, lse, *inputs)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return out, lse
@@ -44,19 +40,19 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
-            return (None,) * 8
-        out, lse, *flat = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        inputs = Inputs.of(flat)
+        inputs = Inputs(*tensors)
         # create_graph: only the operator refuses second derivatives.
         if torch.is_grad_enabled() or needs_dispatcher(inputs):
             with target.restored(ctx.plan.target.kernels):
-                gradients = torch.ops.hopper_attention.backward(
-                    dout, dlse, out, lse, *flat, *ctx.plan.options
+                found = torch.ops.hopper_attention.backward(
+                    dout, dlse, out, lse, *inputs, *ctx.plan.options
                 )
         else:
-            gradients = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
-        needed = ctx.needs_input_grad[2:6]
-        kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
-        return (None, None, *kept, None, None)
+            found = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
+        gradients = (None, None, *Inputs(*found))
+        needed = zip(gradients, ctx.needs_input_grad, strict=True)
+        return tuple(gradient if need else None for gradient, need in needed)

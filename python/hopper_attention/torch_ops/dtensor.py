@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hopper_attention.problem.values import Gradients, Inputs
+from hopper_attention.torch_ops.schema import BACKWARD, FORWARD, Signature
+
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 Sharding = tuple[list["Placement"], list["Placement | None"]]
 """Placements of the results and of the arguments along one mesh dimension; None: no tensor."""
-LENGTHS = 4
-"""Tensors of lengths, last of an operator's tensors: cu_seqlens of q and k, seqused of q and k."""
+INDEX = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+"""Tensors that have an element a sequence, and no heads."""
 
 
 def register() -> bool:
@@ -43,35 +46,37 @@ def _register() -> None:
     register_sharding(operators.backward.default)(_backward)
 
 
-def _forward(q: Any, k: Any, v: Any, sink: Any, *rest: Any) -> list[Sharding]:
+def _forward(*arguments: Any) -> list[Sharding]:
     """Arguments are the operator's, with a DTensorSpec for each tensor."""
-    lengths, options = rest[:LENGTHS], rest[LENGTHS:]
-    lse_dims = q.ndim - 1
-    return _shardings(k, [q.ndim, lse_dims], [q, k, v, sink], lengths, len(options))
+    inputs, _ = FORWARD.groups_of(arguments)
+    return _shardings(FORWARD, arguments, inputs, [inputs.q.ndim, inputs.q.ndim - 1])
 
 
-def _backward(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, sink: Any, *rest: Any
-) -> list[Sharding]:
+def _backward(*arguments: Any) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate
 
-    lengths, options = rest[:LENGTHS], rest[LENGTHS:]
-    tensors = [dout, dlse, out, lse, q, k, v, sink]
-    found = _shardings(k, [q.ndim, k.ndim, v.ndim, 1], tensors, lengths, len(options))
-    replicated, *split = found
-    for results, arguments in split:
+    _, inputs, _ = BACKWARD.groups_of(arguments)
+    dims = [inputs.q.ndim, inputs.k.ndim, inputs.v.ndim, 1]
+    replicated, *split = _shardings(BACKWARD, arguments, inputs, dims)
+    found = [replicated]
+    for results, placements in split:
+        gradients = dict(zip(Gradients._fields, results, strict=True))
+        sink = BACKWARD.tensors(placements)["learnable_sink"]
         if sink is None:
-            results[3] = Replicate()  # nothing
-        elif arguments[7] == Replicate():  # every rank's batch entries add to the sinks' gradient
-            results[3] = Partial()
-    return [replicated, *split]
+            gradients["dsink"] = Replicate()  # nothing
+        elif sink == Replicate():  # every rank's batch entries add to the sinks' gradient
+            gradients["dsink"] = Partial()
+        found.append((list(gradients.values()), placements))
+    return found
 
 
 def _shardings(
-    k: Any, results: list[int], tensors: list[Any], lengths: tuple[Any, ...], scalars: int
+    signature: Signature, arguments: tuple[Any, ...], inputs: Inputs, results: list[int]
 ) -> list[Sharding]:
     """Replicated, by heads, by batch entries; `results`: how many dimensions each result has."""
     from torch.distributed.tensor import Replicate, Shard
+
+    tensors = signature.tensors(arguments)
 
     def heads(dims: int) -> Placement:
         return Shard(max(dims - 2, 0))
@@ -79,16 +84,19 @@ def _shardings(
     def batch(dims: int) -> Placement:
         return Shard(0) if dims > 1 else Replicate()  # sinks belong to no entry
 
-    def sharding(place: Any, place_lengths: Placement) -> Sharding:
-        arguments = [None if t is None else place(t.ndim) for t in tensors]
-        index = [None if t is None else place_lengths for t in lengths]
-        return [place(dims) for dims in results], [*arguments, *index, *[None] * scalars]
+    def sharding(place: Any, place_index: Placement) -> Sharding:
+        def placement(name: str) -> Placement | None:
+            spec = tensors.get(name)
+            if spec is None:
+                return None
+            return place_index if name in INDEX else place(spec.ndim)
+
+        return [place(dims) for dims in results], [placement(name) for name in signature.types]
 
     found = [sharding(lambda _: Replicate(), Replicate())]
     # A group of heads stays together, even if every mesh dimension splits them.
-    if k.shape[-2] % math.prod(k.mesh.shape) == 0:
+    if inputs.k.shape[-2] % math.prod(inputs.k.mesh.shape) == 0:  # type: ignore[attr-defined]
         found.append(sharding(heads, Replicate()))
-    cu_seqlens_q, cu_seqlens_k, *_ = lengths
-    if cu_seqlens_q is None and cu_seqlens_k is None:
+    if inputs.packed == (False, False):
         found.append(sharding(batch, Shard(0)))
     return found

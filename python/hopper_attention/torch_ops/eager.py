@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as autograd_profiler
 from torch.compiler import is_compiling
 
-from hopper_attention.problem.values import DENSE, Inputs
+from hopper_attention.problem.values import Inputs
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = DispatchKey.PreDispatch
@@ -26,7 +26,7 @@ def needs_dispatcher(inputs: Inputs) -> bool:
 
     Views that only the dispatcher resolves and tensors without data belong there, too.
     """
-    q, k, v, sink, queries, keys = inputs
+    q, k, v, sink, *index = inputs
     return (
         is_compiling()
         or not (type(q) is type(k) is type(v) is Tensor)
@@ -41,9 +41,5 @@ def needs_dispatcher(inputs: Inputs) -> bool:
         or k.is_neg()
         or v.is_neg()
         or (sink is not None and type(sink) not in _PLAIN)
-        or ((queries is not DENSE or keys is not DENSE) and not _plain_lengths(inputs))
+        or any(type(x) is not Tensor for x in index if isinstance(x, Tensor))
     )
-
-
-def _plain_lengths(inputs: Inputs) -> bool:
-    return all(type(x) is Tensor for x in inputs.flat[4:] if isinstance(x, Tensor))

@@ -21,78 +21,51 @@ from hopper_attention.problem.fp8 import check_classes, check_operands, sequence
 from hopper_attention.problem.quantization import Fp8Options
 from hopper_attention.problem.values import (
     DTYPES,
-    Fp8,
+    AccumulationOptions,
+    Descales,
     Inputs,
     Lengths,
     Options,
-    result_shapes,
+    SequenceBounds,
 )
 from hopper_attention.torch_ops import attention, autograd
 from hopper_attention.torch_ops.eager import needs_dispatcher
+from hopper_attention.torch_ops.schema import ATTENTION_FP8, FORWARD_FP8
 
-_TREATMENT = (
-    "str recipe, bool hadamard, bool? two_level, int accumulate_every, "
-    "SymInt? bound_q, SymInt? bound_k"
-)
-"""`Fp8Options`, in its order; `Options` has a max_seqlen_q already."""
-_DESCALES = "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor? out_descale"
-_NUM_DESCALES = 4
-_NUM_BOUNDS = 2
-attention.library.define(
-    f"attention_fp8({attention.TENSORS}, {attention.OPTIONS}, {_TREATMENT}) -> "
-    "(Tensor out, Tensor lse)"
-)
-attention.library.define(
-    f"forward_fp8({attention.TENSORS}, {_DESCALES}, {attention.OPTIONS}, "
-    "SymInt? bound_q, SymInt? bound_k) -> (Tensor out, Tensor lse)"
-)
+attention.library.define(f"attention_fp8({ATTENTION_FP8}) -> (Tensor out, Tensor lse)")
+attention.library.define(f"forward_fp8({FORWARD_FP8}) -> (Tensor out, Tensor lse)")
 attention.library.define(
     "means(Tensor k, Tensor? cu_seqlens, Tensor? seqused, SymInt bound) -> Tensor mean"
 )
 
 
-def _unflat(flat: tuple[Any, ...]) -> tuple[Inputs, Options, Fp8Options]:
-    inputs, given = Inputs.of(flat[: attention.NUM_TENSORS]), flat[attention.NUM_TENSORS :]
-    count = len(Options._fields)
-    return inputs, Options(*given[:count]), Fp8Options(*given[count:])
-
-
 @torch.library.impl(attention.library, "attention_fp8", attention.KERNELS)
-def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, options, treatment = _unflat(flat)
-    checks.check_tensors(*inputs[:3])
-    sink = checks.resolve_sink(inputs.sink, inputs.q)
-    inputs = inputs._replace(sink=sink)
-    return quantize_and_attend(inputs, options.checked(), treatment.checked())
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, treatment = ATTENTION_FP8.groups_of(arguments)
+    return quantize_and_attend(attention.checked(inputs), options.checked(), treatment.checked())
 
 
 @torch.library.impl(attention.library, "forward_fp8", attention.KERNELS)
-def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    tensors, flat = flat[: attention.NUM_TENSORS], flat[attention.NUM_TENSORS :]
-    descales, given = flat[:_NUM_DESCALES], flat[_NUM_DESCALES:]
-    options = Options(*given[:-_NUM_BOUNDS])
-    bound_q, bound_k = given[-_NUM_BOUNDS:]
-    bounds = (scalars.bound("bound_q", bound_q), scalars.bound("bound_k", bound_k))
-    inputs = Inputs.of(tensors)
-    checks.check_tensors(*inputs[:3])
-    inputs = inputs._replace(sink=checks.resolve_sink(inputs.sink, inputs.q))
-    return descale_and_attend(inputs, descales, bounds, options.checked())
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, descales, options, bounds = FORWARD_FP8.groups_of(arguments)
+    given = bounds._asdict().items()
+    bounds = SequenceBounds(*(scalars.bound(name, bound) for name, bound in given))
+    return descale_and_attend(attention.checked(inputs), descales, bounds, options.checked())
 
 
 @torch.library.register_fake("hopper_attention::attention_fp8", lib=attention.library)
-def _fake_attention(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs, options, treatment = _unflat(flat)
+def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, treatment = ATTENTION_FP8.groups_of(arguments)
     check_shapes_of(inputs)
     check_fp8_shapes_of(inputs, options, treatment.two_level)
-    return _results(inputs, inputs.q.dtype)
+    return attention.fake_results(inputs, inputs.q.dtype)
 
 
 @torch.library.register_fake("hopper_attention::forward_fp8", lib=attention.library)
-def _fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    inputs = Inputs.of(flat[: attention.NUM_TENSORS])
-    options = Options(*flat[attention.NUM_TENSORS + _NUM_DESCALES : -_NUM_BOUNDS])
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, options, _ = FORWARD_FP8.groups_of(arguments)
     check_fp8_shapes_of(inputs, options, None)
-    return _results(inputs, options.out_dtype or torch.bfloat16)
+    return attention.fake_results(inputs, options.out_dtype or torch.bfloat16)
 
 
 @torch.library.impl(attention.library, "means", attention.KERNELS)
@@ -107,22 +80,16 @@ def _fake_means(k: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, bo
     return k.new_empty((sequences, *k.shape[-2:]), dtype=torch.float32)
 
 
-def _results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    q, v = inputs.q, inputs.v
-    out_shape, lse_shape = result_shapes(q.shape, v.shape, inputs.queries.cu_seqlens is not None)
-    return q.new_empty(out_shape, dtype=dtype), q.new_empty(lse_shape, dtype=torch.float32)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[: attention.NUM_TENSORS])
-    ctx.options = inputs[attention.NUM_TENSORS :][: len(Options._fields)]
+    tensors, ctx.options, _ = ATTENTION_FP8.groups_of(inputs)
+    ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate as if nothing had been quantised."""
-    gradients = attention.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
-    return *gradients, *(None,) * len(Fp8Options._fields)
+    found = attention.gradients(ctx.saved_tensors, ctx.options, dout, dlse)
+    return ATTENTION_FP8.gradients(found)
 
 
 torch.library.register_autograd(
@@ -139,12 +106,17 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(
-    [torch.ops.hopper_attention.attention_fp8, torch.ops.hopper_attention.forward_fp8], get_raw=True
-)
-def _flops(*flat: Any, out_val: Any = None) -> int:
-    """Without quantisation, which multiplies little."""
-    return attention.forward_flops(Inputs.of(flat[: attention.NUM_TENSORS]))
+@register_flop_formula(torch.ops.hopper_attention.attention_fp8, get_raw=True)
+def _attention_flops(*arguments: Any, out_val: Any = None) -> int:
+    """Count the attention's FLOPs; quantisation multiplies little."""
+    inputs, *_ = ATTENTION_FP8.groups_of(arguments)
+    return attention.forward_flops(inputs)
+
+
+@register_flop_formula(torch.ops.hopper_attention.forward_fp8, get_raw=True)
+def _forward_flops(*arguments: Any, out_val: Any = None) -> int:
+    inputs, *_ = FORWARD_FP8.groups_of(arguments)
+    return attention.forward_flops(inputs)
 
 
 def attend_quantised(
@@ -167,7 +139,7 @@ def attend_quantised(
     sink = checks.resolve_sink(learnable_sink, q)
     if not (q.dtype is k.dtype is v.dtype and q.dtype in DTYPES):
         q, k, v = checks.autocast(q, k, v)
-    inputs = Inputs(q, k, v, sink, *lengths)
+    inputs = Inputs.of(q, k, v, sink, *lengths)
     if smooth_k and (options.softcap or sink is not None):
         raise NotImplementedError("smooth_k: not with softcap or sinks; use smooth_k=False")
     watch = needs_dispatcher(inputs)
@@ -177,7 +149,7 @@ def attend_quantised(
         inputs = inputs._replace(k=k - _of_rows(mean, lengths[1], k))
     if watch:
         attention.refuse_tangents(q, k, v, sink)
-        out, lse = torch.ops.hopper_attention.attention_fp8(*inputs.flat, *options, *treatment)
+        out, lse = torch.ops.hopper_attention.attention_fp8(*inputs, *options, *treatment)
     else:
         out, lse = quantize_and_attend(inputs, options, treatment)
     if smooth_k and with_lse:
@@ -188,7 +160,7 @@ def attend_quantised(
 def _mean_of_keys(inputs: Inputs, treatment: Fp8Options, watch: bool) -> Tensor:
     """(sequences, heads_kv, head_dim), rounded to k's dtype."""
     k, keys = inputs.k.detach(), inputs.keys
-    bound = sequence_bounds(inputs, treatment.max_seqlen_q, treatment.max_seqlen_k)[1]
+    bound = sequence_bounds(inputs, treatment.bound_q, treatment.bound_k)[1]
     if watch:
         check_shapes_of(inputs)
         mean = torch.ops.hopper_attention.means(k, keys.cu_seqlens, keys.seqused, bound)
@@ -225,7 +197,8 @@ def quantize_and_attend(
     if options.out_dtype is not None:
         raise NotImplementedError("out_dtype: attention_fp8's is q's; use flash_attn_func")
     check_operands(inputs)
-    plan = prepare(inputs, options, Fp8(treatment.two_level, treatment.accumulate_every))
+    accumulation = AccumulationOptions(treatment.two_level, treatment.accumulate_every)
+    plan = prepare(inputs, options, accumulation)
 
     def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return quantize_and_run(plan, inputs, treatment)
@@ -239,27 +212,18 @@ def attend(
     v: Tensor,
     learnable_sink: Tensor | None,
     lengths: tuple[Lengths, Lengths],
-    descales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    bounds: tuple[int | None, int | None],
+    descales: Descales,
+    bounds: SequenceBounds,
     options: Options,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the public functions' arguments, where q is FP8.
-
-    `descales` are of q, k, v and out, `bounds` max_seqlen_q and _k.
-    """
+    """(out, lse) of the public functions' arguments, where q is FP8."""
     checks.check_tensors(q, k, v)
     check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = checks.resolve_sink(learnable_sink, q)
-    inputs = Inputs(q, k, v, sink, *lengths)
-    names = (
-        "q",
-        "k",
-        "v",
-        "learnable_sink",
-        *(f"{name}_descale" for name in ("q", "k", "v", "out")),
-    )
-    for name, tensor in zip(names, (q, k, v, sink, *descales), strict=True):
+    inputs = Inputs.of(q, k, v, sink, *lengths)
+    given = {**inputs._asdict(), **descales._asdict()}
+    for name, tensor in given.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
     if options.pack_gqa:
@@ -268,9 +232,7 @@ def attend(
         memory.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
     if needs_dispatcher(inputs):
         attention.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
-        result, lse = torch.ops.hopper_attention.forward_fp8(
-            *inputs.flat, *descales, *options, *bounds
-        )
+        result, lse = torch.ops.hopper_attention.forward_fp8(*inputs, *descales, *options, *bounds)
         return (result if out is None else out.copy_(result)), lse
     if out is not None:
         memory.addressable("out", out)
