@@ -4,7 +4,7 @@ import pytest
 from simulator.snippets import module
 
 from hopper_attention import simulator
-from hopper_attention.simulator.ptx import Address, Immediate, Negated, Pair, Symbol, Vector
+from hopper_attention.simulator.ptx.parser import Address, Immediate, Negated, Pair, Symbol, Vector
 
 TEXT = """//
 .version 9.4

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..ptx import Instruction
-from ..vectorize import Operation
+from hopper_attention.simulator.ptx.parser import Instruction
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 PURE: dict[str, Callable[[Instruction], list[Operation]]] = {}
 CONTROL: dict[str, Callable[[Instruction], Callable]] = {}
@@ -84,7 +84,7 @@ def find(table: dict[str, Callable], instruction: Instruction) -> Callable | Non
     return None
 
 
-from . import (  # noqa: E402, F401
+from hopper_attention.simulator.instructions import (  # noqa: E402, F401
     arithmetic,
     async_copy,
     bulk,

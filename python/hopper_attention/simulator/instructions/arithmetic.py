@@ -8,9 +8,17 @@ least as accurate as hardware; calibration against a device belongs here.
 
 import numpy as np
 
-from ..ptx import SINK, Immediate, Instruction, Negated, Operand, Pair, Vector
-from ..vectorize import BITS, Operation
-from . import helper, pure
+from hopper_attention.simulator.instructions import helper, pure
+from hopper_attention.simulator.ptx.parser import (
+    SINK,
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Pair,
+    Vector,
+)
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 VIEW = {
     "b8": "H", "u8": "H", "s8": "S", "b16": "H", "u16": "H", "s16": "S", "f16": "E",

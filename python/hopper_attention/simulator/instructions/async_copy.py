@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from ..asynchronous import Event
-from ..ptx import Immediate, Instruction, Register
-from ..vectorize import Operation
-from . import pure
-from .memory import address
+from hopper_attention.simulator.hardware.asynchronous import Event
+from hopper_attention.simulator.instructions import pure
+from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Register
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def _one(instruction: Instruction, line: str, inputs=()) -> list[Operation]:

@@ -4,14 +4,18 @@ import functools
 
 import numpy as np
 
-from ..asynchronous import Event, SharedAccess
-from ..errors import MisalignedAccess, SimulatorError
-from ..memory import CLUSTER_BITS, POISON
-from ..ptx import Instruction, Vector
-from ..tensor_map import TensorMap, decode, swizzle_address
-from . import TYPES, control, refuse_unknown
-from .conversion import bf16_bits, widen_bf16
-from .synchronisation import find_mbarrier, operand_values, shared_addresses
+from hopper_attention.simulator.errors import MisalignedAccess, SimulatorError
+from hopper_attention.simulator.hardware.asynchronous import Event, SharedAccess
+from hopper_attention.simulator.hardware.memory import CLUSTER_BITS, POISON
+from hopper_attention.simulator.hardware.tensor_map import TensorMap, decode, swizzle_address
+from hopper_attention.simulator.instructions import TYPES, control, refuse_unknown
+from hopper_attention.simulator.instructions.conversion import bf16_bits, widen_bf16
+from hopper_attention.simulator.instructions.synchronisation import (
+    find_mbarrier,
+    operand_values,
+    shared_addresses,
+)
+from hopper_attention.simulator.ptx.parser import Instruction, Vector
 
 _DTYPES = {
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "f16": np.float16,

@@ -1,8 +1,8 @@
 """trap and setmaxnreg.  Branches and exits are steps of their own, see program.py."""
 
-from ..errors import SimulatorError
-from ..ptx import Instruction
-from . import control
+from hopper_attention.simulator.errors import SimulatorError
+from hopper_attention.simulator.instructions import control
+from hopper_attention.simulator.ptx.parser import Instruction
 
 
 @control("trap", modifiers="")

@@ -6,10 +6,10 @@ conversions do.  The fp8 tables are built here from the formats' definitions.
 
 import numpy as np
 
-from ..ptx import Instruction
-from ..vectorize import BITS, Operation
-from . import HELPERS, helper, pure
-from .arithmetic import VIEW, simple
+from hopper_attention.simulator.instructions import HELPERS, helper, pure
+from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.ptx.parser import Instruction
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 
 def _fp8_table(exponent_bits: int, mantissa_bits: int, bias: int, has_infinity: bool) -> np.ndarray:

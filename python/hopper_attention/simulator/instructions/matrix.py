@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..ptx import Instruction, Vector
-from ..vectorize import Operation
-from . import helper, pure
-from .conversion import FP8, widen_bf16
+from hopper_attention.simulator.instructions import helper, pure
+from hopper_attention.simulator.instructions.conversion import FP8, widen_bf16
+from hopper_attention.simulator.ptx.parser import Instruction, Vector
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 _BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
 _SHAPES = {  # element bytes -> K

@@ -4,11 +4,25 @@ Generated code calls the block's ``load`` and ``store`` with the state space's n
 bounds, alignment and hazards and return one array a vector element.
 """
 
-from ..memory import CLUSTER_BITS, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
-from ..ptx import SINK, Address, Immediate, Instruction, Operand, Register, Symbol, Vector
-from ..vectorize import BITS, Operation
-from . import pure, refuse_unknown
-from .arithmetic import VIEW, simple
+from hopper_attention.simulator.hardware.memory import (
+    CLUSTER_BITS,
+    LOCAL_WINDOW,
+    PARAM_WINDOW,
+    SHARED_WINDOW,
+)
+from hopper_attention.simulator.instructions import pure, refuse_unknown
+from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.ptx.parser import (
+    SINK,
+    Address,
+    Immediate,
+    Instruction,
+    Operand,
+    Register,
+    Symbol,
+    Vector,
+)
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 _SPACES = ("global", "shared", "param", "local", "const")
 _IGNORED = {  # cache and ordering hints: the simulator executes memory operations in order

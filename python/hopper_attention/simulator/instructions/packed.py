@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..ptx import SINK, Immediate, Instruction
-from ..vectorize import Operation
-from . import PURE, helper, pure
-from .conversion import bf16_bits
+from hopper_attention.simulator.instructions import PURE, helper, pure
+from hopper_attention.simulator.instructions.conversion import bf16_bits
+from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "add": lambda a, b: a + b,

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from ..asynchronous import Mbarrier, NamedBarrier
-from ..errors import BarrierError, OutOfBounds
-from ..memory import CLUSTER_BITS
-from ..ptx import SINK, Address, Immediate, Instruction, Symbol
-from ..races import agents_of
-from ..vectorize import Operation
-from . import control, pure, refuse_unknown
+from hopper_attention.simulator.errors import BarrierError, OutOfBounds
+from hopper_attention.simulator.hardware.asynchronous import Mbarrier, NamedBarrier
+from hopper_attention.simulator.hardware.memory import CLUSTER_BITS
+from hopper_attention.simulator.hazards.races import agents_of
+from hopper_attention.simulator.instructions import control, pure, refuse_unknown
+from hopper_attention.simulator.ptx.parser import SINK, Address, Immediate, Instruction, Symbol
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def operand_values(unit, operand, view: str = "U") -> np.ndarray:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from ..errors import HazardError
-from ..ptx import SINK, Immediate, Instruction, Pair, Vector
-from ..vectorize import Operation
-from . import helper, pure
-from .memory import address
+from hopper_attention.simulator.errors import HazardError
+from hopper_attention.simulator.instructions import helper, pure
+from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction, Pair, Vector
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def _shuffle_source(mode: str, lane: np.ndarray, b, c) -> tuple[np.ndarray, np.ndarray]:

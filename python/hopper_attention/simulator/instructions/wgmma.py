@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from ..asynchronous import Event, SharedAccess
-from ..errors import SimulatorError
-from ..ptx import Immediate, Instruction, Negated, Register, Vector
-from ..tensor_map import swizzle_address
-from . import control
-from .conversion import FP8
-from .synchronisation import operand_values
+from hopper_attention.simulator.errors import SimulatorError
+from hopper_attention.simulator.hardware.asynchronous import Event, SharedAccess
+from hopper_attention.simulator.hardware.tensor_map import swizzle_address
+from hopper_attention.simulator.instructions import control
+from hopper_attention.simulator.instructions.conversion import FP8
+from hopper_attention.simulator.instructions.synchronisation import operand_values
+from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Negated, Register, Vector
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 _BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .instructions import CONTROL, HELPERS, PURE, find
-from .memory import SHARED_BASE
-from .ptx import (
+from hopper_attention.simulator.hardware.memory import SHARED_BASE
+from hopper_attention.simulator.hazards.races import smallest_access
+from hopper_attention.simulator.instructions import CONTROL, HELPERS, PURE, find
+from hopper_attention.simulator.observation.recording import Work, work_of
+from hopper_attention.simulator.ptx.parser import (
     Address,
     Immediate,
     Instruction,
@@ -25,9 +27,14 @@ from .ptx import (
     Symbol,
     Vector,
 )
-from .races import smallest_access
-from .recording import Work, work_of
-from .vectorize import Numbering, Operation, Usage, batch, fold_chains, generate
+from hopper_attention.simulator.ptx.vectorize import (
+    Numbering,
+    Operation,
+    Usage,
+    batch,
+    fold_chains,
+    generate,
+)
 
 EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
 

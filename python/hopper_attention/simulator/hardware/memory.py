@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .errors import MisalignedAccess, OutOfBounds
+from hopper_attention.simulator.errors import MisalignedAccess, OutOfBounds
 
 SHARED_WINDOW = 1 << 62  # generic address of shared memory's byte 0
 CLUSTER_BITS = 24  # shared::cluster addresses: the block's rank above the offset in its memory

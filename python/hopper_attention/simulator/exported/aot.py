@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda_runtime
-from .elf import LoadedObject, ObjectFile
-from .errors import LaunchError, SimulatorError
-from .machine import Statistics, launch
-from .memory import GlobalMemory
-from .options import Options, current_options
-from .ptx import Kernel, Module
-from .tensor_map import decode
+from hopper_attention.simulator.errors import LaunchError, SimulatorError
+from hopper_attention.simulator.execution.machine import Statistics, launch
+from hopper_attention.simulator.exported import cuda_runtime
+from hopper_attention.simulator.exported.elf import LoadedObject, ObjectFile
+from hopper_attention.simulator.hardware.memory import GlobalMemory
+from hopper_attention.simulator.hardware.tensor_map import decode
+from hopper_attention.simulator.options import Options, current_options
+from hopper_attention.simulator.ptx.parser import Kernel, Module
 
 _SCALARS: dict[str, Any] = {
     "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8, "int16_t": ctypes.c_int16,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from .recording import Step, Trace
+from hopper_attention.simulator.observation.recording import Step, Trace
 
 SUB_CORES = 4
 _CHUNK = 16  # issue slots after which another warp of the sub-core has its turn

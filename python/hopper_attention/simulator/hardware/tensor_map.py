@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import SimulatorError
+from hopper_attention.simulator.errors import SimulatorError
 
 # code -> bytes an element
 _ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 4: 8, 6: 2, 7: 4, 9: 8, 10: 2}

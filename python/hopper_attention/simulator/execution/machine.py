@@ -14,16 +14,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .asynchronous import ClusterBarrier, Events, Schedule
-from .block import Block
-from .errors import DeadlockError, HazardError, HazardWarning, LaunchError, SimulatorError
-from .memory import SHARED_BASE, SHARED_LIMIT, GlobalMemory
-from .options import Options, current_options
-from .program import program_of
-from .ptx import Instruction, Kernel, Module
-from .races import Clocks
-from .recording import Recording, Trace, current_recording
-from .warps import Unit
+from hopper_attention.simulator.errors import (
+    DeadlockError,
+    HazardError,
+    HazardWarning,
+    LaunchError,
+    SimulatorError,
+)
+from hopper_attention.simulator.execution.block import Block
+from hopper_attention.simulator.execution.program import program_of
+from hopper_attention.simulator.execution.warps import Unit
+from hopper_attention.simulator.hardware.asynchronous import ClusterBarrier, Events, Schedule
+from hopper_attention.simulator.hardware.memory import SHARED_BASE, SHARED_LIMIT, GlobalMemory
+from hopper_attention.simulator.hazards.races import Clocks
+from hopper_attention.simulator.observation.recording import Recording, Trace, current_recording
+from hopper_attention.simulator.options import Options, current_options
+from hopper_attention.simulator.ptx.parser import Instruction, Kernel, Module
 
 _MAX_THREADS = 1024
 _MAX_CLUSTER = 16

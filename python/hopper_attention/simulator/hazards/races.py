@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import SHARED_BASE
+from hopper_attention.simulator.hardware.memory import SHARED_BASE
 
 if TYPE_CHECKING:
-    from .warps import Lanes
+    from hopper_attention.simulator.execution.warps import Lanes
 
 _NOBODY = 0xFFFF
 _NEVER = 0xFFFFFFFF  # clock of a write that nobody may see yet

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BarrierError
-from .races import Clocks, Sync
+from hopper_attention.simulator.errors import BarrierError
+from hopper_attention.simulator.hazards.races import Clocks, Sync
 
 _MAX_TRANSACTIONS = (1 << 20) - 1
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LaunchError
+from hopper_attention.simulator.errors import LaunchError
 
 _PAGE = mmap.PAGESIZE
 _X86_64 = 62

@@ -23,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from .ptx import Immediate, Instruction, Negated, Operand, Register, Symbol
+from hopper_attention.simulator.ptx.parser import (
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Register,
+    Symbol,
+)
 
 # View letters: U I F 32-bit unsigned, signed, float; W J D 64-bit; H S E 16-bit; P predicates.
 DTYPES = {

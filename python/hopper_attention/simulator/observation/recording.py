@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .ptx import Instruction
+from hopper_attention.simulator.ptx.parser import Instruction
 
 _FREE = {"ld.param", "mov", "cvta", "bra", "pragma"}  # gone or hidden in machine code
 _MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import PtxSyntaxError, UnknownInstruction
+from hopper_attention.simulator.errors import PtxSyntaxError, UnknownInstruction
 
 # ------------------------------------------------------------------------------------- operands
 

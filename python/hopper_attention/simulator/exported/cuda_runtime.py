@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .elf import ObjectFile
-from .errors import LaunchError
-from .ptx import Module
+from hopper_attention.simulator.errors import LaunchError
+from hopper_attention.simulator.exported.elf import ObjectFile
+from hopper_attention.simulator.ptx.parser import Module
 
 _UNKNOWN_ERROR = 999
 _CLUSTER, _PROGRAMMATIC = 4, 6  # cudaLaunchAttributeID

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .asynchronous import NamedBarrier
-from .errors import SimulatorError
-from .instructions.wgmma import Queue
-from .program import EXIT
-from .ptx import Instruction
+from hopper_attention.simulator.errors import SimulatorError
+from hopper_attention.simulator.execution.program import EXIT
+from hopper_attention.simulator.hardware.asynchronous import NamedBarrier
+from hopper_attention.simulator.instructions.wgmma import Queue
+from hopper_attention.simulator.ptx.parser import Instruction
 
 if TYPE_CHECKING:
-    from .block import Block
+    from hopper_attention.simulator.execution.block import Block
 
 _VIEWS: dict[int, dict[str, Any]] = {
     1: {"P": np.bool_},

@@ -4,12 +4,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .asynchronous import BulkGroups, Mbarrier, NamedBarrier, SharedAccesses
-from .errors import BarrierError, MisalignedAccess, OutOfBounds, SimulatorError
-from .instructions.async_copy import Copy, CopyGroups
-from .instructions.conversion import bf16_bits
-from .instructions.wgmma import Queue
-from .memory import (
+from hopper_attention.simulator.errors import (
+    BarrierError,
+    MisalignedAccess,
+    OutOfBounds,
+    SimulatorError,
+)
+from hopper_attention.simulator.execution.program import EXIT, Region
+from hopper_attention.simulator.execution.warps import Lanes, Unit, Warpgroup
+from hopper_attention.simulator.hardware.asynchronous import (
+    BulkGroups,
+    Mbarrier,
+    NamedBarrier,
+    SharedAccesses,
+)
+from hopper_attention.simulator.hardware.memory import (
     CLUSTER_BITS,
     LOCAL_WINDOW,
     PARAM_WINDOW,
@@ -18,14 +27,15 @@ from .memory import (
     LocalMemory,
     SharedMemory,
 )
-from .program import EXIT, Region
-from .ptx import Instruction
-from .races import Conflict, Shadow, agents_of, shadow_bytes
-from .recording import Trace
-from .warps import Lanes, Unit, Warpgroup
+from hopper_attention.simulator.hazards.races import Conflict, Shadow, agents_of, shadow_bytes
+from hopper_attention.simulator.instructions.async_copy import Copy, CopyGroups
+from hopper_attention.simulator.instructions.conversion import bf16_bits
+from hopper_attention.simulator.instructions.wgmma import Queue
+from hopper_attention.simulator.observation.recording import Trace
+from hopper_attention.simulator.ptx.parser import Instruction
 
 if TYPE_CHECKING:
-    from .machine import Cluster, Machine
+    from hopper_attention.simulator.execution.machine import Cluster, Machine
 
 _REGISTERS_PER_BLOCK = 65536
 _OFFSET = (1 << CLUSTER_BITS) - 1

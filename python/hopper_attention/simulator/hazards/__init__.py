@@ -1,0 +1,1 @@
+"""Happens-before: who must know of whose accesses."""
