@@ -13,7 +13,7 @@ import numpy as np
 
 from hopper_attention.simulator.hardware.memory import SHARED_BASE
 from hopper_attention.simulator.hazards.races import smallest_access
-from hopper_attention.simulator.instructions import CONTROL, HELPERS, PURE, find
+from hopper_attention.simulator.instructions.registry import CONTROL, HELPERS, PURE, find
 from hopper_attention.simulator.observation.recording import Work, work_of
 from hopper_attention.simulator.ptx.parser import (
     Address,

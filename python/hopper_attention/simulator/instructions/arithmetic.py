@@ -8,7 +8,7 @@ least as accurate as hardware; calibration against a device belongs here.
 
 import numpy as np
 
-from hopper_attention.simulator.instructions import helper, pure
+from hopper_attention.simulator.instructions.registry import helper, pure
 from hopper_attention.simulator.ptx.parser import (
     SINK,
     Immediate,

@@ -3,8 +3,8 @@
 import numpy as np
 
 from hopper_attention.simulator.hardware.asynchronous import Event
-from hopper_attention.simulator.instructions import pure
 from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.instructions.registry import pure
 from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Register
 from hopper_attention.simulator.ptx.vectorize import Operation
 

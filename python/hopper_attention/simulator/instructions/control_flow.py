@@ -1,7 +1,7 @@
 """trap and setmaxnreg.  Branches and exits are steps of their own, see program.py."""
 
 from hopper_attention.simulator.errors import SimulatorError
-from hopper_attention.simulator.instructions import control
+from hopper_attention.simulator.instructions.registry import control
 from hopper_attention.simulator.ptx.parser import Instruction
 
 

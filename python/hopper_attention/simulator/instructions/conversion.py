@@ -6,8 +6,8 @@ conversions do.  The fp8 tables are built here from the formats' definitions.
 
 import numpy as np
 
-from hopper_attention.simulator.instructions import HELPERS, helper, pure
 from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.instructions.registry import HELPERS, helper, pure
 from hopper_attention.simulator.ptx.parser import Instruction
 from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hopper_attention.simulator.instructions import helper, pure
 from hopper_attention.simulator.instructions.conversion import FP8, widen_bf16
+from hopper_attention.simulator.instructions.registry import helper, pure
 from hopper_attention.simulator.ptx.parser import Instruction, Vector
 from hopper_attention.simulator.ptx.vectorize import Operation
 

@@ -10,8 +10,8 @@ from hopper_attention.simulator.hardware.memory import (
     PARAM_WINDOW,
     SHARED_WINDOW,
 )
-from hopper_attention.simulator.instructions import pure, refuse_unknown
 from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.instructions.registry import pure, refuse_unknown
 from hopper_attention.simulator.ptx.parser import (
     SINK,
     Address,

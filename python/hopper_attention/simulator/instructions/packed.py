@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hopper_attention.simulator.instructions import PURE, helper, pure
+from hopper_attention.simulator.instructions.arithmetic import require
 from hopper_attention.simulator.instructions.conversion import bf16_bits
+from hopper_attention.simulator.instructions.registry import PURE, helper, pure
 from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction
 from hopper_attention.simulator.ptx.vectorize import Operation
 
@@ -64,19 +65,17 @@ def packed(name: str, kind: str, clamp: str, pair: bool, *operands: np.ndarray) 
     return low | upper.astype(np.uint32) << np.uint32(16)
 
 
-_OPERATIONS = ("add", "sub", "mul", "fma", "neg", "abs", "min", "max", "ex2", "tanh")
-_ALLOWED = {
-    "add": {"rn", "sat"}, "sub": {"rn", "sat"}, "mul": {"rn", "sat"}, "fma": {"rn", "sat", "relu"},
-    "neg": set(), "abs": set(), "min": {"NaN"}, "max": {"NaN"}, "ex2": {"approx", "ftz"},
-    "tanh": {"approx"},
+_KINDS = ("f16x2", "bf16x2", "bf16", "f16")
+_MODIFIERS = {
+    "add": "rn sat", "sub": "rn sat", "mul": "rn sat", "fma": "rn sat relu", "neg": "", "abs": "",
+    "min": "NaN", "max": "NaN", "ex2": "approx ftz", "tanh": "approx",
 }  # fmt: skip
 
 
 def _translate(instruction: Instruction) -> list[Operation]:
     name, kind = instruction.parts[0], instruction.parts[-1]
-    modifiers = set(instruction.parts[1:-1])
-    for part in modifiers - _ALLOWED[name]:
-        raise instruction.unknown(f"modifier .{part}")
+    require(instruction, _MODIFIERS[name])
+    modifiers = instruction.parts[1:-1]
     clamp = next((part for part in ("relu", "sat") if part in modifiers), "")
     pair = kind.endswith("x2")
     view = "U" if pair else "H"
@@ -91,16 +90,14 @@ def _translate(instruction: Instruction) -> list[Operation]:
 
 
 def _install() -> None:
-    """These types of arithmetic.py's instructions come here."""
-    for name in _OPERATIONS:
-        for kind in ("f16x2", "bf16x2", "bf16", "f16"):
-            plain = PURE[name]
+    """Instructions of these kinds come here, others stay with arithmetic.py."""
+    for name in _MODIFIERS:
 
-            def choose(instruction: Instruction, plain=plain, kind=kind) -> list[Operation]:
-                mine = instruction.parts[-1] == kind
-                return _translate(instruction) if mine else plain(instruction)
+        def choose(instruction: Instruction, other=PURE[name]) -> list[Operation]:
+            mine = instruction.parts[-1] in _KINDS
+            return _translate(instruction) if mine else other(instruction)
 
-            PURE[name] = choose
+        PURE[name] = choose
 
 
 _install()

@@ -6,7 +6,7 @@ from hopper_attention.simulator.errors import BarrierError, OutOfBounds
 from hopper_attention.simulator.hardware.asynchronous import Mbarrier, NamedBarrier
 from hopper_attention.simulator.hardware.memory import CLUSTER_BITS
 from hopper_attention.simulator.hazards.races import agents_of
-from hopper_attention.simulator.instructions import control, pure, refuse_unknown
+from hopper_attention.simulator.instructions.registry import control, pure, refuse_unknown
 from hopper_attention.simulator.ptx.parser import SINK, Address, Immediate, Instruction, Symbol
 from hopper_attention.simulator.ptx.vectorize import Operation
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from hopper_attention.simulator.errors import HazardError
-from hopper_attention.simulator.instructions import helper, pure
 from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.instructions.registry import helper, pure
 from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction, Pair, Vector
 from hopper_attention.simulator.ptx.vectorize import Operation
 

@@ -27,8 +27,8 @@ import numpy as np
 from hopper_attention.simulator.errors import SimulatorError
 from hopper_attention.simulator.hardware.asynchronous import Event, SharedAccess
 from hopper_attention.simulator.hardware.tensor_map import swizzle_address
-from hopper_attention.simulator.instructions import control
 from hopper_attention.simulator.instructions.conversion import FP8
+from hopper_attention.simulator.instructions.registry import control
 from hopper_attention.simulator.instructions.synchronisation import operand_values
 from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Negated, Register, Vector
 
