@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hopper_attention import simulator
-from hopper_attention.simulator.instructions.conversion import FP8
+from hopper_attention.simulator.hardware.formats import FP8
 
 pytestmark = [
     pytest.mark.simulator,

@@ -18,6 +18,7 @@ from hopper_attention.simulator.hardware.asynchronous import (
     NamedBarrier,
     SharedAccesses,
 )
+from hopper_attention.simulator.hardware.formats import bf16_bits
 from hopper_attention.simulator.hardware.memory import (
     CLUSTER_BITS,
     LOCAL_WINDOW,
@@ -27,10 +28,9 @@ from hopper_attention.simulator.hardware.memory import (
     LocalMemory,
     SharedMemory,
 )
+from hopper_attention.simulator.hardware.tensor_core import Queue
 from hopper_attention.simulator.hazards.races import Conflict, Shadow, agents_of, shadow_bytes
 from hopper_attention.simulator.instructions.async_copy import Copy, CopyGroups
-from hopper_attention.simulator.instructions.conversion import bf16_bits
-from hopper_attention.simulator.instructions.wgmma import Queue
 from hopper_attention.simulator.observation.recording import Trace
 from hopper_attention.simulator.ptx.parser import Instruction
 

@@ -15,7 +15,7 @@ import numpy as np
 from hopper_attention.simulator.errors import SimulatorError
 from hopper_attention.simulator.execution.program import EXIT
 from hopper_attention.simulator.hardware.asynchronous import NamedBarrier
-from hopper_attention.simulator.instructions.wgmma import Queue
+from hopper_attention.simulator.hardware.tensor_core import Queue
 from hopper_attention.simulator.ptx.parser import Instruction
 
 if TYPE_CHECKING:

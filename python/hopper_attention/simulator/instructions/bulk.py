@@ -6,9 +6,9 @@ import numpy as np
 
 from hopper_attention.simulator.errors import MisalignedAccess, SimulatorError
 from hopper_attention.simulator.hardware.asynchronous import Event, SharedAccess
+from hopper_attention.simulator.hardware.formats import bf16_bits, widen_bf16
 from hopper_attention.simulator.hardware.memory import CLUSTER_BITS, POISON
 from hopper_attention.simulator.hardware.tensor_map import TensorMap, decode, swizzle_address
-from hopper_attention.simulator.instructions.conversion import bf16_bits, widen_bf16
 from hopper_attention.simulator.instructions.registry import TYPES, control, refuse_unknown
 from hopper_attention.simulator.instructions.synchronisation import (
     find_mbarrier,

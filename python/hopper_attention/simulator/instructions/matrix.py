@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from hopper_attention.simulator.instructions.conversion import FP8, widen_bf16
+from hopper_attention.simulator.hardware.formats import ELEMENT_BYTES, FP8, widen_bf16
 from hopper_attention.simulator.instructions.registry import helper, pure
 from hopper_attention.simulator.ptx.parser import Instruction, Vector
 from hopper_attention.simulator.ptx.vectorize import Operation
 
-_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
 _SHAPES = {  # element bytes -> K
     2: (8, 16), 4: (4, 8), 1: (16, 32),
 }  # fmt: skip
@@ -84,10 +83,10 @@ def _mma(instruction: Instruction) -> list[Operation]:
     integer = a_kind in ("s8", "u8")
     if (
         shape is None
-        or a_kind not in _BYTES
-        or b_kind not in _BYTES
-        or int(shape[1]) not in _SHAPES[_BYTES[a_kind]]
-        or _BYTES[a_kind] != _BYTES[b_kind]
+        or a_kind not in ELEMENT_BYTES
+        or b_kind not in ELEMENT_BYTES
+        or int(shape[1]) not in _SHAPES[ELEMENT_BYTES[a_kind]]
+        or ELEMENT_BYTES[a_kind] != ELEMENT_BYTES[b_kind]
         or d_kind != c_kind
         or d_kind not in (("s32",) if integer else ("f32", "f16"))
         or (saturate and not integer)

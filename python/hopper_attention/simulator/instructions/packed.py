@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hopper_attention.simulator.hardware.formats import bf16_bits
 from hopper_attention.simulator.instructions.arithmetic import require
-from hopper_attention.simulator.instructions.conversion import bf16_bits
 from hopper_attention.simulator.instructions.registry import PURE, helper, pure
 from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction
 from hopper_attention.simulator.ptx.vectorize import Operation
