@@ -90,7 +90,9 @@ class Region:
         warpgroup = unit.warpgroup
         queue = warpgroup.queue
         if self.touched & queue.accumulators or self.written & queue.operands:
-            block.report_early_use(self, queue)
+            block.hazards.report_early_use(
+                self.operations, queue.accumulators, queue.operands, warpgroup.warps
+            )
         warpgroup.touched |= self.touched
         if block.trace:
             self.work = self.work or work_of([op.instruction for op in self.operations])
@@ -406,19 +408,25 @@ _LANE_REGISTERS = {
     "%tid.x", "%tid.y", "%tid.z", "%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt",
     "%lanemask_le", "%lanemask_gt", "%lanemask_ge",
 }  # fmt: skip
+_VECTOR_REGISTERS = {  # {k}: 0, 1, 2 for x, y, z
+    "%ntid": "C.launch.block[{k}]",
+    "%ctaid": "C.ctaid[{k}]",
+    "%nctaid": "C.launch.grid[{k}]",
+    "%clusterid": "(C.ctaid[{k}] // C.launch.cluster[{k}])",
+    "%nclusterid": "(C.launch.grid[{k}] // C.launch.cluster[{k}])",
+    "%cluster_ctaid": "(C.ctaid[{k}] % C.launch.cluster[{k}])",
+    "%cluster_nctaid": "C.launch.cluster[{k}]",
+}
 _BLOCK_REGISTERS = {
-    **{f"%ntid.{c}": f"C.block[{k}]" for k, c in enumerate("xyz")},
-    **{f"%ctaid.{c}": f"C.ctaid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%nctaid.{c}": f"C.grid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%clusterid.{c}": f"(C.ctaid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%nclusterid.{c}": f"(C.grid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%cluster_ctaid.{c}": f"(C.ctaid[{k}] % C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%cluster_nctaid.{c}": f"C.shape[{k}]" for k, c in enumerate("xyz")},
+    f"{name}.{c}": text.format(k=k)
+    for name, text in _VECTOR_REGISTERS.items()
+    for k, c in enumerate("xyz")
+} | {
     "%cluster_ctarank": "C.rank", "%cluster_nctarank": "len(C.cluster.blocks)",
     "%is_explicit_cluster": "(len(C.cluster.blocks) > 1)", "%smid": "(0)", "%nsmid": "(132)",
     "%nwarpid": "(64)", "%gridid": "(0)",
     "%clock": "C.clock()", "%clock64": "C.clock()", "%globaltimer": "C.clock()",
-    "%dynamic_smem_size": "C.dynamic_shared", "WARP_SZ": "(32)",
+    "%dynamic_smem_size": "C.launch.dynamic_shared", "WARP_SZ": "(32)",
 }  # fmt: skip
 
 

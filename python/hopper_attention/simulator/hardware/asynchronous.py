@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hopper_attention.simulator.errors import BarrierError
+from hopper_attention.simulator.hazards.checks import SharedAccess
 from hopper_attention.simulator.hazards.races import Clocks, Sync
 
 _MAX_TRANSACTIONS = (1 << 20) - 1
@@ -164,7 +165,7 @@ class Event:
     effect: Callable[[], None]
     text: str
     done: bool = False
-    access: "SharedAccess | None" = None
+    access: SharedAccess | None = None
     written: "Event | None" = None  # of a bulk store: its second half
 
     def complete(self) -> None:
@@ -266,7 +267,7 @@ class BulkGroups:
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, keep: int, only_read: bool) -> "list[SharedAccess]":
+    def wait(self, keep: int, only_read: bool) -> list[SharedAccess]:
         """Complete all but the last ``keep`` groups; returns the reads that are over now."""
         count = max(0, len(self.groups) - keep)
         events = [event for group in self.groups[:count] for event in group]
@@ -284,43 +285,34 @@ class BulkGroups:
 
 
 @dataclass(eq=False)
-class SharedAccess:
-    """Bytes [low, high) of shared memory that an asynchronous operation uses until waited for."""
+class Copy:
+    """One cp.async of some lanes.  units: of the shadow that each lane writes."""
 
-    low: int
-    high: int
-    writes: bool
-    owner: object
-    text: str
-    warp: int | None = None  # of the warpgroup, where only that one reads
+    warps: np.ndarray  # of each lane
+    units: np.ndarray | None
+    event: Event
 
 
-class SharedAccesses:
-    """The asynchronous accesses to a block's shared memory that nobody has waited for yet."""
+@dataclass
+class CopyGroups:
+    """cp.async groups of one warp."""
 
-    def __init__(self) -> None:
-        self.reads: list[SharedAccess] = []
-        self.writes: list[SharedAccess] = []
+    open: list[Copy] = field(default_factory=list)
+    groups: list[list[Copy]] = field(default_factory=list)
 
-    def add(self, access: SharedAccess) -> None:
-        (self.writes if access.writes else self.reads).append(access)
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
 
-    def remove(self, access: SharedAccess) -> None:
-        (self.writes if access.writes else self.reads).remove(access)
+    def take(self, keep: int, everything: bool) -> list[Copy]:
+        """Copies that a wait is for; they are not tracked any longer."""
+        count = max(0, len(self.groups) - keep)
+        taken = [copy for group in self.groups[:count] for copy in group]
+        del self.groups[:count]
+        if everything:
+            taken += self.open
+            self.open = []
+        return taken
 
-    def collision(
-        self, low: int, high: int, writes: bool, pieces: tuple[np.ndarray, int] | None = None
-    ) -> SharedAccess | None:
-        """An access that one to [low, high) must not overlap; of that only `pieces` are accessed.
-
-        pieces: where they start, and the bytes of each.  Rows that a warpgroup writes may lie on
-        both sides of those that another one's WGMMA reads.
-        """
-        for access in (*self.writes, *(self.reads if writes else ())):
-            if access.low < high and low < access.high:
-                if pieces is None:
-                    return access
-                starts, nbytes = pieces
-                if ((starts < access.high) & (starts + nbytes > access.low)).any():
-                    return access
-        return None
+    def all(self) -> list[Copy]:
+        return [copy for group in self.groups for copy in group] + self.open

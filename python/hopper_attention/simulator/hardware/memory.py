@@ -23,6 +23,11 @@ SHARED_LIMIT = 232448 + SHARED_BASE
 POISON = 0xFF
 _PAGE_BITS = 14
 
+REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+"""The operations that atomics, bulk reductions and redux have in common."""
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from hopper_attention.simulator.errors import SimulatorError
-from hopper_attention.simulator.hardware.asynchronous import Event, SharedAccess
+from hopper_attention.simulator.hardware.asynchronous import Event, Events
 from hopper_attention.simulator.hardware.formats import ELEMENT_BYTES, FP8
+from hopper_attention.simulator.hardware.memory import SharedMemory
 from hopper_attention.simulator.hardware.tensor_map import swizzle_address
+from hopper_attention.simulator.hazards.checks import Hazards, SharedAccess
 from hopper_attention.simulator.ptx.parser import Instruction, Register, Vector
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
@@ -190,12 +192,20 @@ class Group:
 
 
 class Queue:
-    """The asynchronous products of one warpgroup."""
+    """The asynchronous products of one warpgroup, whose 32-bit registers they read and write."""
 
-    def __init__(self, block, warpgroup):
-        self.block, self.warpgroup = block, warpgroup
-        first = block.first_agent + warpgroup.first_thread // 32
-        self.agents = np.arange(first, first + 4)
+    def __init__(
+        self,
+        registers: np.ndarray,
+        shared: SharedMemory,
+        events: Events,
+        hazards: Hazards,
+        first_agent: int,
+        fp8_accumulator_bits: int | None,
+    ):
+        self.registers, self.shared, self.events = registers, shared, events
+        self.hazards, self.fp8_accumulator_bits = hazards, fp8_accumulator_bits
+        self.agents = np.arange(first_agent, first_agent + 4)
         self.open = Group()
         self.groups: list[Group] = []
         self.values: dict[tuple, np.ndarray] = {}
@@ -203,25 +213,25 @@ class Queue:
         self.accumulators = 0  # register masks of everything not waited for
         self.operands = 0
 
-    def update_masks(self) -> None:
+    def _update_masks(self) -> None:
         self.accumulators = self.operands = 0
         for group in (*self.groups, self.open):
             for item in group.items:
                 self.accumulators |= item.shape.mask
                 self.operands |= item.shape.a_mask
 
-    def issue(self, shape: Shape, lanes, a, b: int, accumulate: bool) -> None:
+    def issue(self, shape: Shape, a, b: int, accumulate: bool) -> None:
         key = shape.accumulator
         if key not in self.values:
             if self.accumulators & shape.mask and self._overlaps(shape):
-                self.block.hazard(
+                self.hazards.report(
                     shape.instruction,
                     "accumulators overlap those of a different shape under way",
-                    lanes.warps.tolist(),
+                    self.agents - self.hazards.first_agent,
                 )
-            self.values[key] = lanes.U[shape.rows].copy()
+            self.values[key] = self.registers[shape.rows].copy()
             self.using[key] = 0
-            lanes.U[shape.rows] = _NAN
+            self.registers[shape.rows] = _NAN
         self.using[key] += 1
         self.open.items.append(Issued(shape, a, b, accumulate))
         self.accumulators |= shape.mask
@@ -237,11 +247,9 @@ class Queue:
     def commit(self) -> None:
         group, self.open = self.open, Group()
         self.groups.append(group)
-        group.event = self.block.events.issue(
-            lambda: self.complete_through(group), "wgmma commit group"
-        )
+        group.event = self.events.issue(lambda: self._complete_through(group), "wgmma commit group")
 
-    def complete_through(self, group: Group) -> None:
+    def _complete_through(self, group: Group) -> None:
         """Groups take effect in order."""
         for earlier in self.groups:
             if earlier is group:
@@ -255,17 +263,17 @@ class Queue:
         for group in self.groups[:count]:
             group.event.complete()
             for access in group.accesses:
-                self.block.accesses.remove(access)
+                self.hazards.accesses.remove(access)
             self._remember_reads(group)
         del self.groups[:count]
-        self.update_masks()
+        self._update_masks()
 
     def _remember_reads(self, group: Group) -> None:
         """One warp's wait covers the reads of the whole warpgroup."""
-        shadow = self.block.shadow
+        shadow = self.hazards.shadow
         if shadow is None:
             return
-        now = self.block.cluster.clocks.now(self.agents)
+        now = self.hazards.clocks.now(self.agents)
         for low, high, warp, text in {(a.low, a.high, a.warp, a.text) for a in group.accesses}:
             chosen = slice(None) if warp is None else slice(warp, warp + 1)
             shadow.past_reads.add(low, high, self.agents[chosen], now[chosen], text)
@@ -282,7 +290,7 @@ class Queue:
             start = stop
 
     def _product(self, chain: list[Issued]) -> None:
-        shape, shared = chain[0].shape, self.block.shared
+        shape, shared = chain[0].shape, self.shared
         a_kind, b_kind = shape.kinds
         if shape.a_rows is not None:
             a = fragment_a(np.concatenate([item.a for item in chain]), a_kind)
@@ -292,7 +300,7 @@ class Queue:
         b = _gather(shared, tuple(item.b for item in chain), shape.n, b_kind, shape.b_mn_major)
         right = b if shape.b_mn_major else b.T
         key = shape.accumulator
-        bits = self.block.machine.options.fp8_accumulator_bits
+        bits = self.fp8_accumulator_bits
         pieces = [slice(None)]
         if bits is not None and a_kind in FP8:
             step = a.shape[1] // len(chain)
@@ -308,7 +316,7 @@ class Queue:
             add = True
         self.using[key] -= len(chain)
         if self.using[key] == 0:
-            self.warpgroup.registers[32][shape.rows] = self.values.pop(key)
+            self.registers[shape.rows] = self.values.pop(key)
             del self.using[key]
 
 

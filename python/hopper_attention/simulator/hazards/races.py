@@ -15,14 +15,8 @@ one warp, and order that is established by polling a flag in memory.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-from hopper_attention.simulator.hardware.memory import SHARED_BASE
-
-if TYPE_CHECKING:
-    from hopper_attention.simulator.execution.warps import Lanes
 
 _NOBODY = 0xFFFF
 _NEVER = 0xFFFFFFFF  # clock of a write that nobody may see yet
@@ -41,20 +35,21 @@ class Sync:
 
 
 class Clocks:
-    """The vector clocks of a cluster's warps."""
+    """The vector clocks of a cluster's warps.  names: what reports call the agents."""
 
-    def __init__(self, warps: int):
-        self.warps = self.agents = warps
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.warps = warps = len(names)
         self.known = np.zeros((warps, 2, warps + 64), np.uint32)
         self.known[np.arange(warps), _GENERIC, np.arange(warps)] = 1
         self.fenced: dict[int, np.ndarray] = {}
 
-    def new_agent(self) -> int:
-        """For an mbarrier."""
-        self.agents += 1
-        if self.agents > self.known.shape[2]:
-            self.known = _widen(self.known, 2 * self.agents)
-        return self.agents - 1
+    def new_agent(self, name: str) -> int:
+        """The number of an agent beside the warps: an mbarrier."""
+        self.names.append(name)
+        if len(self.names) > self.known.shape[2]:
+            self.known = _widen(self.known, 2 * len(self.names))
+        return len(self.names) - 1
 
     def sync(self) -> Sync:
         shape = self.known.shape[1:]
@@ -324,12 +319,3 @@ def smallest_access(instructions) -> int:
             if digits in ("8", "16"):
                 smallest = min(smallest, int(digits) // 8)
     return smallest
-
-
-def shadow_bytes(end: int) -> int:
-    return -(-max(end, SHARED_BASE + 16) // 1024) * 1024
-
-
-def agents_of(lanes: "Lanes", first: int) -> np.ndarray:
-    """The agent of each lane."""
-    return first + lanes.threads // 32

@@ -1,7 +1,7 @@
 """ld, st, atom, red and the address conversions.
 
-Generated code calls the block's ``load`` and ``store`` with the state space's name; they check
-bounds, alignment and hazards and return one array a vector element.
+Generated code calls the block's LaneMemory with the state space's name; it checks bounds, alignment
+and hazards and returns one array a vector element.
 """
 
 from hopper_attention.simulator.hardware.memory import (
@@ -92,9 +92,8 @@ def _load(instruction: Instruction) -> list[Operation]:
         return _load_param(instruction)
     width, count, kind = access(instruction)
     text, base = address(instruction, instruction.operands[1])
-    lines = [
-        f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count}, {is_strong(instruction)})"
-    ]
+    arguments = f"{space!r}, {text}, {width}, {count}, {is_strong(instruction)}"
+    lines = [f"t = C.lane_memory.load(L, {{k0}}, {arguments})"]
     outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
         if register == SINK:
@@ -119,7 +118,7 @@ def _load_param(instruction: Instruction) -> list[Operation]:
     if not isinstance(place.base, Symbol):
         text, base = address(instruction, place)
         registers = _items(instruction.operands[0])
-        lines = [f"t = C.param_lanes({text}, {width}, {len(registers)})"]
+        lines = [f"t = C.lane_memory.param_lanes({text}, {width}, {len(registers)})"]
         outputs = [({16: "H", 32: "U", 64: "W"}[r.bits], r) for r in registers]
         sign = f".view(np.int{8 * width})" if kind[0] == "s" else ""
         lines += [f"{{d{k}}} = t[{k}]{sign}" for k in range(len(outputs))]
@@ -130,7 +129,7 @@ def _load_param(instruction: Instruction) -> list[Operation]:
     for k, register in enumerate(_items(instruction.operands[0])):
         view = {16: "H", 32: "U", 64: "W"}[register.bits]
         dtype = f"{'int' if kind[0] == 's' else 'uint'}{8 * width}"
-        text = f"C.param({{0}} + {place.offset + k * width}, np.{dtype})"
+        text = f"C.lane_memory.param({{0}} + {place.offset + k * width}, np.{dtype})"
         if kind[0] == "s":
             text += f".astype(np.int{BITS[view]}).astype(np.uint{BITS[view]})"
         result.append(
@@ -153,7 +152,8 @@ def _store(instruction: Instruction) -> list[Operation]:
         else:
             inputs.append(({16: "H", 32: "U", 64: "W"}[operand.bits], operand))
     values = ", ".join(f"{{{k + 1}}}" for k in range(count))
-    line = f"C.store(L, {{k0}}, {space!r}, {text}, {width}, ({values},), {is_strong(instruction)})"
+    arguments = f"{space!r}, {text}, {width}, ({values},), {is_strong(instruction)}"
+    line = f"C.lane_memory.store(L, {{k0}}, {arguments})"
     return [
         Operation(
             instruction, line, [], inputs, "store", "", instruction.guard, constants=(instruction,)
@@ -192,8 +192,8 @@ def _atomic(instruction: Instruction) -> list[Operation]:
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
     outputs = [(view, targets[k]) for k in kept]
     line = (
-        f"t = C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
-        f"{bool(outputs)})"
+        f"t = C.lane_memory.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, "
+        f"({arguments},), {bool(outputs)})"
     )
     lines = [line] + [f"{{d{n}}} = t[{k}]" for n, k in enumerate(kept)]
     return [
@@ -216,8 +216,8 @@ def _atomic_halves(instruction, space, operation, text, base, values, targets, k
     for k in range(len(values)):
         halves += [f"{{{k + 1}}}", f"{{{k + 1}}} >> 16"] if packed else [f"{{{k + 1}}}"]
     lines = [
-        f"t = C.atomic_packed(L, {{k0}}, {space!r}, {operation!r}, {element!r}, {text}, "
-        f"({', '.join(f'({h}).astype(np.uint16)' for h in halves)},))"
+        f"t = C.lane_memory.atomic_packed(L, {{k0}}, {space!r}, {operation!r}, {element!r}, "
+        f"{text}, ({', '.join(f'({h}).astype(np.uint16)' for h in halves)},))"
     ]
     for n, k in enumerate(kept):
         value = f"t[{2 * k}] | t[{2 * k + 1}].astype(np.uint32) << 16" if packed else f"t[{k}]"

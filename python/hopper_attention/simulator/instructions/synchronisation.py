@@ -5,8 +5,7 @@ import numpy as np
 from hopper_attention.simulator.errors import BarrierError, OutOfBounds
 from hopper_attention.simulator.hardware.asynchronous import Mbarrier, NamedBarrier
 from hopper_attention.simulator.hardware.memory import CLUSTER_BITS
-from hopper_attention.simulator.hazards.races import agents_of
-from hopper_attention.simulator.instructions.registry import control, pure, refuse_unknown
+from hopper_attention.simulator.instructions.registry import control, helper, pure, refuse_unknown
 from hopper_attention.simulator.ptx.parser import SINK, Address, Immediate, Instruction, Symbol
 from hopper_attention.simulator.ptx.vectorize import Operation
 
@@ -54,9 +53,10 @@ def _init(instruction: Instruction):
             barrier = Mbarrier(where, count, count)
             warp = int(unit.lanes.threads[lane]) // 32
             barrier.unfenced_warp = warp
-            if block.shadow is not None:
+            if block.hazards.shadow is not None:
                 clocks = barrier.clocks = block.cluster.clocks
-                barrier.sync, barrier.agent = clocks.sync(), clocks.new_agent()
+                name = f"a bulk load (completing on mbarrier {where:#x})"
+                barrier.sync, barrier.agent = clocks.sync(), clocks.new_agent(name)
                 agent = block.first_agent + warp
                 barrier.creator = agent, int(clocks.now(np.array([agent]))[0])
             block.mbarriers[where] = barrier
@@ -85,11 +85,11 @@ def find_mbarrier(block, unit, instruction: Instruction, address: int, agents: n
         agent, clock = barrier.creator
         known = barrier.clocks.known[agents, 0, agent]
         if (known < clock).any():
-            block.hazard(
+            who = barrier.clocks.names[agent]
+            block.hazards.report(
                 instruction,
-                f"uses an mbarrier that {block.cluster.agent_name(agent)} initialised: no barrier "
-                "between",
-                unit.lanes.warps.tolist(),
+                f"uses an mbarrier that {who} initialised: no barrier between",
+                unit.lanes.warps,
             )
             barrier.creator = agent, 0
     return barrier
@@ -110,7 +110,7 @@ def _arrive(instruction: Instruction):
         lanes = unit.lanes
         where = shared_addresses(unit, operands[0])
         amount = operand_values(unit, operands[1]) if len(operands) > 1 else np.ones_like(where)
-        agents = agents_of(lanes, block.first_agent)
+        agents = block.first_agent + lanes.warp_of_lane
         for k in range(lanes.count):
             agent = agents[k : k + 1]
             barrier = find_mbarrier(block, unit, instruction, int(where[k]), agent)
@@ -215,7 +215,7 @@ def _bar(instruction: Instruction):
         barrier = block.named_barriers.get(number)
         if barrier is None:
             barrier = block.named_barriers[number] = NamedBarrier(number)
-            if block.shadow is not None:
+            if block.hazards.shadow is not None:
                 barrier.sync = block.cluster.clocks.sync()
         generation = barrier.generation
         if barrier.sync is not None:
@@ -259,8 +259,8 @@ def _cluster_barrier(instruction: Instruction):
             unit.require_whole_warps(instruction)
         cluster, agents = block.cluster, block.first_agent + unit.lanes.warps
         barrier = cluster.barrier
-        threads = (unit.lanes.threads + block.rank * block.threads).tolist()
-        if barrier.sync is None and block.shadow is not None:
+        threads = (unit.lanes.threads + block.rank * block.launch.threads).tolist()
+        if barrier.sync is None and block.hazards.shadow is not None:
             barrier.sync = cluster.clocks.sync()
         if "arrive" in parts:
             if barrier.sync is not None:
@@ -301,12 +301,28 @@ def _fence(instruction: Instruction) -> list[Operation]:
     if "proxy" in parts and any(part.startswith("async") for part in parts):
         if "global" in parts:
             return []
-        return [Operation(instruction, "C.fence_proxy(L)", [], [], "store")]
+        return [Operation(instruction, "fence_proxy(C, L)", [], [], "store")]
     if "mbarrier_init" in parts:
-        return [Operation(instruction, "C.fence_mbarriers(L)", [], [], "store")]
+        return [Operation(instruction, "fence_mbarriers(C, L)", [], [], "store")]
     if "proxy" not in parts:
-        return [Operation(instruction, "C.fence_release(L)", [], [], "store")]
+        return [Operation(instruction, "C.hazards.fence_release(L.warps)", [], [], "store")]
     return []
+
+
+@helper
+def fence_mbarriers(block, lanes) -> None:
+    """Let the asynchronous proxy use the mbarriers that these warps initialised."""
+    warps = set(lanes.warps.tolist())
+    for barrier in block.mbarriers.values():
+        if barrier.unfenced_warp in warps:
+            barrier.unfenced_warp = -1
+    block.hazards.fence_release(lanes.warps)
+
+
+@helper
+def fence_proxy(block, lanes) -> None:
+    fence_mbarriers(block, lanes)
+    block.hazards.fence_proxy(lanes.warps)
 
 
 @pure("nanosleep", "pmevent")

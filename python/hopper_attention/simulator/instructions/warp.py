@@ -3,6 +3,7 @@
 import numpy as np
 
 from hopper_attention.simulator.errors import HazardError
+from hopper_attention.simulator.hardware.memory import REDUCTIONS
 from hopper_attention.simulator.instructions.memory import address
 from hopper_attention.simulator.instructions.registry import helper, pure
 from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction, Pair, Vector
@@ -129,10 +130,7 @@ def _vote(instruction: Instruction) -> list[Operation]:
 
 @helper
 def reduce_warp(lanes, name: str, value: np.ndarray) -> np.ndarray:
-    ufunc = {
-        "add": np.add, "min": np.minimum, "max": np.maximum,
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }[name]  # fmt: skip
+    ufunc = REDUCTIONS[name]
     value = np.broadcast_to(value, (lanes.count,))
     result = np.empty_like(value)
     for columns in lanes.warp_columns:
@@ -199,7 +197,7 @@ def _store_matrix(instruction: Instruction) -> list[Operation]:
     source = instruction.operands[1]
     items = source.items if isinstance(source, Vector) else (source,)
     values = ", ".join(f"{{{k + 1}}}" for k in range(count))
-    line = f"C.store_matrix(L, {{k0}}, {text}, ({values},), {transpose})"
+    line = f"C.lane_memory.store_matrix(L, {{k0}}, {text}, ({values},), {transpose})"
     inputs = [base] + [("U", item) for item in items]
     return [Operation(instruction, line, [], inputs, "store", constants=(instruction,))]
 
@@ -210,7 +208,7 @@ def _load_matrix(instruction: Instruction) -> list[Operation]:
     target = instruction.operands[0]
     items: tuple = target.items if isinstance(target, Vector) else (target,)
     text, base = address(instruction, instruction.operands[1])
-    lines = [f"t = C.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
+    lines = [f"t = C.lane_memory.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
     lines += [f"{{d{k}}} = t[{k}]" for k in range(count)]
     return [
         Operation(

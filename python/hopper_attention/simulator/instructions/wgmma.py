@@ -5,13 +5,13 @@ import re
 import numpy as np
 
 from hopper_attention.simulator.errors import SimulatorError
-from hopper_attention.simulator.hardware.asynchronous import SharedAccess
 from hopper_attention.simulator.hardware.formats import ELEMENT_BYTES
 from hopper_attention.simulator.hardware.tensor_core import (
     Queue,
     Shape,
     operand_index,
 )
+from hopper_attention.simulator.hazards.checks import SharedAccess
 from hopper_attention.simulator.instructions.registry import control
 from hopper_attention.simulator.instructions.synchronisation import operand_values
 from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Negated, Vector
@@ -67,10 +67,10 @@ def _mma(instruction: Instruction):
         queue, lanes = unit.warpgroup.queue, unit.lanes
         touched = unit.warpgroup.touched & (shape.mask | shape.a_mask)
         if touched:
-            block.hazard(
+            block.hazards.report(
                 instruction,
                 "registers were used since the last wgmma.fence of this warpgroup",
-                lanes.warps.tolist(),
+                lanes.warps,
             )
             unit.warpgroup.touched &= ~touched
         width = ELEMENT_BYTES[shape.kinds[0]]
@@ -86,7 +86,7 @@ def _mma(instruction: Instruction):
         if block.trace:
             nbytes = 8 * shape.n + (512 if shape.a_rows is None else 0)  # a warp's share
             block.trace.wgmma(lanes.warps.tolist(), instruction, shape.n, nbytes)
-        queue.issue(shape, lanes, a, b, _accumulates(unit, shape.scale_d))
+        queue.issue(shape, a, b, _accumulates(unit, shape.scale_d))
         return True
 
     fragment = shape.a.items if isinstance(shape.a, Vector) else ()
@@ -111,7 +111,7 @@ def _use(block, instruction, lanes, queue: Queue, index: np.ndarray, by_rows: bo
     """
     low, high = int(index.min()) << 4, (int(index.max()) + 1) << 4
     block.shared.check(low, high)
-    shadow = block.shadow
+    shadow = block.hazards.shadow
     if shadow is not None:
         conflict = shadow.bulk_read(queue.agents, index)
         if conflict and by_rows:
@@ -119,15 +119,15 @@ def _use(block, instruction, lanes, queue: Queue, index: np.ndarray, by_rows: bo
             found = (shadow.bulk_read(np.array([agent]), rows) for agent, rows in mine)
             conflict = next((c for c in found if c), None)
         if conflict:
-            block.report_conflict(instruction, conflict, False)
-    block.check_shared(instruction, low, high, False, lanes)
+            block.hazards.report_conflict(instruction, conflict, False)
+    block.hazards.check_overlap(instruction, low, high, False, lanes.warps)
     parts = np.split(index, 4) if by_rows else [index]
     for warp, part in enumerate(parts):
         low, high = int(part.min()) << 4, (int(part.max()) + 1) << 4
         access = SharedAccess(low, high, False, queue, instruction.where())
         access.warp = warp if by_rows else None
         queue.open.accesses.append(access)
-        block.accesses.add(access)
+        block.hazards.accesses.add(access)
 
 
 @control("wgmma.fence", modifiers="sync aligned")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hopper_attention.simulator.errors import PtxSyntaxError, UnknownInstruction
+from hopper_attention.simulator.errors import PtxSyntaxError, SimulatorError, UnknownInstruction
 
 # ------------------------------------------------------------------------------------- operands
 
@@ -96,6 +96,12 @@ class Instruction:
         text = self.text if len(self.text) <= 160 else self.text[:157] + "..."
         source = f" ({self.source})" if self.source else ""
         return f"PTX line {self.line}: {text}{source}"
+
+    def located(self, error: SimulatorError) -> SimulatorError:
+        """The error with this instruction's place, unless it names one."""
+        if "PTX line" in str(error):
+            return error
+        return type(error)(f"{error}\n  at {self.where()}")
 
     def unknown(self, missing: str) -> UnknownInstruction:
         return UnknownInstruction(f"{self.where()}\n  not implemented: {missing}")
