@@ -67,6 +67,13 @@ def test_parameters_have_sizes_alignments_and_offsets(kernel):
     ]
 
 
+def test_a_parameter_may_say_what_it_points_to():
+    """Compilers that go through LLVM write where a pointer points and how that is aligned."""
+    text = TEXT.replace(".param .u64 first", ".param .u64 .ptr .global .align 1 first")
+    last = simulator.Module.parse(text).kernels["first"].params[-1]
+    assert (last.name, last.size, last.align) == ("first_param_3", 8, 8)
+
+
 def test_directives(kernel):
     assert kernel.required_block == (384, 1, 1)
     assert kernel.min_blocks == 2
