@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton to compile")
+pytest.importorskip("triton", minversion="3.9", reason="needs Triton to compile")
 
 
 @pytest.mark.simulator

@@ -101,16 +101,16 @@ class Block:
             self.hazards.report(last, message, "any")
 
     def progress(self) -> None:
-        """Something changed that a blocked unit may have waited for."""
+        """Let blocked units try again: something changed that they may have waited for."""
         self.cluster.version += 1
 
     def owner_of(self, address: int) -> tuple["Block", int]:
-        """The block of the cluster that a shared::cluster address lies in, and the offset there."""
+        """Return the block that a shared::cluster address lies in, and the offset there."""
         memory, offset = self.lane_memory.owner_of(address)
         return self.cluster.blocks[memory.rank], offset
 
     def mbarrier(self, address: int) -> Mbarrier:
-        """The mbarrier at a shared::cluster address."""
+        """Return the mbarrier at a shared::cluster address."""
         block, offset = self.owner_of(address)
         found = block.mbarriers.get(offset)
         if found is None:
@@ -137,7 +137,7 @@ class Block:
         return self.warp_instructions & 0xFFFFFFFF
 
     def symbol(self, name: str) -> int:
-        """Address of a shared variable or a parameter."""
+        """Return the address of a shared variable or a parameter."""
         program = self.launch.program
         return program.symbols[name] + (self.window if name in program.shared_names else 0)
 

@@ -25,7 +25,10 @@ _OFFSET = (1 << CLUSTER_BITS) - 1
 
 
 class LaneMemory:
-    """The memory of one block.  peers: that of all blocks of its cluster, by rank."""
+    """The memory of one block, which checks and locates each access.
+
+    peers: the memories of all blocks of the cluster, by rank.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class LaneMemory:
         self.local.reset()
 
     def owner_of(self, address: int) -> tuple["LaneMemory", int]:
-        """The memory that a shared::cluster address lies in, and the offset there."""
+        """Return the memory that a shared::cluster address lies in, and the offset there."""
         rank = int(address) >> CLUSTER_BITS
         if rank >= len(self.peers):
             raise OutOfBounds(
@@ -65,12 +68,12 @@ class LaneMemory:
     # --- parameters
 
     def param(self, offset: int, dtype: type) -> np.generic:
-        """The parameter at an offset that all lanes agree on."""
+        """Return the parameter at an offset that all lanes agree on."""
         size = np.dtype(dtype).itemsize
         return self.params[offset : offset + size].view(dtype)[0]
 
     def param_lanes(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
-        """The parameters at addresses that differ among lanes; returns one array an element."""
+        """Load parameters at addresses that differ among lanes; returns one array an element."""
         offsets = np.asarray(addresses).astype(np.int64) % PARAM_WINDOW
         if offsets.min() < 0 or offsets.max() + width * count > len(self.params):
             raise OutOfBounds(f"parameter access at {int(offsets.max()):#x}")
@@ -78,7 +81,7 @@ class LaneMemory:
         return list(np.ascontiguousarray(table).view(f"u{width}").T)
 
     def generic_bytes(self, address: int, nbytes: int) -> bytes:
-        """Bytes at a generic address: parameters, shared or global memory."""
+        """Return the bytes at a generic address, of parameters, shared or global memory."""
         offset = address - PARAM_WINDOW if address >= PARAM_WINDOW else address
         if 0 <= offset <= len(self.params) - nbytes:
             return self.params[offset : offset + nbytes].tobytes()
@@ -226,7 +229,7 @@ class LaneMemory:
         return before
 
     def _elements(self, owner, addresses: np.ndarray, size: int):
-        """Arrays over memory, element numbers in them, and the lanes they belong to."""
+        """Return arrays over memory, element numbers in them, and the lanes they belong to."""
         if owner is None:
             return self.global_memory.elements(addresses, size)
         return [(owner.shared.views[size], owner.shared.index(addresses, size, size), slice(None))]
@@ -280,7 +283,7 @@ class LaneMemory:
         return result.transpose(1, 0, 2).reshape(count, -1)
 
     def _rows(self, lanes: Lanes, instruction, addresses, count: int, writes: bool) -> np.ndarray:
-        """Offsets of checked rows, (warps, matrices, 8)."""
+        """Check the rows that lanes name; returns their offsets, (warps, matrices, 8)."""
         if not lanes.whole_warps:
             raise SimulatorError(f"executed by a part of a warp\n  at {instruction.where()}")
         table = np.broadcast_to(addresses, (lanes.count,)).astype(np.int64).reshape(-1, 4, 8)
@@ -295,9 +298,9 @@ class LaneMemory:
 
 
 def _matrix_places(rows: np.ndarray, transpose: bool):
-    """Element numbers of what lanes hold, (warps, matrices, 32).
+    """Return the element numbers of what lanes hold, (warps, matrices, 32).
 
-    (words, None), or if transposed (None, the low and the high 16-bit halves).
+    They are (words, None), or if transposed (None, the low and the high 16-bit halves).
     """
     lane = np.arange(32)
     if not transpose:
@@ -318,7 +321,7 @@ def _combine(operation: str, old, value, other):
 
 
 def _combine_halves(operation: str, kind: str, old: np.uint16, value: np.uint16) -> np.uint16:
-    """The new bits of one f16 or bf16 element."""
+    """Return the new bits of one f16 or bf16 element."""
     if kind == "f16":
         a, b = (np.float32(np.uint16(x).view(np.float16)) for x in (old, value))
         return np.float16(REDUCTIONS[operation](a, b)).view(np.uint16)

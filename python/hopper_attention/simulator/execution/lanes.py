@@ -76,11 +76,12 @@ class Lanes:
         }
 
     def pull(self) -> None:
-        """Scattered lanes: copy their registers in before a step, and out after it."""
+        """Copy the registers of scattered lanes in, before a step."""
         for bits, copy in self._copies.items():
             copy[...] = self._files[bits][:, self.lanes]
 
     def push(self) -> None:
+        """Copy the registers of scattered lanes out, after a step."""
         for bits, copy in self._copies.items():
             self._files[bits][:, self.lanes] = copy
 
@@ -113,6 +114,7 @@ class Warpgroup:
         return f"{first} to {first + 3}"
 
     def window(self, lanes: np.ndarray) -> Lanes:
+        """Return the window on these lanes, which is made once."""
         key = lanes.tobytes()
         found = self._windows.get(key)
         if found is None:

@@ -77,17 +77,17 @@ class Launch:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """The number of threads of a block."""
         return self.block[0] * self.block[1] * self.block[2]
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """The number of warps of a block."""
         return -(-self.threads // 32)
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of a block's shared memory."""
+        """The bytes of a block's shared memory."""
         return self.program.static_end + self.dynamic_shared - SHARED_BASE
 
 

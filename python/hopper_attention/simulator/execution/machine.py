@@ -39,7 +39,7 @@ class Scheduler:
                 self.units.append(Unit(block, warpgroup, stack, self.units))
 
     def run(self) -> bool:
-        """True when all threads have exited, False when only polling goes on."""
+        """Run the warps.  True when all have exited, False when they only poll memory."""
         idle_steps, idle_version = 0, self.cluster.version
         while self.units:
             idle_steps += self._slice()
@@ -116,7 +116,7 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts of a launch.  warp_instructions counts each PTX instruction once a warp."""
+    """The counts of a launch.  warp_instructions counts each PTX instruction once a warp."""
 
     blocks: int
     warp_instructions: int
@@ -161,7 +161,7 @@ class Machine:
                 raise DeadlockError("\n".join(reports) + "\n  no progress: warps poll memory")
 
     def _positions(self) -> list[tuple[int, int, int]]:
-        """The clusters' places in the grid, in the order of their numbers."""
+        """Return the clusters' places in the grid, in the order of their numbers."""
         launch = self.launch
         nx, ny, nz = (g // c for g, c in zip(launch.grid, launch.cluster, strict=True))
         return [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]

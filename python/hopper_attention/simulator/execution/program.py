@@ -40,7 +40,7 @@ EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
 
 
 def registers_of(operand: Operand) -> Iterable[Register]:
-    """All registers of an operand."""
+    """Yield all registers of an operand."""
     if isinstance(operand, Register):
         yield operand
     elif isinstance(operand, Negated):
@@ -140,6 +140,8 @@ class Guarded:
 
 
 class GuardedRegion(Region):
+    """A straight run of one predicated instruction that loads or stores."""
+
     def execute_on_lanes(self, block, unit) -> bool:
         return self.execute(block, unit)
 
@@ -162,7 +164,7 @@ class Control:
 
 
 class Exit(Control):
-    """ret or exit, and the end of the kernel's text."""
+    """The end of threads: ret, exit, and the end of the kernel's text."""
 
     def __init__(self, pc: int, instruction: Instruction):
         self.pc, self.first = pc, instruction
@@ -177,7 +179,7 @@ class Exit(Control):
 
 
 class Branch:
-    """bra, with its target step and the step where both paths meet."""
+    """A branch, with its target step and the step where both paths meet."""
 
     def __init__(self, pc: int, instruction: Instruction):
         self.pc, self.first, self.guard = pc, instruction, instruction.guard
@@ -203,7 +205,7 @@ _building = threading.Lock()
 
 
 def program_of(kernel: Kernel) -> "Program":
-    """The kernel's program, made at its first launch."""
+    """Return the kernel's program, which is made at its first launch."""
     with _building:
         if kernel.program is None:
             kernel.program = Program(kernel)
@@ -239,7 +241,7 @@ class Program:
             self.local_bytes += variable.size
 
     def symbol_code(self, name: str) -> str:
-        """Python text of a symbol's value inside generated code."""
+        """Return the Python text of a symbol's value inside generated code."""
         if name in self.shared_names:
             return f"({self.symbols[name]} + C.window)"
         if name in self.symbols:
@@ -329,7 +331,7 @@ class Program:
         return [step.pc + 1]
 
     def _join_points(self) -> None:
-        """Immediate post-dominators (Cooper, Harvey, Kennedy) on the reversed graph."""
+        """Find the immediate post-dominators (Cooper, Harvey, Kennedy) on the reversed graph."""
         end = len(self.steps)
         successors = [self._successors(step) for step in self.steps] + [[]]
         predecessors: list[list[int]] = [[] for _ in range(end + 1)]
@@ -431,5 +433,5 @@ _BLOCK_REGISTERS = {
 
 
 def special_register(name: str) -> str | None:
-    """Python text of a special register, or None."""
+    """Return the Python text of a special register, or None."""
     return f"X[{name!r}]" if name in _LANE_REGISTERS else _BLOCK_REGISTERS.get(name)

@@ -51,7 +51,7 @@ class Unit:
             self._load()
 
     def diverge(self, taken: np.ndarray, target: int, following: int, join: int) -> None:
-        """Lanes part.  Warps that part as a whole become units of their own."""
+        """Let lanes part.  Warps that part as a whole become units of their own."""
         lanes = self.lanes
         kinds = []
         for columns in lanes.warp_columns:
@@ -89,7 +89,7 @@ class Unit:
         self.units += units[1:]
 
     def restrict(self, warps: set[int]) -> "Unit":
-        """A unit of only some of these warps (numbers within the warpgroup)."""
+        """Return a unit of only some of these warps (numbers within the warpgroup)."""
         stack = []
         for pc, meeting, active in self.stack:
             part = active[np.isin(active // 32, list(warps))]
@@ -121,7 +121,7 @@ class Unit:
         self._load()
 
     def gather_warpgroup(self) -> bool:
-        """wgmma needs all warps of the warpgroup here, with all lanes."""
+        """True if all warps of the warpgroup are here, with all lanes, as wgmma needs."""
         if self.lanes.count == 128:
             return True
         if self.warpgroup.count != 128:
@@ -130,7 +130,7 @@ class Unit:
         return False
 
     def require_whole_warps(self, instruction: Instruction) -> None:
-        """All lanes of the warps that have not exited must be here."""
+        """Raise unless all lanes of the warps that have not exited are here."""
         if self.lanes.whole_warps:
             return
         live = np.unique(np.concatenate([active for _, _, active in self.stack]))
@@ -138,7 +138,7 @@ class Unit:
             raise SimulatorError(f"{instruction.opcode} is executed by a part of a warp")
 
     def exit_lanes(self) -> None:
-        """The active lanes end; others of the unit go on where they are."""
+        """End the active lanes; others of the unit go on where they are."""
         ended = self.lanes.lanes
         self.block.exit_threads(self.lanes)
         self.stack[-1][0] += 1

@@ -1,4 +1,4 @@
-"""State that proceeds beside the warps: mbarriers, named barriers, bulk copies, WGMMA groups.
+"""State that proceeds beside the warps: barriers, and asynchronous operations under way.
 
 An asynchronous operation poisons its destination when issued and takes effect at a time drawn from
 the seed, between its issue and the wait that orders it:
@@ -71,7 +71,7 @@ class Mbarrier:
                 self.clocks.complete_phase(self.sync, self.agent, self.phase)
 
     def passed(self, parity: int) -> bool:
-        """Has the phase of this parity completed?"""
+        """True if the phase of this parity has completed."""
         return self.phase & 1 != parity & 1
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Mbarrier:
 
 @dataclass
 class NamedBarrier:
-    """bar.sync / bar.arrive: counts threads."""
+    """A barrier of bar.sync and bar.arrive, which counts threads."""
 
     number: int
     count: int = 0
@@ -122,7 +122,7 @@ class NamedBarrier:
 
 @dataclass
 class ClusterBarrier:
-    """barrier.cluster: every thread of the cluster arrives, then waits."""
+    """The barrier of a cluster: every thread arrives, then waits."""
 
     count: int = 0
     arrived: int = 0
@@ -175,7 +175,7 @@ class Event:
 
 
 class Schedule:
-    """Everything that a seed decides: completion times, slice lengths and which unit is slow."""
+    """The decisions of a seed: completion times, slice lengths and which unit is slow."""
 
     _FOREVER = float("inf")
 
@@ -188,7 +188,7 @@ class Schedule:
         self._until = 0
 
     def delay(self) -> float:
-        """Scheduler slices until an operation issued now takes effect; 0 is at once."""
+        """Return the slices until an operation issued now takes effect; 0 is at once."""
         if self.mode == "friendly":
             return 1
         if self.mode == "early":
@@ -198,7 +198,7 @@ class Schedule:
         return self.random.choice((0, 1, 2, 5, 20, 100, self._FOREVER))
 
     def choose(self, units: list) -> tuple[Any, int]:
-        """The unit to run next and for how many steps."""
+        """Return the unit to run next and for how many steps."""
         self.now += 1
         if self.mode == "friendly":
             return units[self.now % len(units)], 200
@@ -214,7 +214,7 @@ class Schedule:
 
 
 class Events:
-    """The asynchronous operations of a block, in order of issue."""
+    """The asynchronous operations of a cluster, in order of issue."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -257,7 +257,7 @@ class Events:
 
 @dataclass
 class BulkGroups:
-    """cp.async.bulk groups of one thread: operations not yet committed, then groups in order."""
+    """The cp.async.bulk groups of one thread: operations not committed, then groups in order."""
 
     thread: int = 0
     open: list[Event] = field(default_factory=list)
@@ -286,7 +286,7 @@ class BulkGroups:
 
 @dataclass(eq=False)
 class Copy:
-    """One cp.async of some lanes.  units: of the shadow that each lane writes."""
+    """One cp.async of some lanes.  units: those of the shadow that each lane writes."""
 
     warps: np.ndarray  # of each lane
     units: np.ndarray | None
@@ -295,7 +295,7 @@ class Copy:
 
 @dataclass
 class CopyGroups:
-    """cp.async groups of one warp."""
+    """The cp.async groups of one warp."""
 
     open: list[Copy] = field(default_factory=list)
     groups: list[list[Copy]] = field(default_factory=list)
@@ -305,7 +305,7 @@ class CopyGroups:
         self.open = []
 
     def take(self, keep: int, everything: bool) -> list[Copy]:
-        """Copies that a wait is for; they are not tracked any longer."""
+        """Return the copies that a wait is for; they are not tracked any longer."""
         count = max(0, len(self.groups) - keep)
         taken = [copy for group in self.groups[:count] for copy in group]
         del self.groups[:count]

@@ -1,12 +1,12 @@
 """Formats of 16 and 8-bit floating-point numbers: rounding to them, widening from them.
 
-numpy has f16 alone.  The fp8 tables are built from the formats' definitions.
+numpy has f16 only.  The fp8 tables are built from the formats' definitions.
 """
 
 import numpy as np
 
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
-"""The types of matrix operands."""
+"""Bytes of an element of a matrix operand, by type."""
 
 
 def _fp8_table(exponent_bits: int, mantissa_bits: int, bias: int, has_infinity: bool) -> np.ndarray:
@@ -35,7 +35,7 @@ _FP8_FINITE = {
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """Round f32 to nearest even bf16; the 16 bits as uint32."""
+    """Round f32 to nearest even bf16; returns the 16 bits as uint32."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
     nan = np.isnan(x)
@@ -43,6 +43,7 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
 
 
 def f16_bits(x: np.ndarray) -> np.ndarray:
+    """Round f32 to nearest even f16; returns the 16 bits as uint32."""
     x = np.asarray(x, np.float32).astype(np.float16)
     bits = x.view(np.uint16).astype(np.uint32)
     nan = np.isnan(x)

@@ -62,7 +62,7 @@ class Descriptor:
 
 @functools.lru_cache(maxsize=8192)
 def operand_index(bits: int, extent: int, width: int, mn_major: bool) -> np.ndarray:
-    """16-byte unit numbers of one instruction's operand.
+    """Return the numbers of the 16-byte units of one instruction's operand.
 
     K-major: (extent, 2); MN-major: (elements of K, extent in units).
     """
@@ -84,13 +84,13 @@ def operand_index(bits: int, extent: int, width: int, mn_major: bool) -> np.ndar
 
 @functools.lru_cache(maxsize=8192)
 def chain_index(bits: tuple[int, ...], extent: int, width: int, mn_major: bool) -> np.ndarray:
-    """The operands of several instructions side by side along K."""
+    """Return ``operand_index`` of several instructions side by side along K."""
     parts = [operand_index(b, extent, width, mn_major) for b in bits]
     return np.concatenate(parts, axis=0 if mn_major else 1)
 
 
 def widen(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of elements, contiguous along the last axis, as float32; integers as float64."""
+    """Convert bytes of elements, contiguous along the last axis, to float32 (integers: float64)."""
     if kind == "bf16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if kind == "f16":
@@ -103,7 +103,7 @@ def widen(raw: np.ndarray, kind: str) -> np.ndarray:
 
 
 def fragment_a(registers: np.ndarray, kind: str) -> np.ndarray:
-    """(4 steps, 128) registers of A to the (64, K) matrix."""
+    """Arrange (4 steps, 128) registers of A as the (64, K) matrix."""
     steps = len(registers) // 4
     split = registers.reshape(steps, 2, 2, 4, 8, 4)  # step, column half, row half, warp, row, quad
     matrix = np.ascontiguousarray(split.transpose(3, 2, 4, 0, 1, 5))
@@ -111,14 +111,14 @@ def fragment_a(registers: np.ndarray, kind: str) -> np.ndarray:
 
 
 def fragment_d(matrix: np.ndarray) -> np.ndarray:
-    """(64, N) matrix to (N / 2, 128) accumulator registers."""
+    """Arrange a (64, N) matrix as (N / 2, 128) accumulator registers."""
     n = matrix.shape[1]
     split = matrix.reshape(4, 2, 8, n // 8, 4, 2)  # warp, row half, row, column block, quad, pair
     return split.transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, 128)
 
 
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(64, K) x (K, N) in pieces that OpenBLAS does not spread over threads.
+    """Multiply (64, K) by (K, N) in pieces that OpenBLAS does not spread over threads.
 
     Its threads wait by spinning, which costs a factor of ten on a busy block, and their number
     changes the last bits.
@@ -250,7 +250,7 @@ class Queue:
         group.event = self.events.issue(lambda: self._complete_through(group), "wgmma commit group")
 
     def _complete_through(self, group: Group) -> None:
-        """Groups take effect in order."""
+        """Compute a group after those before it: they take effect in order."""
         for earlier in self.groups:
             if earlier is group:
                 break
@@ -269,7 +269,7 @@ class Queue:
         self._update_masks()
 
     def _remember_reads(self, group: Group) -> None:
-        """One warp's wait covers the reads of the whole warpgroup."""
+        """Note who knows that the group has read: one warp's wait covers the whole warpgroup."""
         shadow = self.hazards.shadow
         if shadow is None:
             return
@@ -327,14 +327,14 @@ def _like(a: Shape, b: Shape) -> bool:
 
 
 def _gather(shared, bits: tuple[int, ...], extent: int, kind: str, mn_major: bool) -> np.ndarray:
-    """K-major: (extent, K) as float32; MN-major: (K, extent)."""
+    """Return an operand from shared memory: (extent, K), or (K, extent) if MN-major."""
     index = chain_index(bits, extent, ELEMENT_BYTES[kind], mn_major)
     raw = shared.chunks.take(index)
     return widen(raw.view(np.uint8), kind)
 
 
 def accumulate(bits: np.ndarray, product: np.ndarray, add: bool, shape: Shape) -> np.ndarray:
-    """New accumulator registers, as uint32."""
+    """Return the new accumulator registers, as uint32."""
     if shape.kinds[0] in ("s8", "u8"):
         total = product.astype(np.int64) + (bits.view(np.int32) if add else 0)
         return total.astype(np.int32).view(np.uint32)

@@ -1,1 +1,1 @@
-"""Happens-before: who must know of whose accesses."""
+"""The checks of kernels: races, missing waits and fences, and their reports."""

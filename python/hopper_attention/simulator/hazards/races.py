@@ -45,7 +45,7 @@ class Clocks:
         self.fenced: dict[int, np.ndarray] = {}
 
     def new_agent(self, name: str) -> int:
-        """The number of an agent beside the warps: an mbarrier."""
+        """Return the number of an agent beside the warps: an mbarrier."""
         self.names.append(name)
         if len(self.names) > self.known.shape[2]:
             self.known = _widen(self.known, 2 * len(self.names))
@@ -70,7 +70,7 @@ class Clocks:
         self.known[agents] = np.maximum(self.known[agents], sync.released)
 
     def complete_phase(self, sync: Sync, agent: int, phase: int) -> None:
-        """An mbarrier's phase ends: its bulk loads' data is visible to waiters, by either proxy."""
+        """End an mbarrier's phase: its bulk loads' data is visible to waiters, by either proxy."""
         self._fit(sync)
         sync.complete()
         sync.released[:, agent] = phase
@@ -82,7 +82,7 @@ class Clocks:
         self.known[agents, _GENERIC, agents] += np.uint32(1)
 
     def release_relaxed(self, agents: np.ndarray, sync: Sync) -> None:
-        """A relaxed arrival hands over what was known at the warp's last fence."""
+        """Hand over at a relaxed arrival what was known at the warp's last fence."""
         self._fit(sync)
         width = self.known.shape[2]
         for agent in agents.tolist():
@@ -146,7 +146,7 @@ class Conflict:
 
 
 class Shadow:
-    """Who last wrote and read each piece of a block's shared memory, in units of ``grain`` bytes.
+    """The last writer and readers of each piece of a block's shared memory, of ``grain`` bytes.
 
     grain is the smallest access of the kernel, so that neighbours do not disturb each other.
     ``even`` marks 16-byte pieces with one writer: bulk operations look at one unit of those.
@@ -172,7 +172,7 @@ class Shadow:
         self.past_reads = PastReads()
 
     def units(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
-        """(..., units an access)"""
+        """Return the numbers of the units that each access covers, (..., units)."""
         first = addresses // self.grain
         return first[..., None] + np.arange(max(1, nbytes // self.grain))
 
@@ -241,7 +241,7 @@ class Shadow:
     # --- bulk and wgmma accesses, on 16-byte pieces
 
     def bulk_read(self, agents: np.ndarray, pieces: np.ndarray | slice) -> Conflict | None:
-        """Check a read by the asynchronous proxy: what agents know and what is fenced counts."""
+        """Check a read by the asynchronous proxy: it sees what agents know and what is fenced."""
         step = 16 // self.grain
         even = self.even[pieces].all()
         units = np.arange(len(self.even))[pieces] if isinstance(pieces, slice) else pieces
@@ -284,7 +284,7 @@ class Shadow:
     def remote_write(
         self, agents: np.ndarray, units: np.ndarray, line: int, owner: int, clock: int
     ) -> Conflict | None:
-        """st.async: visible to who waits for that phase of the mbarrier."""
+        """Check a write of st.async, which those see who wait for that phase of the mbarrier."""
         conflict = self.write(agents, units, line)
         self.writer[units], self.written[units] = owner, clock
         return conflict
@@ -295,14 +295,14 @@ class Shadow:
         self.written[units] = _NEVER
 
     def show(self, agents: np.ndarray, units: np.ndarray) -> None:
-        """The issuing warps have waited; what another has overwritten since stays its own."""
+        """Show what warps wrote and waited for, unless another has overwritten it since."""
         owners = np.broadcast_to(agents[..., None], units.shape)
         mine = (self.writer[units] == owners) & (self.written[units] == _NEVER)
         self.written[units[mine]] = self.clocks.now(owners)[mine]
 
 
 def _stretches(addresses: np.ndarray) -> list[tuple[int, int]]:
-    """(first, last) of what lies together: a tile's swizzle spans may be far apart."""
+    """Return (first, last) of what lies together: a tile's swizzle spans may be far apart."""
     addresses = np.unique(addresses)
     gaps = np.flatnonzero(np.diff(addresses) >= SWIZZLE_ATOM)
     firsts, lasts = np.append(0, gaps + 1), np.append(gaps, len(addresses) - 1)
@@ -310,7 +310,7 @@ def _stretches(addresses: np.ndarray) -> list[tuple[int, int]]:
 
 
 def smallest_access(instructions) -> int:
-    """Bytes of the smallest load or store that may go to shared memory: 1, 2 or 4."""
+    """Return the bytes of the smallest access that may go to shared memory: 1, 2 or 4."""
     smallest = 4
     for instruction in instructions:
         parts = instruction.parts

@@ -1,4 +1,4 @@
-"""cp.async of Ampere: copies of 4, 8 or 16 bytes a lane, their groups, arrival on an mbarrier."""
+"""The copies of Ampere, cp.async: 4, 8 or 16 bytes a lane, their groups, arrival on an mbarrier."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def _one(instruction: Instruction, line: str, inputs=()) -> list[Operation]:
     modifiers="ca cg shared shared::cta global L2::cache_hint L2::64B L2::128B L2::256B",
 )
 def _copy(instruction: Instruction) -> list[Operation]:
-    """Operands: [shared], [global], bytes {, bytes to read, or predicate to ignore} {, policy}."""
+    """Translate [shared], [global], bytes {, bytes to read, or predicate to ignore} {, policy}."""
     target, source, size, *rest = instruction.operands
     if "L2::cache_hint" in instruction.parts:
         rest = rest[:-1]
@@ -57,7 +57,7 @@ def _wait(instruction: Instruction) -> list[Operation]:
 
 @pure("cp.async.mbarrier.arrive", modifiers="noinc shared shared::cta b64")
 def _arrive(instruction: Instruction) -> list[Operation]:
-    """The barrier counts an arrival of each lane once the lane's copies so far are done."""
+    """Translate an arrival of each lane, which counts once its copies so far are done."""
     where, base = address(instruction, instruction.operands[0])
     noinc = "noinc" in instruction.parts
     return _one(instruction, f"arrive_after_copies(C, L, {{k0}}, {where}, {noinc})", [base])
@@ -101,7 +101,7 @@ def copy_async(block, lanes, instruction: Instruction, target, source, size: int
 
 
 def _read_words(memory, source: np.ndarray, size: int, count: np.ndarray) -> np.ndarray:
-    """The 32-bit words of each lane's source, (size / 4, lanes), 0 from byte ``count`` on."""
+    """Load the 32-bit words of each lane's source, (size / 4, lanes), 0 from byte ``count`` on."""
     words = np.zeros((size // 4, len(source)), np.uint32)
     for k in range(size // 4):
         chosen = np.flatnonzero(count > 4 * k)

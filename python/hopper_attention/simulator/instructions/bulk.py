@@ -26,13 +26,13 @@ _DTYPES = {
 
 @functools.lru_cache(maxsize=8192)
 def chunk_index(start: int, nbytes: int, swizzle: int) -> np.ndarray:
-    """Numbers of the 16-byte units of shared memory that hold a tile, in the tile's order."""
+    """Return the numbers of the 16-byte units of shared memory that hold a tile, in its order."""
     addresses = np.arange(start, start + nbytes, 16)
     return swizzle_address(addresses, swizzle) >> 4
 
 
 class Tile:
-    """A tensor map's box at given coordinates: what lies inside of the tensor, and where."""
+    """A tensor map's box at given coordinates, cut to what lies inside of the tensor."""
 
     def __init__(self, tensor_map: TensorMap, coordinates: list[int]):
         row = tensor_map.box[0] * tensor_map.element_bytes
@@ -60,7 +60,7 @@ class Tile:
         )
 
     def tensor(self, memory, write: bool) -> np.ndarray:
-        """The part of the tensor inside of the box, as an array over global memory."""
+        """Return the part of the tensor inside of the box, as an array over global memory."""
         m = self.map
         strides = m.strides[::-1]
         offset = sum(first * n for (first, _), n in zip(self.outer, strides, strict=True))
@@ -69,7 +69,7 @@ class Tile:
         return memory.box(m.base + offset, sizes, steps, m.element_bytes, write)
 
     def read(self, memory) -> np.ndarray:
-        """The box's bytes as 16-byte units, zeros outside of the tensor."""
+        """Return the box's bytes as 16-byte units, zeros outside of the tensor."""
         if self.whole:
             data = np.ascontiguousarray(self.tensor(memory, False))
         else:
@@ -88,7 +88,7 @@ class Tile:
 
 
 def reduce_into(target: np.ndarray, data: np.ndarray, reduction: str, kind: str) -> None:
-    """target = data, or target = target (operation) data in the element type."""
+    """Write data, or target (operation) data in the element type, to target."""
     if not reduction:
         target[...] = data
         return
@@ -115,7 +115,7 @@ def _coordinates(unit, operand, lane: int) -> list[int]:
 
 
 def _targets(block, unit, lane: int, start: int, where: int, mask) -> list[tuple[int, int]]:
-    """Addresses of the destination and the mbarrier: one pair, or one a block of the mask."""
+    """Return the addresses of destination and mbarrier: one pair, or one a block of the mask."""
     if mask is None:
         return [(start, where)]
     bits = int(operand_values(unit, mask, "H")[lane]) & 0xFFFF
@@ -132,7 +132,7 @@ def _require_aligned(address: int, nbytes: int, what: str) -> None:
 
 
 def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, where: int, effect):
-    """Common part of loads: checks, poison, completion on the mbarrier at ``where``.
+    """Issue a load: checks, poison, completion on the mbarrier at ``where``.
 
     effect(block, offset) puts the data there.
     """
@@ -168,7 +168,7 @@ def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, w
 
 
 def _out_of_shared(block, unit, lane: int, instruction, start: int, nbytes: int, read, write):
-    """Common part of stores: reading before wait_group.read, writing before wait_group.
+    """Issue a store, which reads before wait_group.read and writes before wait_group.
 
     read(block, offset) gives the data, write(data) puts it into global memory.
     """
@@ -322,7 +322,7 @@ def _plain(instruction: Instruction):
 
 @control("st.async", "red.async")
 def _store_async(instruction: Instruction):
-    """Ordinary values to another block of the cluster; its mbarrier counts their bytes."""
+    """Translate stores to another block of the cluster, whose mbarrier counts their bytes."""
     known = {"st", "red", "async", "weak", "relaxed", "cluster", "shared::cluster", "v2", "v4",
              "mbarrier::complete_tx::bytes", "add", "min", "max", "and", "or", "xor"}  # fmt: skip
     refuse_unknown(instruction, known | TYPES)
@@ -388,7 +388,7 @@ def _commit(instruction: Instruction):
 
 @control("cp.async.bulk.wait_group")
 def _wait(instruction: Instruction):
-    """.read: shared memory has been read; without it, global memory has been written too."""
+    """Translate the wait: for reads of shared memory with .read, else for writes, too."""
     refuse_unknown(instruction, {"async", "bulk", "wait_group", "read"})
     keep, only_read = instruction.operands[0].value, "read" in instruction.parts
 

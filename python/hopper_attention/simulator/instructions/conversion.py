@@ -1,4 +1,4 @@
-"""cvt between integers, f32, f16, bf16 and the fp8 formats.
+"""Conversions, cvt, between integers, f32, f16, bf16 and the fp8 formats.
 
 cvt.rn.bf16x2.f32 d, a, b puts a into the high half and b into the low half, as the other packed
 conversions do.
@@ -36,7 +36,7 @@ def fp8_pair(high: np.ndarray, low: np.ndarray, name: str) -> np.ndarray:
 
 @helper
 def to_integer(x: np.ndarray, mode: str, dtype: type) -> np.ndarray:
-    """Float to integer: rounded, clamped to the range, NaN to 0."""
+    """Convert floats to integers: rounded, clamped to the range, NaN to 0."""
     rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode]
     limits = np.iinfo(dtype)
     value = np.nan_to_num(rounding(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)

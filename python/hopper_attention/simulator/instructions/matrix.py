@@ -1,4 +1,4 @@
-"""mma.sync: products of one warp's register fragments.
+"""Products of one warp's register fragments, mma.sync.
 
 Layouts, from the PTX documentation's figures, g = lane / 4, t = lane % 4, p elements a register:
 
@@ -24,7 +24,7 @@ _SHAPES = {  # element bytes -> K
 
 
 def _elements(registers: np.ndarray, kind: str) -> np.ndarray:
-    """(registers, warps, 32) to (registers, warps, 8, 4, p) values."""
+    """Convert (registers, warps, 32) to (registers, warps, 8, 4, p) values."""
     raw = np.ascontiguousarray(registers)[..., None].view(np.uint8)
     if kind in ("s8", "u8"):
         value = raw.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
@@ -41,7 +41,7 @@ def _elements(registers: np.ndarray, kind: str) -> np.ndarray:
 
 @helper
 def multiply_fragments(kinds: tuple[str, str, str], saturate: bool, a, b, c) -> list[np.ndarray]:
-    """D = A B + C of every warp; registers as arrays of lanes."""
+    """Return D = A B + C of every warp; registers are arrays of lanes."""
     d_kind, a_kind, b_kind = kinds
 
     def registers(items) -> np.ndarray:

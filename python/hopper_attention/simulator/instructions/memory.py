@@ -1,4 +1,4 @@
-"""ld, st, atom, red and the address conversions.
+"""Loads, stores, atomics (ld, st, atom, red) and the address conversions.
 
 Generated code calls the block's LaneMemory with the state space's name; it checks bounds, alignment
 and hazards and returns one array a vector element.
@@ -46,7 +46,7 @@ def state_space(instruction: Instruction) -> str:
 
 
 def address(instruction: Instruction, operand: Operand) -> tuple[str, tuple[str, Operand]]:
-    """Expression of an address with {0} for its base, and the base as an input."""
+    """Return the expression of an address with {0} for its base, and the base as an input."""
     assert isinstance(operand, Address)
     base, offset = operand.base, operand.offset
     if isinstance(base, Register):
@@ -60,7 +60,7 @@ def address(instruction: Instruction, operand: Operand) -> tuple[str, tuple[str,
 
 
 def access(instruction: Instruction) -> tuple[int, int, str]:
-    """(bytes an element, elements, type) of a load or store; refuses unknown modifiers."""
+    """Return (bytes an element, elements, type) of an access; refuses unknown modifiers."""
     count, kind = 1, instruction.parts[-1]
     for part in instruction.parts[1:-1]:
         if part in ("v2", "v4", "v8"):
@@ -75,13 +75,13 @@ def access(instruction: Instruction) -> tuple[int, int, str]:
 
 
 def _items(operand: Operand) -> list[Operand]:
-    """Registers of a vector; a 128-bit register is two of 64 bits."""
+    """Return the registers of a vector; a 128-bit register is two of 64 bits."""
     items = operand.items if isinstance(operand, Vector) else (operand,)
     return [half for item in items for half in (item.items if isinstance(item, Vector) else [item])]
 
 
 def is_strong(instruction: Instruction) -> bool:
-    """Accesses that may race with each other by design."""
+    """True for accesses that may race with each other by design."""
     return not _STRONG.isdisjoint(instruction.parts)
 
 
@@ -167,7 +167,7 @@ _HALVES = {"f16": 1, "bf16": 1, "f16x2": 2, "bf16x2": 2}
 
 @pure("atom", "red")
 def _atomic(instruction: Instruction) -> list[Operation]:
-    """atom d, [a], b {, c} and red [a], b; vectors element by element."""
+    """Translate atom d, [a], b {, c} and red [a], b; vectors element by element."""
     parts, space = instruction.parts, state_space(instruction)
     operation = next((part for part in parts if part in _ATOMIC), None)
     kind = parts[-1]
@@ -205,7 +205,7 @@ def _atomic(instruction: Instruction) -> list[Operation]:
 
 
 def _atomic_halves(instruction, space, operation, text, base, values, targets, kept):
-    """16-bit floats, one or two a register."""
+    """Translate atomics of 16-bit floats, one or two a register."""
     kind = instruction.parts[-1]
     packed, element = _HALVES[kind] == 2, kind.removesuffix("x2")
     if operation not in ("add", "min", "max"):
@@ -290,6 +290,6 @@ def _hint(instruction: Instruction) -> list[Operation]:
 
 
 def simple_zero(instruction: Instruction) -> list[Operation]:
-    """A cache policy: opaque, 0 here."""
+    """Return the cache policy, which is opaque and 0 here."""
     target = instruction.operands[0]
     return [Operation(instruction, "0", [("W", target)], [], guard=instruction.guard)]

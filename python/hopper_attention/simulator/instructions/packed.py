@@ -37,7 +37,7 @@ def _widen(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _round(x: np.ndarray, kind: str, clamp: str) -> np.ndarray:
-    """To odd at f32 first: the second rounding then gives what one would."""
+    """Round to odd at f32 first: the second rounding then gives what one would."""
     if clamp == "relu":
         x = np.where(np.isnan(x), x, np.maximum(x, 0.0))
     elif clamp == "sat":
@@ -55,7 +55,7 @@ def _round(x: np.ndarray, kind: str, clamp: str) -> np.ndarray:
 
 @helper
 def packed(name: str, kind: str, clamp: str, pair: bool, *operands: np.ndarray) -> np.ndarray:
-    """The operation on each element of 16 or 32-bit registers."""
+    """Apply the operation to each element of 16 or 32-bit registers."""
     operands = tuple(np.atleast_1d(np.asarray(x)) for x in operands)
     function = _FUNCTIONS[name]
     low = _round(function(*(_widen(x & 0xFFFF, kind) for x in operands)), kind, clamp)
@@ -90,7 +90,7 @@ def _translate(instruction: Instruction) -> list[Operation]:
 
 
 def _install() -> None:
-    """Instructions of these kinds come here, others stay with arithmetic.py."""
+    """Take instructions of these kinds; others stay with arithmetic.py."""
     for name in _MODIFIERS:
 
         def choose(instruction: Instruction, other=PURE[name]) -> list[Operation]:
@@ -105,7 +105,7 @@ _install()
 
 @pure("movmatrix", modifiers="sync aligned m8n8 trans")
 def _transpose(instruction: Instruction) -> list[Operation]:
-    """Each warp holds an 8x8 matrix of 16-bit elements, a row in four lanes."""
+    """Translate movmatrix: each warp holds an 8x8 matrix of halves, a row in four lanes."""
     target, source = instruction.operands
     line = "{d0} = transpose_matrix(L, {0})"
     return [Operation(instruction, line, [("U", target)], [("U", source)], effect="load")]

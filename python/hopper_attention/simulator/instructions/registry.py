@@ -1,10 +1,10 @@
-"""Where translators of instructions are registered and found.
+"""The registry of translators of instructions.
 
 Two tables, which the families fill:
 
     PURE[name]     instruction -> list of Operation (lane arithmetic, loads, stores, shuffles);
                    these join straight runs and are compiled together
-    CONTROL[name]  instruction -> handler(machine, unit) -> bool; these end a straight run.  False
+    CONTROL[name]  instruction -> handler(block, unit) -> bool; these end a straight run.  False
                    means the unit cannot proceed yet and will be asked again
 
 An instruction is looked up by its opcode, longest dotted prefix first: ``cp.async.bulk.tensor``
@@ -41,7 +41,7 @@ def pure(*names: str, modifiers: str | None = None):
 
 
 def control(*names: str, modifiers: str | None = None):
-    """Register a translator of instructions that need the machine; modifiers: as for ``pure``."""
+    """Register a translator of instructions that need the block; modifiers: as for ``pure``."""
 
     def register(function):
         CONTROL.update(dict.fromkeys(names, _checked(function, names, modifiers)))

@@ -1,4 +1,4 @@
-"""mbarriers, named barriers, cluster barriers, fences, griddepcontrol."""
+"""Barriers (mbarriers, named, of a cluster), fences, griddepcontrol."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def operand_values(unit, operand, view: str = "U") -> np.ndarray:
-    """Value of an operand in every active lane."""
+    """Return the value of an operand in every active lane."""
     lanes = unit.lanes
     if isinstance(operand, Immediate):
         return np.full(lanes.count, operand.value)
@@ -21,12 +21,12 @@ def operand_values(unit, operand, view: str = "U") -> np.ndarray:
 
 
 def shared_addresses(unit, operand: Address) -> np.ndarray:
-    """32-bit shared memory addresses: a block's rank in the cluster above the offset."""
+    """Return 32-bit shared memory addresses: a block's rank in the cluster above the offset."""
     return operand_values(unit, operand.base).astype(np.int64) + operand.offset
 
 
 def local_offsets(unit, operand: Address) -> np.ndarray:
-    """Offsets in this block's shared memory.  Raises OutOfBounds for another block's."""
+    """Return offsets in this block's shared memory.  Raises OutOfBounds for another block's."""
     offsets = shared_addresses(unit, operand) - unit.block.window
     if offsets.min() < 0 or offsets.max() >> CLUSTER_BITS:
         raise OutOfBounds("shared::cta address of another block's shared memory")
@@ -79,7 +79,7 @@ def _invalidate(instruction: Instruction):
 
 
 def find_mbarrier(block, unit, instruction: Instruction, address: int, agents: np.ndarray):
-    """The mbarrier at a shared::cluster address, whose initialisation these warps must know of."""
+    """Return the mbarrier at an address, whose initialisation these warps must know of."""
     barrier = block.mbarrier(address)
     if barrier.clocks is not None:
         agent, clock = barrier.creator
@@ -98,7 +98,7 @@ def find_mbarrier(block, unit, instruction: Instruction, address: int, agents: n
 @control("mbarrier.arrive", "mbarrier.arrive_drop", "mbarrier.arrive.expect_tx",
          "mbarrier.expect_tx", "mbarrier.complete_tx")  # fmt: skip
 def _arrive(instruction: Instruction):
-    """[state,] [barrier] [, count] or, with expect_tx, [barrier], bytes."""
+    """Translate [state,] [barrier] [, count] or, with expect_tx, [barrier], bytes."""
     verbs = {"arrive", "arrive_drop", "expect_tx", "complete_tx"}
     refuse_unknown(instruction, verbs | _ORDER | _SHARED | {"noComplete"})
     parts, operands = set(instruction.parts), list(instruction.operands)
@@ -136,7 +136,7 @@ def _arrive(instruction: Instruction):
 
 @control("mbarrier.try_wait", "mbarrier.test_wait")
 def _try_wait(instruction: Instruction):
-    """Fails once, then sleeps until the phase flips: a peek alone must not deadlock."""
+    """Translate a wait, which fails once, then sleeps: a peek alone must not deadlock."""
     refuse_unknown(instruction, {"try_wait", "test_wait", "parity"} | _ORDER | _SHARED)
     target, place, phase = instruction.operands[:3]
     by_parity = "parity" in instruction.parts
@@ -244,7 +244,7 @@ def _acquire(block, agents: np.ndarray, barrier, generation: int) -> None:
 
 @control("bar.warp.sync", modifiers="")
 def _warp_barrier(instruction: Instruction):
-    """The lanes of a warp run in lockstep and meet where branches join."""
+    """Translate to nothing: the lanes of a warp run in lockstep and meet where branches join."""
     return lambda block, unit: True
 
 
@@ -281,7 +281,7 @@ def _cluster_barrier(instruction: Instruction):
 
 @control("griddepcontrol")
 def _grid_dependency(instruction: Instruction):
-    """Launches run one after another, so dependencies have been met."""
+    """Translate to nothing: launches run one after another, dependencies have been met."""
     refuse_unknown(instruction, {"launch_dependents", "wait"})
     return lambda block, unit: True
 

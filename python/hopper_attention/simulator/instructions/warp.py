@@ -11,7 +11,7 @@ from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def _shuffle_source(mode: str, lane: np.ndarray, b, c) -> tuple[np.ndarray, np.ndarray]:
-    """Source lane and in-range predicate, from the PTX documentation's pseudo-code."""
+    """Return source lane and in-range predicate, after the PTX documentation's pseudo-code."""
     b, c = np.asarray(b).astype(np.int64), np.asarray(c).astype(np.int64)
     b, clamp, segment = b & 31, c & 31, c >> 8 & 31
     minimum = lane & segment
@@ -26,7 +26,7 @@ def _shuffle_source(mode: str, lane: np.ndarray, b, c) -> tuple[np.ndarray, np.n
 
 
 def _shuffle_index(lanes, mode: str, b, c) -> tuple[np.ndarray, np.ndarray]:
-    """Column of each lane's source within the window, and the predicate."""
+    """Return the column of each lane's source within the window, and the predicate."""
     constant = isinstance(b, int) and isinstance(c, int)
     key = (mode, b, c)
     if constant and key in lanes.shuffles:
@@ -79,7 +79,7 @@ def _shuffle(instruction: Instruction) -> list[Operation]:
 
 @pure("elect.sync", modifiers="")
 def _elect(instruction: Instruction) -> list[Operation]:
-    """The lowest lane of each warp that takes part is elected."""
+    """Translate elect: the lowest lane of each warp that takes part is elected."""
     target, predicate = instruction.operands[0], None
     if isinstance(target, Pair):
         target, predicate = target.first, target.second
@@ -93,7 +93,7 @@ def _elect(instruction: Instruction) -> list[Operation]:
 
 @helper
 def vote(lanes, mode: str, value) -> np.ndarray:
-    """Per warp of the window; value is this lane's predicate."""
+    """Return each warp's vote in all of its lanes; value: the lanes' predicates."""
     value = np.broadcast_to(value, (lanes.count,))
     if mode == "ballot":
         result = np.zeros(lanes.count, np.uint32)
@@ -151,7 +151,7 @@ def _reduce(instruction: Instruction) -> list[Operation]:
 
 @helper
 def match(lanes, value: np.ndarray, everyone: bool) -> np.ndarray:
-    """Mask of the lanes of the warp with the same value; with ``everyone`` all or nothing."""
+    """Return the mask of the warp's lanes with the same value; ``everyone``: all or nothing."""
     value = np.broadcast_to(value, (lanes.count,))
     result = np.zeros(lanes.count, np.uint32)
     for columns in lanes.warp_columns:

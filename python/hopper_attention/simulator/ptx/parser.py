@@ -1,4 +1,4 @@
-"""PTX text to Module, Kernel and Instruction.
+"""The parser: PTX text becomes Module, Kernel and Instruction.
 
 The parser keeps instructions as they stand: an opcode split at its dots, an optional guard
 predicate and operands.  Inline-asm blocks ``{ ... }`` open a scope: their registers and labels are
@@ -98,7 +98,7 @@ class Instruction:
         return f"PTX line {self.line}: {text}{source}"
 
     def located(self, error: SimulatorError) -> SimulatorError:
-        """The error with this instruction's place, unless it names one."""
+        """Return the error with this instruction's place, unless it names one."""
         if "PTX line" in str(error):
             return error
         return type(error)(f"{error}\n  at {self.where()}")
@@ -269,7 +269,7 @@ class _Parser:
 
 
 class _Body:
-    """Statements of one kernel, from behind its opening brace."""
+    """The statements of one kernel, from behind its opening brace."""
 
     def __init__(self, parser: _Parser, kernel: Kernel, position: int):
         self.parser, self.kernel, self.position = parser, kernel, position
@@ -367,7 +367,7 @@ class _Body:
             raise self.parser.error(position, f"unknown directive {text}")
 
     def declare_pair(self, name: str, scope: _Scope) -> None:
-        """A 128-bit register: two of 64 bits."""
+        """Declare a 128-bit register as two of 64 bits."""
         found = re.fullmatch(r"(.+)<(\d+)>", name)
         for base in [f"{found[1]}{i}" for i in range(int(found[2]))] if found else [name]:
             halves = f"{base}.low", f"{base}.high"
