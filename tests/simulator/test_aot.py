@@ -120,7 +120,7 @@ def test_modes_by_name(files):
 
 
 def test_scalars():
-    from hopper_attention.simulator.aot import Parameter, _scalar
+    from hopper_attention.simulator.exported.aot import Parameter, _scalar
 
     integer, real = Parameter("n", "scalar", "int32_t"), Parameter("s", "scalar", "float")
     assert _scalar(integer, np.int64(7)).value == 7

@@ -7,8 +7,8 @@ import torch
 from simulator.snippets import module, run
 
 from hopper_attention import simulator
+from hopper_attention.simulator.hardware.tensor_map import TensorMap
 from hopper_attention.simulator.instructions.bulk import Tile
-from hopper_attention.simulator.tensor_map import TensorMap
 
 RNG = np.random.default_rng(0)
 SEEDS = range(4)

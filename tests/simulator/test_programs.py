@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hopper_attention import simulator
-from hopper_attention.simulator.instructions.conversion import FP8
+from hopper_attention.simulator.hardware.formats import FP8
 
 pytestmark = [
     pytest.mark.simulator,
@@ -149,8 +149,12 @@ def test_vectorising_does_not_change_a_bit(compiled, monkeypatch):
     fast, slow = np.zeros_like(x), np.zeros_like(x)
     product = gemm(program, 0)
     compiled("softmax")(x, fast)
-    monkeypatch.setattr("hopper_attention.simulator.program.fold_chains", lambda ops, usage: ops)
-    monkeypatch.setattr("hopper_attention.simulator.program.batch", lambda ops: [[x] for x in ops])
+    monkeypatch.setattr(
+        "hopper_attention.simulator.execution.program.fold_chains", lambda ops, usage: ops
+    )
+    monkeypatch.setattr(
+        "hopper_attention.simulator.execution.program.batch", lambda ops: [[x] for x in ops]
+    )
     for name in ("gemm_bf16", "softmax"):
         exported = compiled(name)
         text = Path(exported.module.path).read_text()

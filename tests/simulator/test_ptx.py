@@ -4,7 +4,7 @@ import pytest
 from simulator.snippets import module
 
 from hopper_attention import simulator
-from hopper_attention.simulator.ptx import Address, Immediate, Negated, Pair, Symbol, Vector
+from hopper_attention.simulator.ptx.parser import Address, Immediate, Negated, Pair, Symbol, Vector
 
 TEXT = """//
 .version 9.4
@@ -65,6 +65,13 @@ def test_parameters_have_sizes_alignments_and_offsets(kernel):
         (4, 4, 192),
         (8, 8, 200),
     ]
+
+
+def test_a_parameter_may_say_what_it_points_to():
+    """Compilers that go through LLVM write where a pointer points and how that is aligned."""
+    text = TEXT.replace(".param .u64 first", ".param .u64 .ptr .global .align 1 first")
+    last = simulator.Module.parse(text).kernels["first"].params[-1]
+    assert (last.name, last.size, last.align) == ("first_param_3", 8, 8)
 
 
 def test_directives(kernel):

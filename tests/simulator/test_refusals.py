@@ -5,8 +5,8 @@ import pytest
 from simulator.snippets import module
 
 from hopper_attention import simulator
-from hopper_attention.simulator.instructions import CONTROL, PURE
-from hopper_attention.simulator.program import program_of
+from hopper_attention.simulator.execution.program import program_of
+from hopper_attention.simulator.instructions.registry import CONTROL, PURE
 
 FAMILIES = sorted({*PURE, *CONTROL} - {"nanosleep", "pmevent", "trap", "cp.async.bulk.prefetch"})
 

@@ -171,7 +171,7 @@ def test_a_last_warp_that_is_not_whole():
 
 
 def test_polling_memory_that_nobody_writes(monkeypatch):
-    monkeypatch.setattr("hopper_attention.simulator.machine.MAX_IDLE_STEPS", 10_000)
+    monkeypatch.setattr("hopper_attention.simulator.execution.machine.MAX_IDLE_STEPS", 10_000)
     body = """
     LOOP:
     ld.global.b32 %r1, [%rd62];

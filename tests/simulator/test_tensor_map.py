@@ -7,7 +7,7 @@ import pytest
 from simulator.snippets import run
 
 from hopper_attention import simulator
-from hopper_attention.simulator.tensor_map import swizzle_address
+from hopper_attention.simulator.hardware.tensor_map import swizzle_address
 
 RNG = np.random.default_rng(0)
 ELEMENTS = {np.uint8: 0, np.uint16: 1, np.uint32: 2, np.uint64: 4, np.float16: 6, np.float32: 7}

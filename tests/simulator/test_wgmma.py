@@ -7,7 +7,7 @@ import pytest
 from simulator.snippets import run
 
 from hopper_attention import simulator
-from hopper_attention.simulator.instructions.wgmma import fragment_a, fragment_d
+from hopper_attention.simulator.hardware.tensor_core import fragment_a, fragment_d
 
 RNG = np.random.default_rng(0)
 BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4, "s8": 1, "u8": 1}

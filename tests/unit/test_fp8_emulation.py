@@ -25,7 +25,7 @@ from hopper_attention.reference.fp8 import (
     exactly,
     gemm,
 )
-from hopper_attention.simulator.instructions import wgmma
+from hopper_attention.simulator.hardware import tensor_core
 
 NO_ROUNDING = replace(EXACT, p_dtype=None)
 MASKS = {"full": FULL, "causal": CAUSAL, "window": Mask(left=70, right=10), "chunk": Mask(chunk=96)}
@@ -189,11 +189,13 @@ def test_sums_are_cut_as_the_simulator_does():
     item = type("Shape", (), {"kinds": ("e4m3", "e4m3"), "half": False})
     registers = np.zeros((8, 128), np.uint32)
     for start in range(0, 128, 32):
-        product = wgmma.multiply(a[:, start : start + 32].numpy(), b[start : start + 32].numpy())
-        registers = wgmma._accumulate(registers, wgmma.fragment_d(product), True, item)
+        product = tensor_core.multiply(
+            a[:, start : start + 32].numpy(), b[start : start + 32].numpy()
+        )
+        registers = tensor_core.accumulate(registers, tensor_core.fragment_d(product), True, item)
         registers &= np.uint32(0xFFFFFFFF << (24 - 14) & 0xFFFFFFFF)
     ours = gemm(a, b, None, HOPPER)
-    assert np.array_equal(wgmma.fragment_d(ours.numpy()), registers.view(np.float32))
+    assert np.array_equal(tensor_core.fragment_d(ours.numpy()), registers.view(np.float32))
 
 
 # ------------------------------------------------------------------------------ the whole, slowly

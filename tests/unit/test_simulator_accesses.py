@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hopper_attention.simulator.asynchronous import SharedAccess, SharedAccesses
+from hopper_attention.simulator.hazards.checks import SharedAccess, SharedAccesses
 
 
 def test_pieces_on_both_sides_of_an_access():

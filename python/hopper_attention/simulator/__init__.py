@@ -13,8 +13,7 @@ operation completing at an adversarial time, and an error that names the PTX lin
 wait, fence or barrier, an access out of bounds, or a deadlock.  It says nothing about speed.
 """
 
-from .aot import AotFunction, load_aot
-from .errors import (
+from hopper_attention.simulator.errors import (
     BarrierError,
     DeadlockError,
     HazardError,
@@ -26,13 +25,14 @@ from .errors import (
     SimulatorError,
     UnknownInstruction,
 )
-from .machine import Statistics, launch
-from .memory import GlobalMemory
-from .options import Options, current_options, enabled, is_enabled
-from .ptx import Kernel, Module, Param
-from .recording import Recording, Trace, record
-from .tensor_map import TensorMap, decode
-from .timeline import CostModel, Timeline
+from hopper_attention.simulator.execution.machine import Statistics, launch
+from hopper_attention.simulator.exported.aot import AotFunction, load_aot
+from hopper_attention.simulator.hardware.memory import GlobalMemory
+from hopper_attention.simulator.hardware.tensor_map import TensorMap, decode
+from hopper_attention.simulator.observation.recording import Recording, Trace, record
+from hopper_attention.simulator.observation.timeline import CostModel, Timeline
+from hopper_attention.simulator.options import Options, current_options, enabled, is_enabled
+from hopper_attention.simulator.ptx.parser import Kernel, Module, Param
 
 __all__ = [
     "AotFunction",

@@ -1,4 +1,4 @@
-"""Everything the simulator raises.  Each message names the PTX line and the kernel's text there."""
+"""The errors of the simulator.  Each message names the PTX line and the kernel's text there."""
 
 
 class SimulatorError(RuntimeError):
@@ -30,7 +30,7 @@ class DeadlockError(SimulatorError):
 
 
 class BarrierError(SimulatorError):
-    """Misuse of an mbarrier or a named barrier: over-arrival, transaction count, unset barrier."""
+    """An mbarrier or a named barrier is misused: over-arrival, transaction count, unset barrier."""
 
 
 class HazardError(SimulatorError):

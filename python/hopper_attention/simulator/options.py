@@ -54,7 +54,7 @@ _open: list[_Block] = []
 
 
 def _keep_own_blocks() -> None:
-    """In a forked process only the thread that forked goes on; nobody leaves the others' blocks."""
+    """Forget the other threads' blocks in a forked process: only the thread that forked goes on."""
     _open[:] = [block for block in _open if block.thread == threading.get_ident()]
 
 
@@ -88,12 +88,12 @@ def is_enabled() -> bool:
 
 
 def current_options() -> Options:
-    """The options of the innermost ``enabled()``, else the defaults."""
+    """Return the options of the innermost ``enabled()``, else the defaults."""
     return _entered() or Options()
 
 
 def _entered() -> Options | None:
-    """The innermost block of this thread or task, else the newest that another thread is in."""
+    """Return the innermost block of this thread or task, else the newest of another thread."""
     options = _current.get()
     if options is None and _open:
         me = threading.get_ident()

@@ -8,9 +8,17 @@ least as accurate as hardware; calibration against a device belongs here.
 
 import numpy as np
 
-from ..ptx import SINK, Immediate, Instruction, Negated, Operand, Pair, Vector
-from ..vectorize import BITS, Operation
-from . import helper, pure
+from hopper_attention.simulator.instructions.registry import helper, pure
+from hopper_attention.simulator.ptx.parser import (
+    SINK,
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Pair,
+    Vector,
+)
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 VIEW = {
     "b8": "H", "u8": "H", "s8": "S", "b16": "H", "u16": "H", "s16": "S", "f16": "E",
@@ -42,7 +50,7 @@ def simple(
     out: str = "",
     chain: str = "",
 ) -> list[Operation]:
-    """One result from operands 1.. read through the views in ``inputs``."""
+    """Return one operation on operands 1.., read through the views in ``inputs``."""
     destination = instruction.operands[0]
     if destination == SINK:
         return []
@@ -100,14 +108,14 @@ def saturate(x: np.ndarray) -> np.ndarray:
 
 @helper
 def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Upper half of a 32x32-bit product; signed or unsigned by the operands' type."""
+    """Return the upper half of a 32x32-bit product; signed or unsigned by the operands' type."""
     wide = np.int64 if np.asarray(a).dtype.kind == "i" else np.uint64
     return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(np.uint32)
 
 
 @helper
 def high64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Upper half of an unsigned 64x64-bit product."""
+    """Return the upper half of an unsigned 64x64-bit product."""
     mask, a, b = np.uint64(0xFFFFFFFF), np.asarray(a, np.uint64), np.asarray(b, np.uint64)
     s = np.uint64(32)
     a0, a1, b0, b1 = a & mask, a >> s, b & mask, b >> s
@@ -117,7 +125,7 @@ def high64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @helper
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Integer division towards zero; by zero gives all ones as the hardware does."""
+    """Divide integers towards zero; by zero gives all ones as the hardware does."""
     a, b = np.broadcast_arrays(a, b)
     zero = b == 0
     safe = np.where(zero, 1, b).astype(a.dtype)
@@ -128,7 +136,7 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _float(instruction: Instruction, expression: str, view: str, count: int, chain: str = ""):
-    """Float arithmetic with .ftz and .sat applied around the expression."""
+    """Return float arithmetic with .ftz and .sat applied around the expression."""
     parts = instruction.parts
     if "ftz" in parts and view == "F":
         for k in range(count):
@@ -214,7 +222,7 @@ def _div(instruction: Instruction) -> list[Operation]:
 
 @pure("min", "max", modifiers="ftz NaN relu")
 def _min(instruction: Instruction) -> list[Operation]:
-    """Without .NaN, a NaN operand is ignored: numpy's fmin and fmax."""
+    """Translate min and max; without .NaN, a NaN operand is ignored: numpy's fmin and fmax."""
     name, view = instruction.parts[0], view_of(instruction)
     if view not in "FED":
         require(instruction, "relu")
@@ -278,7 +286,7 @@ def _lop3(instruction: Instruction) -> list[Operation]:
 
 
 def _as_is_or_not(place: int, source: Operand, row: int) -> str:
-    """A source as it stands in that row of the truth table."""
+    """Return a source as it stands in that row of the truth table."""
     if row >> (2 - place) & 1:
         return f"{{{place}}}"
     # `~` would make a negative Python integer of a constant.
@@ -287,7 +295,7 @@ def _as_is_or_not(place: int, source: Operand, row: int) -> str:
 
 @pure("shl", "shr", modifiers="")
 def _shift(instruction: Instruction) -> list[Operation]:
-    """Amounts beyond the width give 0 or the sign, in PTX and in numpy alike."""
+    """Translate shifts; amounts beyond the width give 0 or the sign, in PTX and in numpy alike."""
     name, view = instruction.parts[0], view_of(instruction)
     ufunc = "np.left_shift" if name == "shl" else "np.right_shift"
     destination, value, amount = instruction.operands
@@ -354,7 +362,7 @@ def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarr
 
 @helper
 def extract_signed(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Bits beyond the top are copies of the sign; a length of 0 gives 0."""
+    """Extract bits; those beyond the top are copies of the sign; a length of 0 gives 0."""
     length = np.minimum(np.asarray(length) & np.uint32(0xFF), np.uint32(32)).astype(np.int64)
     position = np.minimum(np.asarray(position) & np.uint32(0xFF), np.uint32(31)).astype(np.int64)
     shifted = np.asarray(a).astype(np.int64) >> position
@@ -385,7 +393,7 @@ def _bit_field(instruction: Instruction) -> list[Operation]:
 
 @helper
 def bit_mask(position: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Ones from `position` up, `width` of them as far as there is room."""
+    """Return ones from `position` up, `width` of them as far as there is room."""
     position, width = (np.minimum(x, 32).astype(np.uint64) for x in (position, width))
     ones = (np.uint64(1) << width) - np.uint64(1)
     return (ones << position).astype(np.uint32)
@@ -405,7 +413,7 @@ def count_bits(a: np.ndarray) -> np.ndarray:
 
 @helper
 def highest_bit(a: np.ndarray, bits: int) -> np.ndarray:
-    """Position of the highest set bit, -1 for zero."""
+    """Return the position of the highest set bit, -1 for zero."""
     a = np.asarray(a, np.uint64)
     high, low = (a >> np.uint64(32), a & np.uint64(0xFFFFFFFF))
     upper, lower = (np.frexp(x.astype(np.float64))[1] - 1 for x in (high, low))
@@ -539,7 +547,7 @@ def _mov(instruction: Instruction) -> list[Operation]:
 def _unpack(
     instruction: Instruction, destination: Vector, source: Operand, view: str
 ) -> list[Operation]:
-    """mov.b32 {low, high}, r: the first item takes the low bits."""
+    """Translate mov.b32 {low, high}, r: the first item takes the low bits."""
     bits = BITS[view] // len(destination.items)
     small = {32: "U", 16: "H"}.get(bits)
     if small is None:

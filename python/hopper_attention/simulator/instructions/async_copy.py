@@ -1,12 +1,13 @@
-"""cp.async of Ampere: copies of 4, 8 or 16 bytes a lane, their groups, arrival on an mbarrier."""
+"""The copies of Ampere, cp.async: 4, 8 or 16 bytes a lane, their groups, arrival on an mbarrier."""
 
 import numpy as np
 
-from ..asynchronous import Event
-from ..ptx import Immediate, Instruction, Register
-from ..vectorize import Operation
-from . import pure
-from .memory import address
+from hopper_attention.simulator.errors import MisalignedAccess, SimulatorError
+from hopper_attention.simulator.hardware.asynchronous import Copy, CopyGroups
+from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.instructions.registry import helper, pure
+from hopper_attention.simulator.ptx.parser import Immediate, Instruction, Register
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def _one(instruction: Instruction, line: str, inputs=()) -> list[Operation]:
@@ -23,7 +24,7 @@ def _one(instruction: Instruction, line: str, inputs=()) -> list[Operation]:
     modifiers="ca cg shared shared::cta global L2::cache_hint L2::64B L2::128B L2::256B",
 )
 def _copy(instruction: Instruction) -> list[Operation]:
-    """[shared], [global], bytes {, bytes to read or a predicate to ignore the source} {, policy}"""
+    """Translate [shared], [global], bytes {, bytes to read, or predicate to ignore} {, policy}."""
     target, source, size, *rest = instruction.operands
     if "L2::cache_hint" in instruction.parts:
         rest = rest[:-1]
@@ -38,65 +39,124 @@ def _copy(instruction: Instruction) -> list[Operation]:
         inputs.append(("U", rest[0]))
         count = "{2}"
     place = place.replace("{0}", "{1}")
-    return _one(instruction, f"C.copy_async(L, {{k0}}, {where}, {place}, {size.value}, {count})",
+    return _one(instruction, f"copy_async(C, L, {{k0}}, {where}, {place}, {size.value}, {count})",
                 inputs)  # fmt: skip
 
 
 @pure("cp.async.commit_group", modifiers="")
 def _commit(instruction: Instruction) -> list[Operation]:
-    return _one(instruction, "C.commit_async(L)")
+    return _one(instruction, "commit_copies(C, L)")
 
 
 @pure("cp.async.wait_group", "cp.async.wait_all", modifiers="")
 def _wait(instruction: Instruction) -> list[Operation]:
     everything = "wait_all" in instruction.parts
     keep = 0 if everything else instruction.operands[0].value
-    return _one(instruction, f"C.wait_async(L, {keep}, {everything})")
+    return _one(instruction, f"wait_for_copies(C, L, {keep}, {everything})")
 
 
 @pure("cp.async.mbarrier.arrive", modifiers="noinc shared shared::cta b64")
 def _arrive(instruction: Instruction) -> list[Operation]:
-    """The barrier counts an arrival of each lane once the lane's copies so far are done."""
+    """Translate an arrival of each lane, which counts once its copies so far are done."""
     where, base = address(instruction, instruction.operands[0])
     noinc = "noinc" in instruction.parts
-    return _one(instruction, f"C.arrive_async(L, {{k0}}, {where}, {noinc})", [base])
+    return _one(instruction, f"arrive_after_copies(C, L, {{k0}}, {where}, {noinc})", [base])
 
 
-class Copy:
-    """One cp.async of a unit's lanes."""
-
-    def __init__(self, warps: np.ndarray, agents: np.ndarray, units: np.ndarray | None):
-        self.warps, self.agents, self.units = warps, agents, units
-        self.event: Event | None = None
-
-    def finish(self) -> None:
-        assert self.event is not None
-        self.event.complete()
-
-    def lanes_of(self, warp: int) -> np.ndarray:
-        return np.flatnonzero(self.warps == warp)
+# ------------------------------------------------------------------------------------ as executed
 
 
-class CopyGroups:
-    """cp.async groups of one warp."""
+@helper
+def copy_async(block, lanes, instruction: Instruction, target, source, size: int, count) -> None:
+    """Read global memory at once; shared memory is written at some time before the wait."""
+    try:
+        offsets = np.broadcast_to(target, (lanes.count,)).astype(np.int64) - block.window
+        source = np.broadcast_to(source, (lanes.count,)).astype(np.uint64)
+        count = np.broadcast_to(np.asarray(count, np.int64), (lanes.count,))
+        index = block.shared.index(offsets, 4, size)
+        if (source % np.uint64(size)).any():
+            raise MisalignedAccess(f"cp.async of {size} bytes from a misaligned address")
+        if (count > size).any():
+            raise SimulatorError(f"cp.async reads {int(count.max())} of {size} bytes")
+        words = _read_words(block.launch.memory, source, size, count)
+        hazards, warps = block.hazards, lanes.warp_of_lane
+        hazards.check_lanes(hazards, instruction, warps, offsets, size, True)
+        units = None
+        if hazards.shadow is not None:
+            units = hazards.shadow.units(offsets, size)
+            hazards.shadow.hide(units)
+    except SimulatorError as error:
+        raise instruction.located(error) from error
+    view = block.shared.views[4]
+    for k in range(size // 4):
+        view[index + k] = 0xFFFFFFFF
 
-    def __init__(self) -> None:
-        self.open: list[Copy] = []
-        self.groups: list[list[Copy]] = []
+    def effect() -> None:
+        for k in range(size // 4):
+            view[index + k] = words[k]
 
-    def commit(self) -> None:
-        self.groups.append(self.open)
-        self.open = []
+    copy = Copy(warps, units, block.events.issue(effect, instruction.where()))
+    for warp in lanes.warps.tolist():
+        block.copies.setdefault(warp, CopyGroups()).open.append(copy)
 
-    def take(self, keep: int, everything: bool) -> list[Copy]:
-        """Copies that a wait is for; they are not tracked any longer."""
-        count = max(0, len(self.groups) - keep)
-        taken = [copy for group in self.groups[:count] for copy in group]
-        del self.groups[:count]
-        if everything:
-            taken += self.open
-            self.open = []
-        return taken
 
-    def all(self) -> list[Copy]:
-        return [copy for group in self.groups for copy in group] + self.open
+def _read_words(memory, source: np.ndarray, size: int, count: np.ndarray) -> np.ndarray:
+    """Load the 32-bit words of each lane's source, (size / 4, lanes), 0 from byte ``count`` on."""
+    words = np.zeros((size // 4, len(source)), np.uint32)
+    for k in range(size // 4):
+        chosen = np.flatnonzero(count > 4 * k)
+        if len(chosen):
+            words[k, chosen] = memory.load(source[chosen] + np.uint64(4 * k), 4, 1)[0]
+            left = count[chosen] - 4 * k
+            short = left < 4
+            keep = (np.uint64(1) << (8 * left[short]).astype(np.uint64)) - 1
+            words[k, chosen[short]] &= keep.astype(np.uint32)
+    return words
+
+
+@helper
+def commit_copies(block, lanes) -> None:
+    for warp in lanes.warps.tolist():
+        block.copies.setdefault(warp, CopyGroups()).commit()
+
+
+@helper
+def wait_for_copies(block, lanes, keep: int, everything: bool) -> None:
+    for warp in lanes.warps.tolist():
+        if warp in block.copies:
+            _finish(block, block.copies[warp].take(keep, everything), warp)
+
+
+def _finish(block, copies: list[Copy], warp: int) -> None:
+    """Complete copies, whose data this warp may then use."""
+    shadow = block.hazards.shadow
+    for copy in copies:
+        copy.event.complete()
+        if shadow is not None and copy.units is not None:
+            units = copy.units[copy.warps == warp]
+            shadow.show(np.full(len(units), block.first_agent + warp), units)
+
+
+@helper
+def arrive_after_copies(block, lanes, instruction: Instruction, addresses, noinc: bool) -> None:
+    """Arrive on each lane's mbarrier once the copies of its warp so far are done."""
+    addresses = np.broadcast_to(addresses, (lanes.count,)).tolist()
+    warps = [warp for warp in lanes.warps.tolist() if warp in block.copies]
+    before = {warp: block.copies[warp].all() for warp in warps}
+    barriers = [block.mbarrier(int(a)) for a in addresses]
+    agents = block.first_agent + lanes.warp_of_lane
+    if not noinc:
+        for barrier in barriers:
+            barrier.pending += 1
+
+    def effect() -> None:
+        for warp, copies in before.items():
+            _finish(block, copies, warp)
+        for k, barrier in enumerate(barriers):
+            if barrier.clocks is not None:
+                barrier.clocks.release(agents[k : k + 1], barrier.sync)
+            if block.trace:
+                block.trace.arrive(agents[k : k + 1].tolist(), barrier)
+            barrier.arrive()
+
+    block.events.issue(effect, instruction.where())

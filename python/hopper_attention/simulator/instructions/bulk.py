@@ -4,34 +4,35 @@ import functools
 
 import numpy as np
 
-from ..asynchronous import Event, SharedAccess
-from ..errors import MisalignedAccess, SimulatorError
-from ..memory import CLUSTER_BITS, POISON
-from ..ptx import Instruction, Vector
-from ..tensor_map import TensorMap, decode, swizzle_address
-from . import TYPES, control, refuse_unknown
-from .conversion import bf16_bits, widen_bf16
-from .synchronisation import find_mbarrier, operand_values, shared_addresses
+from hopper_attention.simulator.errors import MisalignedAccess, SimulatorError
+from hopper_attention.simulator.hardware.asynchronous import Event
+from hopper_attention.simulator.hardware.formats import bf16_bits, widen_bf16
+from hopper_attention.simulator.hardware.memory import CLUSTER_BITS, POISON, REDUCTIONS
+from hopper_attention.simulator.hardware.tensor_map import TensorMap, decode, swizzle_address
+from hopper_attention.simulator.hazards.checks import SharedAccess
+from hopper_attention.simulator.instructions.registry import TYPES, control, refuse_unknown
+from hopper_attention.simulator.instructions.synchronisation import (
+    find_mbarrier,
+    operand_values,
+    shared_addresses,
+)
+from hopper_attention.simulator.ptx.parser import Instruction, Vector
 
 _DTYPES = {
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "f16": np.float16,
     "f32": np.float32, "f64": np.float64, "s32": np.int32, "s64": np.int64,
 }  # fmt: skip
-_REDUCTIONS = {
-    "add": np.add, "min": np.minimum, "max": np.maximum,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8192)
 def chunk_index(start: int, nbytes: int, swizzle: int) -> np.ndarray:
-    """Numbers of the 16-byte units of shared memory that hold a tile, in the tile's order."""
+    """Return the numbers of the 16-byte units of shared memory that hold a tile, in its order."""
     addresses = np.arange(start, start + nbytes, 16)
     return swizzle_address(addresses, swizzle) >> 4
 
 
 class Tile:
-    """A tensor map's box at given coordinates: what lies inside of the tensor, and where."""
+    """A tensor map's box at given coordinates, cut to what lies inside of the tensor."""
 
     def __init__(self, tensor_map: TensorMap, coordinates: list[int]):
         row = tensor_map.box[0] * tensor_map.element_bytes
@@ -59,7 +60,7 @@ class Tile:
         )
 
     def tensor(self, memory, write: bool) -> np.ndarray:
-        """The part of the tensor inside of the box, as an array over global memory."""
+        """Return the part of the tensor inside of the box, as an array over global memory."""
         m = self.map
         strides = m.strides[::-1]
         offset = sum(first * n for (first, _), n in zip(self.outer, strides, strict=True))
@@ -68,7 +69,7 @@ class Tile:
         return memory.box(m.base + offset, sizes, steps, m.element_bytes, write)
 
     def read(self, memory) -> np.ndarray:
-        """The box's bytes as 16-byte units, zeros outside of the tensor."""
+        """Return the box's bytes as 16-byte units, zeros outside of the tensor."""
         if self.whole:
             data = np.ascontiguousarray(self.tensor(memory, False))
         else:
@@ -87,11 +88,11 @@ class Tile:
 
 
 def reduce_into(target: np.ndarray, data: np.ndarray, reduction: str, kind: str) -> None:
-    """target = data, or target = target (operation) data in the element type."""
+    """Write data, or target (operation) data in the element type, to target."""
     if not reduction:
         target[...] = data
         return
-    ufunc = _REDUCTIONS[reduction]
+    ufunc = REDUCTIONS[reduction]
     if kind == "bf16":
         old, new = (widen_bf16(np.ascontiguousarray(x.view(np.uint16))) for x in (target, data))
         target.view(np.uint16)[...] = bf16_bits(ufunc(old, new))
@@ -105,7 +106,7 @@ def reduce_into(target: np.ndarray, data: np.ndarray, reduction: str, kind: str)
 
 def _read_map(block, unit, operand, lane: int) -> TensorMap:
     address = int(operand_values(unit, operand.base, "W")[lane]) + operand.offset
-    return decode(block.generic_bytes(address, 128))
+    return decode(block.lane_memory.generic_bytes(address, 128))
 
 
 def _coordinates(unit, operand, lane: int) -> list[int]:
@@ -114,7 +115,7 @@ def _coordinates(unit, operand, lane: int) -> list[int]:
 
 
 def _targets(block, unit, lane: int, start: int, where: int, mask) -> list[tuple[int, int]]:
-    """Addresses of the destination and the mbarrier: one pair, or one a block of the mask."""
+    """Return the addresses of destination and mbarrier: one pair, or one a block of the mask."""
     if mask is None:
         return [(start, where)]
     bits = int(operand_values(unit, mask, "H")[lane]) & 0xFFFF
@@ -125,8 +126,13 @@ def _targets(block, unit, lane: int, start: int, where: int, mask) -> list[tuple
     ]
 
 
+def _require_aligned(address: int, nbytes: int, what: str) -> None:
+    if address % nbytes:
+        raise MisalignedAccess(f"{what} {address:#x} is not a multiple of {nbytes}")
+
+
 def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, where: int, effect):
-    """Common part of loads: checks, poison, completion on the mbarrier at ``where``.
+    """Issue a load: checks, poison, completion on the mbarrier at ``where``.
 
     effect(block, offset) puts the data there.
     """
@@ -135,25 +141,25 @@ def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, w
     agent = block.first_agent + unit.lanes.threads[lane : lane + 1] // 32
     barrier = find_mbarrier(block, unit, instruction, where, agent)
     if barrier.unfenced_warp >= 0:
-        block.hazard(
+        block.hazards.report(
             instruction,
             f"no fence.mbarrier_init since mbarrier.init of {where:#x}",
-            int(agent[0]) % block.warps,
+            int(agent[0]) - block.first_agent,
         )
-    target.check_shared(instruction, low, low + nbytes, True, unit.lanes)
-    if target.shadow is not None:
-        conflict = target.shadow.bulk_write(
+    target.hazards.check_overlap(instruction, low, low + nbytes, True, unit.lanes.warps)
+    if target.hazards.shadow is not None:
+        conflict = target.hazards.shadow.bulk_write(
             int(agent[0]), low, low + nbytes, barrier.agent, barrier.phase + 1, instruction.line
         )
         if conflict:
-            block.report_conflict(instruction, conflict, True)
+            block.hazards.report_conflict(instruction, conflict, True)
     access = SharedAccess(low, low + nbytes, True, barrier, instruction.where())
-    target.accesses.add(access)
+    target.hazards.accesses.add(access)
     target.shared.bytes[low : low + nbytes] = POISON
 
     def complete() -> None:
         effect(target, low)
-        target.accesses.remove(access)
+        target.hazards.accesses.remove(access)
         barrier.complete(nbytes)
 
     if block.trace:
@@ -162,23 +168,20 @@ def _into_shared(block, unit, lane: int, instruction, start: int, nbytes: int, w
 
 
 def _out_of_shared(block, unit, lane: int, instruction, start: int, nbytes: int, read, write):
-    """Common part of stores: reading before wait_group.read, writing before wait_group.
+    """Issue a store, which reads before wait_group.read and writes before wait_group.
 
     read(block, offset) gives the data, write(data) puts it into global memory.
     """
     low = start - block.window
     block.shared.check(low, low + nbytes)
     thread = int(unit.lanes.threads[lane])
-    agents = block.first_agent + np.array([thread // 32])
-    if block.shadow is not None:
-        pieces = slice(low >> 4, -(-(low + nbytes) // 16))
-        conflict = block.shadow.bulk_read(agents, pieces)
-        if conflict:
-            block.report_conflict(instruction, conflict, False)
-    block.check_shared(instruction, low, low + nbytes, False, unit.lanes)
+    warps = np.array([thread // 32])
+    pieces = slice(low >> 4, -(-(low + nbytes) // 16))
+    block.hazards.check_bulk_read(instruction, warps, pieces)
+    block.hazards.check_overlap(instruction, low, low + nbytes, False, warps)
     groups = block.bulk_groups(thread)
     access = SharedAccess(low, low + nbytes, False, groups, instruction.where())
-    block.accesses.add(access)
+    block.hazards.accesses.add(access)
 
     def take() -> None:
         data = read(block, low)
@@ -189,7 +192,7 @@ def _out_of_shared(block, unit, lane: int, instruction, start: int, nbytes: int,
     event.access = access
     groups.open.append(event)
     if block.trace:
-        block.trace.bulk_store(agents.tolist(), instruction, nbytes)
+        block.trace.bulk_store([block.first_agent + thread // 32], instruction, nbytes)
 
 
 _TENSOR = {
@@ -212,11 +215,11 @@ def _tensor(instruction: Instruction):
             tile = Tile(_read_map(block, unit, source, lane), _coordinates(unit, source, lane))
             start = int(shared_addresses(unit, target)[lane])
             where = int(shared_addresses(unit, barrier)[lane])
-            block.require_aligned(start, 128, "TMA destination")
+            _require_aligned(start, 128, "TMA destination")
 
             def effect(other, low, tile=tile) -> None:
                 index = chunk_index(low, tile.map.box_bytes, tile.map.swizzle)
-                other.shared.chunks[index] = tile.read(block.memory)
+                other.shared.chunks[index] = tile.read(block.launch.memory)
 
             for place, signal in _targets(block, unit, lane, start, where, mask):
                 nbytes = tile.map.box_bytes
@@ -233,13 +236,13 @@ def _tensor_store(instruction: Instruction, reduction: str):
         for lane in range(unit.lanes.count):
             tile = Tile(_read_map(block, unit, target, lane), _coordinates(unit, target, lane))
             start = int(shared_addresses(unit, source)[lane])
-            block.require_aligned(start, 128, "TMA source")
+            _require_aligned(start, 128, "TMA source")
 
             def read(own, low, tile=tile) -> np.ndarray:
                 return own.shared.chunks[chunk_index(low, tile.map.box_bytes, tile.map.swizzle)]
 
             def write(data, tile=tile) -> None:
-                tile.write(block.memory, data, reduction, tile.map.element)
+                tile.write(block.launch.memory, data, reduction, tile.map.element)
 
             nbytes = tile.map.box_bytes
             _out_of_shared(block, unit, lane, instruction, start, nbytes, read, write)
@@ -250,12 +253,12 @@ def _tensor_store(instruction: Instruction, reduction: str):
 
 @control("cp.reduce.async.bulk.tensor")
 def _tensor_reduce(instruction: Instruction):
-    refuse_unknown(instruction, (_TENSOR | _REDUCTIONS.keys() | {"reduce"}) - {"shared::cluster"})
+    refuse_unknown(instruction, (_TENSOR | REDUCTIONS.keys() | {"reduce"}) - {"shared::cluster"})
     return _tensor_store(instruction, _reduction(instruction))
 
 
 def _reduction(instruction: Instruction) -> str:
-    found = [part for part in instruction.parts if part in _REDUCTIONS]
+    found = [part for part in instruction.parts if part in REDUCTIONS]
     if len(found) != 1:
         raise instruction.unknown(instruction.opcode)
     return found[0]
@@ -265,7 +268,7 @@ def _reduction(instruction: Instruction) -> str:
 def _plain(instruction: Instruction):
     parts, operands = instruction.parts, instruction.operands
     reduces = parts[1] == "reduce"
-    known = _TENSOR | (_REDUCTIONS.keys() | _DTYPES.keys() | {"reduce", "noftz", "bf16"})
+    known = _TENSOR | (REDUCTIONS.keys() | _DTYPES.keys() | {"reduce", "noftz", "bf16"})
     refuse_unknown(instruction, known if reduces else _TENSOR)
     reduction = _reduction(instruction) if reduces else ""
     kind = parts[-1] if reduction else ""
@@ -291,7 +294,7 @@ def _plain(instruction: Instruction):
                 if local_source:
                     data = block.shared.bytes[address : address + nbytes]
                 else:
-                    data = block.memory.box(address, (nbytes,), (1,), 1, False)
+                    data = block.launch.memory.box(address, (nbytes,), (1,), 1, False)
                 place = other.shared.bytes[low : low + nbytes].view(dtype)
                 reduce_into(place, np.ascontiguousarray(data).view(dtype), reduction, kind)
 
@@ -299,14 +302,14 @@ def _plain(instruction: Instruction):
                 return own.shared.bytes[low : low + nbytes].copy()
 
             def write(data, address=address, nbytes=nbytes) -> None:
-                place = block.memory.box(address, (nbytes,), (1,), 1, True)
+                place = block.launch.memory.box(address, (nbytes,), (1,), 1, True)
                 reduce_into(place.view(dtype), data.view(dtype), reduction, kind)
 
             if loads:
                 if local_source:
                     block.shared.check(address, address + nbytes)
                     pieces = slice(address >> 4, (address + nbytes) >> 4)
-                    block.check_bulk_read(instruction, unit.lanes, pieces)
+                    block.hazards.check_bulk_read(instruction, unit.lanes.warps, pieces)
                 where = int(shared_addresses(unit, operands[3])[lane])
                 for place, signal in _targets(block, unit, lane, start, where, mask):
                     _into_shared(block, unit, lane, instruction, place, nbytes, signal, load)
@@ -319,7 +322,7 @@ def _plain(instruction: Instruction):
 
 @control("st.async", "red.async")
 def _store_async(instruction: Instruction):
-    """Ordinary values to another block of the cluster; its mbarrier counts their bytes."""
+    """Translate stores to another block of the cluster, whose mbarrier counts their bytes."""
     known = {"st", "red", "async", "weak", "relaxed", "cluster", "shared::cluster", "v2", "v4",
              "mbarrier::complete_tx::bytes", "add", "min", "max", "and", "or", "xor"}  # fmt: skip
     refuse_unknown(instruction, known | TYPES)
@@ -340,14 +343,13 @@ def _store_async(instruction: Instruction):
             other.shared.index(np.array([low]), dtype.itemsize, nbytes)
             agent = block.first_agent + lanes.threads[lane : lane + 1] // 32
             signal = find_mbarrier(block, unit, instruction, int(signals[lane]), agent)
-            if other.shadow is not None:
-                units = other.shadow.units(np.array([low]), nbytes)
+            shadow = other.hazards.shadow
+            if shadow is not None:
+                units = shadow.units(np.array([low]), nbytes)
                 phase = signal.phase + 1
-                conflict = other.shadow.remote_write(
-                    agent, units, instruction.line, signal.agent, phase
-                )
+                conflict = shadow.remote_write(agent, units, instruction.line, signal.agent, phase)
                 if conflict:
-                    block.report_conflict(instruction, conflict, True)
+                    block.hazards.report_conflict(instruction, conflict, True)
             data = np.array([value[lane] for value in values]).view(dtype)
 
             def effect(other=other, low=low, data=data, signal=signal) -> None:
@@ -386,7 +388,7 @@ def _commit(instruction: Instruction):
 
 @control("cp.async.bulk.wait_group")
 def _wait(instruction: Instruction):
-    """.read: shared memory has been read; without it, global memory has been written too."""
+    """Translate the wait: for reads of shared memory with .read, else for writes, too."""
     refuse_unknown(instruction, {"async", "bulk", "wait_group", "read"})
     keep, only_read = instruction.operands[0].value, "read" in instruction.parts
 
@@ -396,12 +398,12 @@ def _wait(instruction: Instruction):
             if groups is None:
                 continue
             for access in groups.wait(keep, only_read):
-                block.accesses.remove(access)
-                if block.shadow is not None:
+                block.hazards.accesses.remove(access)
+                shadow = block.hazards.shadow
+                if shadow is not None:
                     agents = np.array([block.first_agent + thread // 32])
-                    now = block.cluster.clocks.now(agents)
-                    text = access.text
-                    block.shadow.past_reads.add(access.low, access.high, agents, now, text)
+                    now = shadow.clocks.now(agents)
+                    shadow.past_reads.add(access.low, access.high, agents, now, access.text)
             if block.trace:
                 block.trace.bulk_wait([block.first_agent + thread // 32], keep)
         return True

@@ -1,8 +1,8 @@
-"""trap and setmaxnreg.  Branches and exits are steps of their own, see program.py."""
+"""The instructions trap and setmaxnreg.  Branches and exits are steps, see program.py."""
 
-from ..errors import SimulatorError
-from ..ptx import Instruction
-from . import control
+from hopper_attention.simulator.errors import SimulatorError
+from hopper_attention.simulator.instructions.registry import control
+from hopper_attention.simulator.ptx.parser import Instruction
 
 
 @control("trap", modifiers="")
@@ -15,7 +15,7 @@ def _trap(instruction: Instruction):
 
 @control("setmaxnreg", modifiers="inc dec sync aligned")
 def _set_registers(instruction: Instruction):
-    """dec returns registers to the block's pool, inc waits until the pool has enough."""
+    """Translate dec, which returns registers to the block's pool, and inc, which waits for them."""
     count = instruction.operands[0].value
     if count % 8 or not 24 <= count <= 256:
         raise instruction.unknown(f"register count {count}: a multiple of 8 in 24..256 is required")

@@ -1,49 +1,22 @@
-"""cvt between integers, f32, f16, bf16 and the fp8 formats.
+"""Conversions, cvt, between integers, f32, f16, bf16 and the fp8 formats.
 
 cvt.rn.bf16x2.f32 d, a, b puts a into the high half and b into the low half, as the other packed
-conversions do.  The fp8 tables are built here from the formats' definitions.
+conversions do.
 """
 
 import numpy as np
 
-from ..ptx import Instruction
-from ..vectorize import BITS, Operation
-from . import HELPERS, helper, pure
-from .arithmetic import VIEW, simple
-
-
-def _fp8_table(exponent_bits: int, mantissa_bits: int, bias: int, has_infinity: bool) -> np.ndarray:
-    codes = np.arange(256)
-    exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
-    mantissa = codes & ((1 << mantissa_bits) - 1)
-    scale = 2.0**-mantissa_bits
-    value = np.where(
-        exponent == 0,
-        mantissa * scale * 2.0 ** (1 - bias),
-        (1 + mantissa * scale) * 2.0 ** (exponent.astype(np.float64) - bias),
-    )
-    top = exponent == (1 << exponent_bits) - 1
-    if has_infinity:
-        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
-    else:
-        value = np.where(top & (mantissa == (1 << mantissa_bits) - 1), np.nan, value)
-    return np.where(codes >= 128, -value, value).astype(np.float32)
-
-
-FP8 = {"e4m3": _fp8_table(4, 3, 7, False), "e5m2": _fp8_table(5, 2, 15, True)}
-_FP8_FINITE = {
-    name: np.sort(table[:128][np.isfinite(table[:128])]).astype(np.float64)
-    for name, table in FP8.items()
-}
-
-
-@helper
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """Round f32 to nearest even bf16; the 16 bits as uint32."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    nan = np.isnan(x)
-    return np.where(nan, np.uint32(0x7FFF), rounded) if nan.any() else rounded
+from hopper_attention.simulator.hardware.formats import (
+    FP8,
+    bf16_bits,
+    f16_bits,
+    fp8_bits,
+    widen_bf16,
+)
+from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.instructions.registry import HELPERS, helper, pure
+from hopper_attention.simulator.ptx.parser import Instruction
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 
 @helper
@@ -52,30 +25,8 @@ def bf16_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 @helper
-def f16_bits(x: np.ndarray) -> np.ndarray:
-    x = np.asarray(x, np.float32).astype(np.float16)
-    bits = x.view(np.uint16).astype(np.uint32)
-    nan = np.isnan(x)
-    return np.where(nan, np.uint32(0x7FFF), bits) if nan.any() else bits
-
-
-@helper
 def f16_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return f16_bits(high) << 16 | f16_bits(low)
-
-
-@helper
-def fp8_bits(x: np.ndarray, name: str) -> np.ndarray:
-    """Round f32 to nearest even fp8, saturating to the largest finite value; NaN stays NaN."""
-    finite = _FP8_FINITE[name]
-    magnitude = np.abs(np.asarray(x, np.float64))
-    upper = np.clip(np.searchsorted(finite, magnitude), 1, len(finite) - 1)
-    below, above = finite[upper - 1], finite[upper]
-    distance = (magnitude - below) - (above - magnitude)
-    take_upper = (distance > 0) | ((distance == 0) & (upper % 2 == 0))
-    code = np.where(take_upper, upper, upper - 1).astype(np.uint32)
-    code |= np.where(np.signbit(x), np.uint32(0x80), np.uint32(0))
-    return np.where(np.isnan(x), np.uint32(0x7F), code)
 
 
 @helper
@@ -84,13 +35,8 @@ def fp8_pair(high: np.ndarray, low: np.ndarray, name: str) -> np.ndarray:
 
 
 @helper
-def widen_bf16(x: np.ndarray) -> np.ndarray:
-    return (x.astype(np.uint32) << 16).view(np.float32)
-
-
-@helper
 def to_integer(x: np.ndarray, mode: str, dtype: type) -> np.ndarray:
-    """Float to integer: rounded, clamped to the range, NaN to 0."""
+    """Convert floats to integers: rounded, clamped to the range, NaN to 0."""
     rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode]
     limits = np.iinfo(dtype)
     value = np.nan_to_num(rounding(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
@@ -164,11 +110,12 @@ def _scalar(instruction: Instruction, to: str, source: str, modifiers: set[str])
     raise instruction.unknown(f"cvt.{to}.{source} with {sorted(modifiers)}")
 
 
-def _install_tables() -> None:
+def _install() -> None:
+    """Make roundings and tables callable from generated code."""
+    for function in (bf16_bits, f16_bits, widen_bf16):
+        helper(function)
     for name, table in FP8.items():
-        bits = table.astype(np.float16).view(np.uint16).astype(np.uint32)
-        helper_name = f"{name}_f16"
-        HELPERS[helper_name] = bits
+        HELPERS[f"{name}_f16"] = table.astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
-_install_tables()
+_install()

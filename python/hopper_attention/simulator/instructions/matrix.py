@@ -1,4 +1,4 @@
-"""mma.sync: products of one warp's register fragments.
+"""Products of one warp's register fragments, mma.sync.
 
 Layouts, from the PTX documentation's figures, g = lane / 4, t = lane % 4, p elements a register:
 
@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from ..ptx import Instruction, Vector
-from ..vectorize import Operation
-from . import helper, pure
-from .conversion import FP8, widen_bf16
+from hopper_attention.simulator.hardware.formats import ELEMENT_BYTES, FP8, widen_bf16
+from hopper_attention.simulator.instructions.registry import helper, pure
+from hopper_attention.simulator.ptx.parser import Instruction, Vector
+from hopper_attention.simulator.ptx.vectorize import Operation
 
-_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
 _SHAPES = {  # element bytes -> K
     2: (8, 16), 4: (4, 8), 1: (16, 32),
 }  # fmt: skip
 
 
 def _elements(registers: np.ndarray, kind: str) -> np.ndarray:
-    """(registers, warps, 32) to (registers, warps, 8, 4, p) values."""
+    """Convert (registers, warps, 32) to (registers, warps, 8, 4, p) values."""
     raw = np.ascontiguousarray(registers)[..., None].view(np.uint8)
     if kind in ("s8", "u8"):
         value = raw.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
@@ -42,7 +41,7 @@ def _elements(registers: np.ndarray, kind: str) -> np.ndarray:
 
 @helper
 def multiply_fragments(kinds: tuple[str, str, str], saturate: bool, a, b, c) -> list[np.ndarray]:
-    """D = A B + C of every warp; registers as arrays of lanes."""
+    """Return D = A B + C of every warp; registers are arrays of lanes."""
     d_kind, a_kind, b_kind = kinds
 
     def registers(items) -> np.ndarray:
@@ -84,10 +83,10 @@ def _mma(instruction: Instruction) -> list[Operation]:
     integer = a_kind in ("s8", "u8")
     if (
         shape is None
-        or a_kind not in _BYTES
-        or b_kind not in _BYTES
-        or int(shape[1]) not in _SHAPES[_BYTES[a_kind]]
-        or _BYTES[a_kind] != _BYTES[b_kind]
+        or a_kind not in ELEMENT_BYTES
+        or b_kind not in ELEMENT_BYTES
+        or int(shape[1]) not in _SHAPES[ELEMENT_BYTES[a_kind]]
+        or ELEMENT_BYTES[a_kind] != ELEMENT_BYTES[b_kind]
         or d_kind != c_kind
         or d_kind not in (("s32",) if integer else ("f32", "f16"))
         or (saturate and not integer)

@@ -1,14 +1,28 @@
-"""ld, st, atom, red and the address conversions.
+"""Loads, stores, atomics (ld, st, atom, red) and the address conversions.
 
-Generated code calls the block's ``load`` and ``store`` with the state space's name; they check
-bounds, alignment and hazards and return one array a vector element.
+Generated code calls the block's LaneMemory with the state space's name; it checks bounds, alignment
+and hazards and returns one array a vector element.
 """
 
-from ..memory import CLUSTER_BITS, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
-from ..ptx import SINK, Address, Immediate, Instruction, Operand, Register, Symbol, Vector
-from ..vectorize import BITS, Operation
-from . import pure, refuse_unknown
-from .arithmetic import VIEW, simple
+from hopper_attention.simulator.hardware.memory import (
+    CLUSTER_BITS,
+    LOCAL_WINDOW,
+    PARAM_WINDOW,
+    SHARED_WINDOW,
+)
+from hopper_attention.simulator.instructions.arithmetic import VIEW, simple
+from hopper_attention.simulator.instructions.registry import pure, refuse_unknown
+from hopper_attention.simulator.ptx.parser import (
+    SINK,
+    Address,
+    Immediate,
+    Instruction,
+    Operand,
+    Register,
+    Symbol,
+    Vector,
+)
+from hopper_attention.simulator.ptx.vectorize import BITS, Operation
 
 _SPACES = ("global", "shared", "param", "local", "const")
 _IGNORED = {  # cache and ordering hints: the simulator executes memory operations in order
@@ -32,7 +46,7 @@ def state_space(instruction: Instruction) -> str:
 
 
 def address(instruction: Instruction, operand: Operand) -> tuple[str, tuple[str, Operand]]:
-    """Expression of an address with {0} for its base, and the base as an input."""
+    """Return the expression of an address with {0} for its base, and the base as an input."""
     assert isinstance(operand, Address)
     base, offset = operand.base, operand.offset
     if isinstance(base, Register):
@@ -46,7 +60,7 @@ def address(instruction: Instruction, operand: Operand) -> tuple[str, tuple[str,
 
 
 def access(instruction: Instruction) -> tuple[int, int, str]:
-    """(bytes an element, elements, type) of a load or store; refuses unknown modifiers."""
+    """Return (bytes an element, elements, type) of an access; refuses unknown modifiers."""
     count, kind = 1, instruction.parts[-1]
     for part in instruction.parts[1:-1]:
         if part in ("v2", "v4", "v8"):
@@ -61,13 +75,13 @@ def access(instruction: Instruction) -> tuple[int, int, str]:
 
 
 def _items(operand: Operand) -> list[Operand]:
-    """Registers of a vector; a 128-bit register is two of 64 bits."""
+    """Return the registers of a vector; a 128-bit register is two of 64 bits."""
     items = operand.items if isinstance(operand, Vector) else (operand,)
     return [half for item in items for half in (item.items if isinstance(item, Vector) else [item])]
 
 
 def is_strong(instruction: Instruction) -> bool:
-    """Accesses that may race with each other by design."""
+    """True for accesses that may race with each other by design."""
     return not _STRONG.isdisjoint(instruction.parts)
 
 
@@ -78,9 +92,8 @@ def _load(instruction: Instruction) -> list[Operation]:
         return _load_param(instruction)
     width, count, kind = access(instruction)
     text, base = address(instruction, instruction.operands[1])
-    lines = [
-        f"t = C.load(L, {{k0}}, {space!r}, {text}, {width}, {count}, {is_strong(instruction)})"
-    ]
+    arguments = f"{space!r}, {text}, {width}, {count}, {is_strong(instruction)}"
+    lines = [f"t = C.lane_memory.load(L, {{k0}}, {arguments})"]
     outputs: list[tuple[str, Register]] = []
     for k, register in enumerate(_items(instruction.operands[0])):
         if register == SINK:
@@ -105,7 +118,7 @@ def _load_param(instruction: Instruction) -> list[Operation]:
     if not isinstance(place.base, Symbol):
         text, base = address(instruction, place)
         registers = _items(instruction.operands[0])
-        lines = [f"t = C.param_lanes({text}, {width}, {len(registers)})"]
+        lines = [f"t = C.lane_memory.param_lanes({text}, {width}, {len(registers)})"]
         outputs = [({16: "H", 32: "U", 64: "W"}[r.bits], r) for r in registers]
         sign = f".view(np.int{8 * width})" if kind[0] == "s" else ""
         lines += [f"{{d{k}}} = t[{k}]{sign}" for k in range(len(outputs))]
@@ -116,7 +129,7 @@ def _load_param(instruction: Instruction) -> list[Operation]:
     for k, register in enumerate(_items(instruction.operands[0])):
         view = {16: "H", 32: "U", 64: "W"}[register.bits]
         dtype = f"{'int' if kind[0] == 's' else 'uint'}{8 * width}"
-        text = f"C.param({{0}} + {place.offset + k * width}, np.{dtype})"
+        text = f"C.lane_memory.param({{0}} + {place.offset + k * width}, np.{dtype})"
         if kind[0] == "s":
             text += f".astype(np.int{BITS[view]}).astype(np.uint{BITS[view]})"
         result.append(
@@ -139,7 +152,8 @@ def _store(instruction: Instruction) -> list[Operation]:
         else:
             inputs.append(({16: "H", 32: "U", 64: "W"}[operand.bits], operand))
     values = ", ".join(f"{{{k + 1}}}" for k in range(count))
-    line = f"C.store(L, {{k0}}, {space!r}, {text}, {width}, ({values},), {is_strong(instruction)})"
+    arguments = f"{space!r}, {text}, {width}, ({values},), {is_strong(instruction)}"
+    line = f"C.lane_memory.store(L, {{k0}}, {arguments})"
     return [
         Operation(
             instruction, line, [], inputs, "store", "", instruction.guard, constants=(instruction,)
@@ -153,7 +167,7 @@ _HALVES = {"f16": 1, "bf16": 1, "f16x2": 2, "bf16x2": 2}
 
 @pure("atom", "red")
 def _atomic(instruction: Instruction) -> list[Operation]:
-    """atom d, [a], b {, c} and red [a], b; vectors element by element."""
+    """Translate atom d, [a], b {, c} and red [a], b; vectors element by element."""
     parts, space = instruction.parts, state_space(instruction)
     operation = next((part for part in parts if part in _ATOMIC), None)
     kind = parts[-1]
@@ -178,8 +192,8 @@ def _atomic(instruction: Instruction) -> list[Operation]:
     dtype = {"u": "uint", "s": "int", "b": "uint", "f": "float"}[kind[0]] + kind[1:]
     outputs = [(view, targets[k]) for k in kept]
     line = (
-        f"t = C.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, ({arguments},), "
-        f"{bool(outputs)})"
+        f"t = C.lane_memory.atomic(L, {{k0}}, {space!r}, {operation!r}, np.{dtype}, {text}, "
+        f"({arguments},), {bool(outputs)})"
     )
     lines = [line] + [f"{{d{n}}} = t[{k}]" for n, k in enumerate(kept)]
     return [
@@ -191,7 +205,7 @@ def _atomic(instruction: Instruction) -> list[Operation]:
 
 
 def _atomic_halves(instruction, space, operation, text, base, values, targets, kept):
-    """16-bit floats, one or two a register."""
+    """Translate atomics of 16-bit floats, one or two a register."""
     kind = instruction.parts[-1]
     packed, element = _HALVES[kind] == 2, kind.removesuffix("x2")
     if operation not in ("add", "min", "max"):
@@ -202,8 +216,8 @@ def _atomic_halves(instruction, space, operation, text, base, values, targets, k
     for k in range(len(values)):
         halves += [f"{{{k + 1}}}", f"{{{k + 1}}} >> 16"] if packed else [f"{{{k + 1}}}"]
     lines = [
-        f"t = C.atomic_packed(L, {{k0}}, {space!r}, {operation!r}, {element!r}, {text}, "
-        f"({', '.join(f'({h}).astype(np.uint16)' for h in halves)},))"
+        f"t = C.lane_memory.atomic_packed(L, {{k0}}, {space!r}, {operation!r}, {element!r}, "
+        f"{text}, ({', '.join(f'({h}).astype(np.uint16)' for h in halves)},))"
     ]
     for n, k in enumerate(kept):
         value = f"t[{2 * k}] | t[{2 * k + 1}].astype(np.uint32) << 16" if packed else f"t[{k}]"
@@ -276,6 +290,6 @@ def _hint(instruction: Instruction) -> list[Operation]:
 
 
 def simple_zero(instruction: Instruction) -> list[Operation]:
-    """A cache policy: opaque, 0 here."""
+    """Return the cache policy, which is opaque and 0 here."""
     target = instruction.operands[0]
     return [Operation(instruction, "0", [("W", target)], [], guard=instruction.guard)]

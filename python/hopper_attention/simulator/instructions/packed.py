@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..ptx import SINK, Immediate, Instruction
-from ..vectorize import Operation
-from . import PURE, helper, pure
-from .conversion import bf16_bits
+from hopper_attention.simulator.hardware.formats import bf16_bits
+from hopper_attention.simulator.instructions.arithmetic import require
+from hopper_attention.simulator.instructions.registry import PURE, helper, pure
+from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "add": lambda a, b: a + b,
@@ -36,7 +37,7 @@ def _widen(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _round(x: np.ndarray, kind: str, clamp: str) -> np.ndarray:
-    """To odd at f32 first: the second rounding then gives what one would."""
+    """Round to odd at f32 first: the second rounding then gives what one would."""
     if clamp == "relu":
         x = np.where(np.isnan(x), x, np.maximum(x, 0.0))
     elif clamp == "sat":
@@ -54,7 +55,7 @@ def _round(x: np.ndarray, kind: str, clamp: str) -> np.ndarray:
 
 @helper
 def packed(name: str, kind: str, clamp: str, pair: bool, *operands: np.ndarray) -> np.ndarray:
-    """The operation on each element of 16 or 32-bit registers."""
+    """Apply the operation to each element of 16 or 32-bit registers."""
     operands = tuple(np.atleast_1d(np.asarray(x)) for x in operands)
     function = _FUNCTIONS[name]
     low = _round(function(*(_widen(x & 0xFFFF, kind) for x in operands)), kind, clamp)
@@ -64,19 +65,17 @@ def packed(name: str, kind: str, clamp: str, pair: bool, *operands: np.ndarray) 
     return low | upper.astype(np.uint32) << np.uint32(16)
 
 
-_OPERATIONS = ("add", "sub", "mul", "fma", "neg", "abs", "min", "max", "ex2", "tanh")
-_ALLOWED = {
-    "add": {"rn", "sat"}, "sub": {"rn", "sat"}, "mul": {"rn", "sat"}, "fma": {"rn", "sat", "relu"},
-    "neg": set(), "abs": set(), "min": {"NaN"}, "max": {"NaN"}, "ex2": {"approx", "ftz"},
-    "tanh": {"approx"},
+_KINDS = ("f16x2", "bf16x2", "bf16", "f16")
+_MODIFIERS = {
+    "add": "rn sat", "sub": "rn sat", "mul": "rn sat", "fma": "rn sat relu", "neg": "", "abs": "",
+    "min": "NaN", "max": "NaN", "ex2": "approx ftz", "tanh": "approx",
 }  # fmt: skip
 
 
 def _translate(instruction: Instruction) -> list[Operation]:
     name, kind = instruction.parts[0], instruction.parts[-1]
-    modifiers = set(instruction.parts[1:-1])
-    for part in modifiers - _ALLOWED[name]:
-        raise instruction.unknown(f"modifier .{part}")
+    require(instruction, _MODIFIERS[name])
+    modifiers = instruction.parts[1:-1]
     clamp = next((part for part in ("relu", "sat") if part in modifiers), "")
     pair = kind.endswith("x2")
     view = "U" if pair else "H"
@@ -91,16 +90,14 @@ def _translate(instruction: Instruction) -> list[Operation]:
 
 
 def _install() -> None:
-    """These types of arithmetic.py's instructions come here."""
-    for name in _OPERATIONS:
-        for kind in ("f16x2", "bf16x2", "bf16", "f16"):
-            plain = PURE[name]
+    """Take instructions of these kinds; others stay with arithmetic.py."""
+    for name in _MODIFIERS:
 
-            def choose(instruction: Instruction, plain=plain, kind=kind) -> list[Operation]:
-                mine = instruction.parts[-1] == kind
-                return _translate(instruction) if mine else plain(instruction)
+        def choose(instruction: Instruction, other=PURE[name]) -> list[Operation]:
+            mine = instruction.parts[-1] in _KINDS
+            return _translate(instruction) if mine else other(instruction)
 
-            PURE[name] = choose
+        PURE[name] = choose
 
 
 _install()
@@ -108,7 +105,7 @@ _install()
 
 @pure("movmatrix", modifiers="sync aligned m8n8 trans")
 def _transpose(instruction: Instruction) -> list[Operation]:
-    """Each warp holds an 8x8 matrix of 16-bit elements, a row in four lanes."""
+    """Translate movmatrix: each warp holds an 8x8 matrix of halves, a row in four lanes."""
     target, source = instruction.operands
     line = "{d0} = transpose_matrix(L, {0})"
     return [Operation(instruction, line, [("U", target)], [("U", source)], effect="load")]

@@ -1,18 +1,17 @@
-"""mbarriers, named barriers, cluster barriers, fences, griddepcontrol."""
+"""Barriers (mbarriers, named, of a cluster), fences, griddepcontrol."""
 
 import numpy as np
 
-from ..asynchronous import Mbarrier, NamedBarrier
-from ..errors import BarrierError, OutOfBounds
-from ..memory import CLUSTER_BITS
-from ..ptx import SINK, Address, Immediate, Instruction, Symbol
-from ..races import agents_of
-from ..vectorize import Operation
-from . import control, pure, refuse_unknown
+from hopper_attention.simulator.errors import BarrierError, OutOfBounds
+from hopper_attention.simulator.hardware.asynchronous import Mbarrier, NamedBarrier
+from hopper_attention.simulator.hardware.memory import CLUSTER_BITS
+from hopper_attention.simulator.instructions.registry import control, helper, pure, refuse_unknown
+from hopper_attention.simulator.ptx.parser import SINK, Address, Immediate, Instruction, Symbol
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def operand_values(unit, operand, view: str = "U") -> np.ndarray:
-    """Value of an operand in every active lane."""
+    """Return the value of an operand in every active lane."""
     lanes = unit.lanes
     if isinstance(operand, Immediate):
         return np.full(lanes.count, operand.value)
@@ -22,12 +21,12 @@ def operand_values(unit, operand, view: str = "U") -> np.ndarray:
 
 
 def shared_addresses(unit, operand: Address) -> np.ndarray:
-    """32-bit shared memory addresses: a block's rank in the cluster above the offset."""
+    """Return 32-bit shared memory addresses: a block's rank in the cluster above the offset."""
     return operand_values(unit, operand.base).astype(np.int64) + operand.offset
 
 
 def local_offsets(unit, operand: Address) -> np.ndarray:
-    """Offsets in this block's shared memory.  Raises OutOfBounds for another block's."""
+    """Return offsets in this block's shared memory.  Raises OutOfBounds for another block's."""
     offsets = shared_addresses(unit, operand) - unit.block.window
     if offsets.min() < 0 or offsets.max() >> CLUSTER_BITS:
         raise OutOfBounds("shared::cta address of another block's shared memory")
@@ -54,9 +53,10 @@ def _init(instruction: Instruction):
             barrier = Mbarrier(where, count, count)
             warp = int(unit.lanes.threads[lane]) // 32
             barrier.unfenced_warp = warp
-            if block.shadow is not None:
+            if block.hazards.shadow is not None:
                 clocks = barrier.clocks = block.cluster.clocks
-                barrier.sync, barrier.agent = clocks.sync(), clocks.new_agent()
+                name = f"a bulk load (completing on mbarrier {where:#x})"
+                barrier.sync, barrier.agent = clocks.sync(), clocks.new_agent(name)
                 agent = block.first_agent + warp
                 barrier.creator = agent, int(clocks.now(np.array([agent]))[0])
             block.mbarriers[where] = barrier
@@ -79,17 +79,17 @@ def _invalidate(instruction: Instruction):
 
 
 def find_mbarrier(block, unit, instruction: Instruction, address: int, agents: np.ndarray):
-    """The mbarrier at a shared::cluster address, whose initialisation these warps must know of."""
+    """Return the mbarrier at an address, whose initialisation these warps must know of."""
     barrier = block.mbarrier(address)
     if barrier.clocks is not None:
         agent, clock = barrier.creator
         known = barrier.clocks.known[agents, 0, agent]
         if (known < clock).any():
-            block.hazard(
+            who = barrier.clocks.names[agent]
+            block.hazards.report(
                 instruction,
-                f"uses an mbarrier that {block.cluster.agent_name(agent)} initialised: no barrier "
-                "between",
-                unit.lanes.warps.tolist(),
+                f"uses an mbarrier that {who} initialised: no barrier between",
+                unit.lanes.warps,
             )
             barrier.creator = agent, 0
     return barrier
@@ -98,7 +98,7 @@ def find_mbarrier(block, unit, instruction: Instruction, address: int, agents: n
 @control("mbarrier.arrive", "mbarrier.arrive_drop", "mbarrier.arrive.expect_tx",
          "mbarrier.expect_tx", "mbarrier.complete_tx")  # fmt: skip
 def _arrive(instruction: Instruction):
-    """[state,] [barrier] [, count] or, with expect_tx, [barrier], bytes."""
+    """Translate [state,] [barrier] [, count] or, with expect_tx, [barrier], bytes."""
     verbs = {"arrive", "arrive_drop", "expect_tx", "complete_tx"}
     refuse_unknown(instruction, verbs | _ORDER | _SHARED | {"noComplete"})
     parts, operands = set(instruction.parts), list(instruction.operands)
@@ -110,7 +110,7 @@ def _arrive(instruction: Instruction):
         lanes = unit.lanes
         where = shared_addresses(unit, operands[0])
         amount = operand_values(unit, operands[1]) if len(operands) > 1 else np.ones_like(where)
-        agents = agents_of(lanes, block.first_agent)
+        agents = block.first_agent + lanes.warp_of_lane
         for k in range(lanes.count):
             agent = agents[k : k + 1]
             barrier = find_mbarrier(block, unit, instruction, int(where[k]), agent)
@@ -136,7 +136,7 @@ def _arrive(instruction: Instruction):
 
 @control("mbarrier.try_wait", "mbarrier.test_wait")
 def _try_wait(instruction: Instruction):
-    """Fails once, then sleeps until the phase flips: a peek alone must not deadlock."""
+    """Translate a wait, which fails once, then sleeps: a peek alone must not deadlock."""
     refuse_unknown(instruction, {"try_wait", "test_wait", "parity"} | _ORDER | _SHARED)
     target, place, phase = instruction.operands[:3]
     by_parity = "parity" in instruction.parts
@@ -215,7 +215,7 @@ def _bar(instruction: Instruction):
         barrier = block.named_barriers.get(number)
         if barrier is None:
             barrier = block.named_barriers[number] = NamedBarrier(number)
-            if block.shadow is not None:
+            if block.hazards.shadow is not None:
                 barrier.sync = block.cluster.clocks.sync()
         generation = barrier.generation
         if barrier.sync is not None:
@@ -244,7 +244,7 @@ def _acquire(block, agents: np.ndarray, barrier, generation: int) -> None:
 
 @control("bar.warp.sync", modifiers="")
 def _warp_barrier(instruction: Instruction):
-    """The lanes of a warp run in lockstep and meet where branches join."""
+    """Translate to nothing: the lanes of a warp run in lockstep and meet where branches join."""
     return lambda block, unit: True
 
 
@@ -259,8 +259,8 @@ def _cluster_barrier(instruction: Instruction):
             unit.require_whole_warps(instruction)
         cluster, agents = block.cluster, block.first_agent + unit.lanes.warps
         barrier = cluster.barrier
-        threads = (unit.lanes.threads + block.rank * block.threads).tolist()
-        if barrier.sync is None and block.shadow is not None:
+        threads = (unit.lanes.threads + block.rank * block.launch.threads).tolist()
+        if barrier.sync is None and block.hazards.shadow is not None:
             barrier.sync = cluster.clocks.sync()
         if "arrive" in parts:
             if barrier.sync is not None:
@@ -281,7 +281,7 @@ def _cluster_barrier(instruction: Instruction):
 
 @control("griddepcontrol")
 def _grid_dependency(instruction: Instruction):
-    """Launches run one after another, so dependencies have been met."""
+    """Translate to nothing: launches run one after another, dependencies have been met."""
     refuse_unknown(instruction, {"launch_dependents", "wait"})
     return lambda block, unit: True
 
@@ -301,12 +301,28 @@ def _fence(instruction: Instruction) -> list[Operation]:
     if "proxy" in parts and any(part.startswith("async") for part in parts):
         if "global" in parts:
             return []
-        return [Operation(instruction, "C.fence_proxy(L)", [], [], "store")]
+        return [Operation(instruction, "fence_proxy(C, L)", [], [], "store")]
     if "mbarrier_init" in parts:
-        return [Operation(instruction, "C.fence_mbarriers(L)", [], [], "store")]
+        return [Operation(instruction, "fence_mbarriers(C, L)", [], [], "store")]
     if "proxy" not in parts:
-        return [Operation(instruction, "C.fence_release(L)", [], [], "store")]
+        return [Operation(instruction, "C.hazards.fence_release(L.warps)", [], [], "store")]
     return []
+
+
+@helper
+def fence_mbarriers(block, lanes) -> None:
+    """Let the asynchronous proxy use the mbarriers that these warps initialised."""
+    warps = set(lanes.warps.tolist())
+    for barrier in block.mbarriers.values():
+        if barrier.unfenced_warp in warps:
+            barrier.unfenced_warp = -1
+    block.hazards.fence_release(lanes.warps)
+
+
+@helper
+def fence_proxy(block, lanes) -> None:
+    fence_mbarriers(block, lanes)
+    block.hazards.fence_proxy(lanes.warps)
 
 
 @pure("nanosleep", "pmevent")

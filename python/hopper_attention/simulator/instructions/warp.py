@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from ..errors import HazardError
-from ..ptx import SINK, Immediate, Instruction, Pair, Vector
-from ..vectorize import Operation
-from . import helper, pure
-from .memory import address
+from hopper_attention.simulator.errors import HazardError
+from hopper_attention.simulator.hardware.memory import REDUCTIONS
+from hopper_attention.simulator.instructions.memory import address
+from hopper_attention.simulator.instructions.registry import helper, pure
+from hopper_attention.simulator.ptx.parser import SINK, Immediate, Instruction, Pair, Vector
+from hopper_attention.simulator.ptx.vectorize import Operation
 
 
 def _shuffle_source(mode: str, lane: np.ndarray, b, c) -> tuple[np.ndarray, np.ndarray]:
-    """Source lane and in-range predicate, from the PTX documentation's pseudo-code."""
+    """Return source lane and in-range predicate, after the PTX documentation's pseudo-code."""
     b, c = np.asarray(b).astype(np.int64), np.asarray(c).astype(np.int64)
     b, clamp, segment = b & 31, c & 31, c >> 8 & 31
     minimum = lane & segment
@@ -25,7 +26,7 @@ def _shuffle_source(mode: str, lane: np.ndarray, b, c) -> tuple[np.ndarray, np.n
 
 
 def _shuffle_index(lanes, mode: str, b, c) -> tuple[np.ndarray, np.ndarray]:
-    """Column of each lane's source within the window, and the predicate."""
+    """Return the column of each lane's source within the window, and the predicate."""
     constant = isinstance(b, int) and isinstance(c, int)
     key = (mode, b, c)
     if constant and key in lanes.shuffles:
@@ -78,7 +79,7 @@ def _shuffle(instruction: Instruction) -> list[Operation]:
 
 @pure("elect.sync", modifiers="")
 def _elect(instruction: Instruction) -> list[Operation]:
-    """The lowest lane of each warp that takes part is elected."""
+    """Translate elect: the lowest lane of each warp that takes part is elected."""
     target, predicate = instruction.operands[0], None
     if isinstance(target, Pair):
         target, predicate = target.first, target.second
@@ -92,7 +93,7 @@ def _elect(instruction: Instruction) -> list[Operation]:
 
 @helper
 def vote(lanes, mode: str, value) -> np.ndarray:
-    """Per warp of the window; value is this lane's predicate."""
+    """Return each warp's vote in all of its lanes; value: the lanes' predicates."""
     value = np.broadcast_to(value, (lanes.count,))
     if mode == "ballot":
         result = np.zeros(lanes.count, np.uint32)
@@ -129,10 +130,7 @@ def _vote(instruction: Instruction) -> list[Operation]:
 
 @helper
 def reduce_warp(lanes, name: str, value: np.ndarray) -> np.ndarray:
-    ufunc = {
-        "add": np.add, "min": np.minimum, "max": np.maximum,
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }[name]  # fmt: skip
+    ufunc = REDUCTIONS[name]
     value = np.broadcast_to(value, (lanes.count,))
     result = np.empty_like(value)
     for columns in lanes.warp_columns:
@@ -153,7 +151,7 @@ def _reduce(instruction: Instruction) -> list[Operation]:
 
 @helper
 def match(lanes, value: np.ndarray, everyone: bool) -> np.ndarray:
-    """Mask of the lanes of the warp with the same value; with ``everyone`` all or nothing."""
+    """Return the mask of the warp's lanes with the same value; ``everyone``: all or nothing."""
     value = np.broadcast_to(value, (lanes.count,))
     result = np.zeros(lanes.count, np.uint32)
     for columns in lanes.warp_columns:
@@ -199,7 +197,7 @@ def _store_matrix(instruction: Instruction) -> list[Operation]:
     source = instruction.operands[1]
     items = source.items if isinstance(source, Vector) else (source,)
     values = ", ".join(f"{{{k + 1}}}" for k in range(count))
-    line = f"C.store_matrix(L, {{k0}}, {text}, ({values},), {transpose})"
+    line = f"C.lane_memory.store_matrix(L, {{k0}}, {text}, ({values},), {transpose})"
     inputs = [base] + [("U", item) for item in items]
     return [Operation(instruction, line, [], inputs, "store", constants=(instruction,))]
 
@@ -210,7 +208,7 @@ def _load_matrix(instruction: Instruction) -> list[Operation]:
     target = instruction.operands[0]
     items: tuple = target.items if isinstance(target, Vector) else (target,)
     text, base = address(instruction, instruction.operands[1])
-    lines = [f"t = C.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
+    lines = [f"t = C.lane_memory.load_matrix(L, {{k0}}, {text}, {count}, {transpose})"]
     lines += [f"{{d{k}}} = t[{k}]" for k in range(count)]
     return [
         Operation(

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda_runtime
-from .elf import LoadedObject, ObjectFile
-from .errors import LaunchError, SimulatorError
-from .machine import Statistics, launch
-from .memory import GlobalMemory
-from .options import Options, current_options
-from .ptx import Kernel, Module
-from .tensor_map import decode
+from hopper_attention.simulator.errors import LaunchError, SimulatorError
+from hopper_attention.simulator.execution.machine import Statistics, launch
+from hopper_attention.simulator.exported import cuda_runtime
+from hopper_attention.simulator.exported.elf import LoadedObject, ObjectFile
+from hopper_attention.simulator.hardware.memory import GlobalMemory
+from hopper_attention.simulator.hardware.tensor_map import decode
+from hopper_attention.simulator.options import Options, current_options
+from hopper_attention.simulator.ptx.parser import Kernel, Module
 
 _SCALARS: dict[str, Any] = {
     "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8, "int16_t": ctypes.c_int16,
@@ -65,7 +65,7 @@ class Header:
 
     @staticmethod
     def load(path: str | Path, prefix: str) -> "Header":
-        """Raises LaunchError where the header has no wrapper of this prefix."""
+        """Read a header.  Raises LaunchError where it has no wrapper of this prefix."""
         text = Path(path).read_text()
         wrapper = re.search(rf"(\w+) \w+_{re.escape(prefix)}_wrapper\((.*?)\)\s*\{{", text, re.S)
         entry = re.search(rf"void (_mlir_{re.escape(prefix)}__mlir_ciface_\w+)\(", text)
@@ -250,7 +250,7 @@ class AotFunction:
     # --- host code
 
     def _call(self, name: str, values: Sequence[Any]) -> int:
-        """Each argument is passed by address; the last one is the result."""
+        """Call a host function.  Arguments are passed by address; the last one is the result."""
         slots = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)
         function(self.loaded.symbol(name))(ctypes.addressof(slots), len(values))
@@ -270,7 +270,7 @@ class AotFunction:
         if any(results):
             raise LaunchError(f"the host code of {self.prefix} failed to load: {results}")
 
-    def _launch(self, call: cuda_runtime.Launch) -> None:
+    def _launch(self, call: cuda_runtime.LaunchCall) -> None:
         kernel = self.module.kernels.get(call.kernel)
         if kernel is None:
             raise LaunchError(f"the object launches {call.kernel}, {self.module.path} has "
@@ -297,7 +297,7 @@ class AotFunction:
         )
 
     def _check_dtypes(self, kernel: Kernel, params: list[bytes]) -> None:
-        """The header has no dtypes, but tensor maps do."""
+        """Compare the dtypes of arrays with those of tensor maps: the header has none."""
         for blob, param in zip(params, kernel.params, strict=True):
             if param.size != 128 or param.align != 64:
                 continue

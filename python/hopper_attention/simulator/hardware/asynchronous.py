@@ -1,4 +1,4 @@
-"""State that proceeds beside the warps: mbarriers, named barriers, bulk copies, WGMMA groups.
+"""State that proceeds beside the warps: barriers, and asynchronous operations under way.
 
 An asynchronous operation poisons its destination when issued and takes effect at a time drawn from
 the seed, between its issue and the wait that orders it:
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BarrierError
-from .races import Clocks, Sync
+from hopper_attention.simulator.errors import BarrierError
+from hopper_attention.simulator.hazards.checks import SharedAccess
+from hopper_attention.simulator.hazards.races import Clocks, Sync
 
 _MAX_TRANSACTIONS = (1 << 20) - 1
 
@@ -70,7 +71,7 @@ class Mbarrier:
                 self.clocks.complete_phase(self.sync, self.agent, self.phase)
 
     def passed(self, parity: int) -> bool:
-        """Has the phase of this parity completed?"""
+        """True if the phase of this parity has completed."""
         return self.phase & 1 != parity & 1
 
     def __str__(self) -> str:
@@ -82,7 +83,7 @@ class Mbarrier:
 
 @dataclass
 class NamedBarrier:
-    """bar.sync / bar.arrive: counts threads."""
+    """A barrier of bar.sync and bar.arrive, which counts threads."""
 
     number: int
     count: int = 0
@@ -121,7 +122,7 @@ class NamedBarrier:
 
 @dataclass
 class ClusterBarrier:
-    """barrier.cluster: every thread of the cluster arrives, then waits."""
+    """The barrier of a cluster: every thread arrives, then waits."""
 
     count: int = 0
     arrived: int = 0
@@ -164,7 +165,7 @@ class Event:
     effect: Callable[[], None]
     text: str
     done: bool = False
-    access: "SharedAccess | None" = None
+    access: SharedAccess | None = None
     written: "Event | None" = None  # of a bulk store: its second half
 
     def complete(self) -> None:
@@ -174,7 +175,7 @@ class Event:
 
 
 class Schedule:
-    """Everything that a seed decides: completion times, slice lengths and which unit is slow."""
+    """The decisions of a seed: completion times, slice lengths and which unit is slow."""
 
     _FOREVER = float("inf")
 
@@ -187,7 +188,7 @@ class Schedule:
         self._until = 0
 
     def delay(self) -> float:
-        """Scheduler slices until an operation issued now takes effect; 0 is at once."""
+        """Return the slices until an operation issued now takes effect; 0 is at once."""
         if self.mode == "friendly":
             return 1
         if self.mode == "early":
@@ -197,7 +198,7 @@ class Schedule:
         return self.random.choice((0, 1, 2, 5, 20, 100, self._FOREVER))
 
     def choose(self, units: list) -> tuple[Any, int]:
-        """The unit to run next and for how many steps."""
+        """Return the unit to run next and for how many steps."""
         self.now += 1
         if self.mode == "friendly":
             return units[self.now % len(units)], 200
@@ -213,7 +214,7 @@ class Schedule:
 
 
 class Events:
-    """The asynchronous operations of a block, in order of issue."""
+    """The asynchronous operations of a cluster, in order of issue."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -256,7 +257,7 @@ class Events:
 
 @dataclass
 class BulkGroups:
-    """cp.async.bulk groups of one thread: operations not yet committed, then groups in order."""
+    """The cp.async.bulk groups of one thread: operations not committed, then groups in order."""
 
     thread: int = 0
     open: list[Event] = field(default_factory=list)
@@ -266,7 +267,7 @@ class BulkGroups:
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, keep: int, only_read: bool) -> "list[SharedAccess]":
+    def wait(self, keep: int, only_read: bool) -> list[SharedAccess]:
         """Complete all but the last ``keep`` groups; returns the reads that are over now."""
         count = max(0, len(self.groups) - keep)
         events = [event for group in self.groups[:count] for event in group]
@@ -284,43 +285,34 @@ class BulkGroups:
 
 
 @dataclass(eq=False)
-class SharedAccess:
-    """Bytes [low, high) of shared memory that an asynchronous operation uses until waited for."""
+class Copy:
+    """One cp.async of some lanes.  units: those of the shadow that each lane writes."""
 
-    low: int
-    high: int
-    writes: bool
-    owner: object
-    text: str
-    warp: int | None = None  # of the warpgroup, where only that one reads
+    warps: np.ndarray  # of each lane
+    units: np.ndarray | None
+    event: Event
 
 
-class SharedAccesses:
-    """The asynchronous accesses to a block's shared memory that nobody has waited for yet."""
+@dataclass
+class CopyGroups:
+    """The cp.async groups of one warp."""
 
-    def __init__(self) -> None:
-        self.reads: list[SharedAccess] = []
-        self.writes: list[SharedAccess] = []
+    open: list[Copy] = field(default_factory=list)
+    groups: list[list[Copy]] = field(default_factory=list)
 
-    def add(self, access: SharedAccess) -> None:
-        (self.writes if access.writes else self.reads).append(access)
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
 
-    def remove(self, access: SharedAccess) -> None:
-        (self.writes if access.writes else self.reads).remove(access)
+    def take(self, keep: int, everything: bool) -> list[Copy]:
+        """Return the copies that a wait is for; they are not tracked any longer."""
+        count = max(0, len(self.groups) - keep)
+        taken = [copy for group in self.groups[:count] for copy in group]
+        del self.groups[:count]
+        if everything:
+            taken += self.open
+            self.open = []
+        return taken
 
-    def collision(
-        self, low: int, high: int, writes: bool, pieces: tuple[np.ndarray, int] | None = None
-    ) -> SharedAccess | None:
-        """An access that one to [low, high) must not overlap; of that only `pieces` are accessed.
-
-        pieces: where they start, and the bytes of each.  Rows that a warpgroup writes may lie on
-        both sides of those that another one's WGMMA reads.
-        """
-        for access in (*self.writes, *(self.reads if writes else ())):
-            if access.low < high and low < access.high:
-                if pieces is None:
-                    return access
-                starts, nbytes = pieces
-                if ((starts < access.high) & (starts + nbytes > access.low)).any():
-                    return access
-        return None
+    def all(self) -> list[Copy]:
+        return [copy for group in self.groups for copy in group] + self.open

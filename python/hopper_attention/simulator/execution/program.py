@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .instructions import CONTROL, HELPERS, PURE, find
-from .memory import SHARED_BASE
-from .ptx import (
+from hopper_attention.simulator.hardware.memory import SHARED_BASE
+from hopper_attention.simulator.hazards.races import smallest_access
+from hopper_attention.simulator.instructions.registry import CONTROL, HELPERS, PURE, find
+from hopper_attention.simulator.observation.recording import Work, work_of
+from hopper_attention.simulator.ptx.parser import (
     Address,
     Immediate,
     Instruction,
@@ -25,15 +27,20 @@ from .ptx import (
     Symbol,
     Vector,
 )
-from .races import smallest_access
-from .recording import Work, work_of
-from .vectorize import Numbering, Operation, Usage, batch, fold_chains, generate
+from hopper_attention.simulator.ptx.vectorize import (
+    Numbering,
+    Operation,
+    Usage,
+    batch,
+    fold_chains,
+    generate,
+)
 
 EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
 
 
 def registers_of(operand: Operand) -> Iterable[Register]:
-    """All registers of an operand."""
+    """Yield all registers of an operand."""
     if isinstance(operand, Register):
         yield operand
     elif isinstance(operand, Negated):
@@ -83,7 +90,9 @@ class Region:
         warpgroup = unit.warpgroup
         queue = warpgroup.queue
         if self.touched & queue.accumulators or self.written & queue.operands:
-            block.report_early_use(self, queue)
+            block.hazards.report_early_use(
+                self.operations, queue.accumulators, queue.operands, warpgroup.warps
+            )
         warpgroup.touched |= self.touched
         if block.trace:
             self.work = self.work or work_of([op.instruction for op in self.operations])
@@ -131,6 +140,8 @@ class Guarded:
 
 
 class GuardedRegion(Region):
+    """A straight run of one predicated instruction that loads or stores."""
+
     def execute_on_lanes(self, block, unit) -> bool:
         return self.execute(block, unit)
 
@@ -153,7 +164,7 @@ class Control:
 
 
 class Exit(Control):
-    """ret or exit, and the end of the kernel's text."""
+    """The end of threads: ret, exit, and the end of the kernel's text."""
 
     def __init__(self, pc: int, instruction: Instruction):
         self.pc, self.first = pc, instruction
@@ -168,7 +179,7 @@ class Exit(Control):
 
 
 class Branch:
-    """bra, with its target step and the step where both paths meet."""
+    """A branch, with its target step and the step where both paths meet."""
 
     def __init__(self, pc: int, instruction: Instruction):
         self.pc, self.first, self.guard = pc, instruction, instruction.guard
@@ -194,7 +205,7 @@ _building = threading.Lock()
 
 
 def program_of(kernel: Kernel) -> "Program":
-    """The kernel's program, made at its first launch."""
+    """Return the kernel's program, which is made at its first launch."""
     with _building:
         if kernel.program is None:
             kernel.program = Program(kernel)
@@ -230,7 +241,7 @@ class Program:
             self.local_bytes += variable.size
 
     def symbol_code(self, name: str) -> str:
-        """Python text of a symbol's value inside generated code."""
+        """Return the Python text of a symbol's value inside generated code."""
         if name in self.shared_names:
             return f"({self.symbols[name]} + C.window)"
         if name in self.symbols:
@@ -320,7 +331,7 @@ class Program:
         return [step.pc + 1]
 
     def _join_points(self) -> None:
-        """Immediate post-dominators (Cooper, Harvey, Kennedy) on the reversed graph."""
+        """Find the immediate post-dominators (Cooper, Harvey, Kennedy) on the reversed graph."""
         end = len(self.steps)
         successors = [self._successors(step) for step in self.steps] + [[]]
         predecessors: list[list[int]] = [[] for _ in range(end + 1)]
@@ -399,22 +410,28 @@ _LANE_REGISTERS = {
     "%tid.x", "%tid.y", "%tid.z", "%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt",
     "%lanemask_le", "%lanemask_gt", "%lanemask_ge",
 }  # fmt: skip
+_VECTOR_REGISTERS = {  # {k}: 0, 1, 2 for x, y, z
+    "%ntid": "C.launch.block[{k}]",
+    "%ctaid": "C.ctaid[{k}]",
+    "%nctaid": "C.launch.grid[{k}]",
+    "%clusterid": "(C.ctaid[{k}] // C.launch.cluster[{k}])",
+    "%nclusterid": "(C.launch.grid[{k}] // C.launch.cluster[{k}])",
+    "%cluster_ctaid": "(C.ctaid[{k}] % C.launch.cluster[{k}])",
+    "%cluster_nctaid": "C.launch.cluster[{k}]",
+}
 _BLOCK_REGISTERS = {
-    **{f"%ntid.{c}": f"C.block[{k}]" for k, c in enumerate("xyz")},
-    **{f"%ctaid.{c}": f"C.ctaid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%nctaid.{c}": f"C.grid[{k}]" for k, c in enumerate("xyz")},
-    **{f"%clusterid.{c}": f"(C.ctaid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%nclusterid.{c}": f"(C.grid[{k}] // C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%cluster_ctaid.{c}": f"(C.ctaid[{k}] % C.shape[{k}])" for k, c in enumerate("xyz")},
-    **{f"%cluster_nctaid.{c}": f"C.shape[{k}]" for k, c in enumerate("xyz")},
+    f"{name}.{c}": text.format(k=k)
+    for name, text in _VECTOR_REGISTERS.items()
+    for k, c in enumerate("xyz")
+} | {
     "%cluster_ctarank": "C.rank", "%cluster_nctarank": "len(C.cluster.blocks)",
     "%is_explicit_cluster": "(len(C.cluster.blocks) > 1)", "%smid": "(0)", "%nsmid": "(132)",
     "%nwarpid": "(64)", "%gridid": "(0)",
     "%clock": "C.clock()", "%clock64": "C.clock()", "%globaltimer": "C.clock()",
-    "%dynamic_smem_size": "C.dynamic_shared", "WARP_SZ": "(32)",
+    "%dynamic_smem_size": "C.launch.dynamic_shared", "WARP_SZ": "(32)",
 }  # fmt: skip
 
 
 def special_register(name: str) -> str | None:
-    """Python text of a special register, or None."""
+    """Return the Python text of a special register, or None."""
     return f"X[{name!r}]" if name in _LANE_REGISTERS else _BLOCK_REGISTERS.get(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import SimulatorError
+from hopper_attention.simulator.errors import SimulatorError
 
 # code -> bytes an element
 _ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 4: 8, 6: 2, 7: 4, 9: 8, 10: 2}
@@ -44,12 +44,12 @@ class TensorMap:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Element strides; that of the contiguous dimension is ignored, as the hardware does."""
+        """The element strides; hardware ignores that of the contiguous dimension."""
         return (1, *self.element_strides[1:])
 
     @property
     def shared_box(self) -> tuple[int, ...]:
-        """Extents of the tile in shared memory."""
+        """The extents of the tile in shared memory."""
         return tuple(-(-n // step) for n, step in zip(self.box, self.steps, strict=True))
 
     @property
@@ -84,7 +84,7 @@ def decode(blob: bytes) -> TensorMap:
 
 
 def swizzle_address(address: np.ndarray, span: int) -> np.ndarray:
-    """Byte address in shared memory after the swizzle of 0, 32, 64 or 128 bytes.
+    """Return the byte address in shared memory after the swizzle of 0, 32, 64 or 128 bytes.
 
     The 16-byte chunk number within the span is xored with address bits from 7 upwards: one bit for
     32 bytes, two for 64, three for 128.  The pattern is tied to the address, not to the tile.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .errors import MisalignedAccess, OutOfBounds
+from hopper_attention.simulator.errors import MisalignedAccess, OutOfBounds
 
 SHARED_WINDOW = 1 << 62  # generic address of shared memory's byte 0
 CLUSTER_BITS = 24  # shared::cluster addresses: the block's rank above the offset in its memory
@@ -23,6 +23,11 @@ SHARED_LIMIT = 232448 + SHARED_BASE
 POISON = 0xFF
 _PAGE_BITS = 14
 
+REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+"""The operations that atomics, bulk reductions and redux have in common."""
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -43,7 +48,7 @@ class Allocation:
         self.pages: dict[int, np.ndarray] = {}
 
     def start_keeping(self) -> None:
-        """From here on, keep what stores overwrite."""
+        """Keep what stores overwrite from here on."""
         self.kept, self.pages = np.zeros((self.nbytes >> _PAGE_BITS) + 1, np.bool_), {}
 
     def stop_keeping(self, restore: bool) -> None:
@@ -89,7 +94,7 @@ class GlobalMemory:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All registered memory is as before if the ``with`` block raises.
+        """Restore all registered memory if the ``with`` block raises.
 
         Only pages that are written are copied.  Inside of another transaction it does nothing.
         """
@@ -133,7 +138,7 @@ class GlobalMemory:
         raise OutOfBounds(f"global access of {nbytes} bytes at {address:#x}{near}")
 
     def _parts(self, addresses: np.ndarray, nbytes: int):
-        """Allocations and lane selections that cover the addresses."""
+        """Yield allocations and lane selections that cover the addresses."""
         low, high = int(addresses.min()), int(addresses.max())
         if nbytes > 1 and (addresses & np.uint64(nbytes - 1)).any():
             bad = int(addresses[(addresses & np.uint64(nbytes - 1)) != 0][0])
@@ -151,7 +156,7 @@ class GlobalMemory:
             lanes = lanes[~inside]
 
     def load(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
-        """``count`` elements of ``width`` bytes a lane."""
+        """Load ``count`` elements of ``width`` bytes a lane."""
         result = [np.empty(len(addresses), _UNSIGNED[width]) for _ in range(count)]
         for allocation, lanes in self._parts(addresses, width * count):
             view, index = self._view(allocation, addresses[lanes], width)
@@ -168,7 +173,7 @@ class GlobalMemory:
                 view[index + k] = value[lanes]
 
     def elements(self, addresses: np.ndarray, width: int):
-        """For read-modify-write: arrays, element numbers in them, and the lanes they belong to."""
+        """Yield arrays to be updated, element numbers in them, and the lanes they belong to."""
         for allocation, lanes in self._parts(addresses, width):
             self.require_writable(allocation)
             view, index = self._view(allocation, addresses[lanes], width)
@@ -190,7 +195,7 @@ class GlobalMemory:
     def box(
         self, base: int, sizes: tuple[int, ...], strides: tuple[int, ...], width: int, write: bool
     ) -> np.ndarray:
-        """A strided array (last dimension contiguous) over registered memory, from ``base``."""
+        """Return a strided array (last dimension contiguous) over registered memory."""
         extent = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + width
         allocation = self.find(base, extent)
         if write:
@@ -236,7 +241,7 @@ class SharedMemory:
             )
 
     def index(self, addresses: np.ndarray, width: int, nbytes: int) -> np.ndarray:
-        """Element numbers of checked addresses."""
+        """Check addresses; returns the numbers of their elements."""
         self.check(int(addresses.min()), int(addresses.max()) + nbytes)
         if nbytes > 1 and (addresses & (nbytes - 1)).any():
             bad = int(addresses[(addresses & (nbytes - 1)) != 0][0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from .recording import Step, Trace
+from hopper_attention.simulator.observation.recording import Step, Trace
 
 SUB_CORES = 4
 _CHUNK = 16  # issue slots after which another warp of the sub-core has its turn
@@ -20,7 +20,7 @@ _CHUNK = 16  # issue slots after which another warp of the sub-core has its turn
 
 @dataclass(frozen=True)
 class CostModel:
-    """Clocks of one SM.  Rates are those of H100 and H200; latencies are estimates."""
+    """The clocks of one SM.  Rates are those of H100 and H200; latencies are estimates."""
 
     slots_per_clock: float = 1.0  # warp instructions, each sub-core
     mufu_clocks: float = 8.0  # a warp instruction of ex2, rcp, ...: 4 lanes a clock and sub-core
@@ -37,7 +37,10 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Range:
-    """kind: softmax (runs with MUFU work), arithmetic, wait, wgmma, load or store."""
+    """A stretch of a warp's time.
+
+    kind: softmax (runs with MUFU work), arithmetic, wait, wgmma, load or store.
+    """
 
     warp: int
     kind: str
@@ -86,7 +89,7 @@ class Timeline:
 
     @property
     def clocks_per_tile(self) -> float | None:
-        """Median distance of a warp's executions of the wgmma it executes most; None without."""
+        """The median distance of executions of the wgmma that a warp executes most, if any."""
         if not self._starts:
             return None
         most = max(len(times) for times in self._starts.values())
@@ -102,7 +105,7 @@ class Timeline:
 
     @property
     def utilisation(self) -> dict[str, float]:
-        """Fraction of the block's clocks that each unit is busy."""
+        """The fraction of the block's clocks that each unit is busy."""
         if not self.clocks:
             return {}
         many = {"issue": SUB_CORES, "mufu": SUB_CORES, "tensor": SUB_CORES}
@@ -119,7 +122,7 @@ class Timeline:
         }
 
     def overlap(self, first: int, second: int) -> float:
-        """Share of the time in which two warps are not both in softmax, of that in which one is."""
+        """Return the share of one warp in softmax alone, of the time in which either is."""
         marks = []
         for warp in (first, second):
             for r in self.ranges:
@@ -201,7 +204,7 @@ class Timeline:
         return end
 
     def _work(self, time: float, warp: _Warp, step: Step) -> bool:
-        """A piece of a straight run; True while there is more."""
+        """Replay a piece of a straight run; True while there is more."""
         work, model, core = step.value, self.model, warp.number % SUB_CORES
         if not work.slots:
             self._push(time, warp)
@@ -231,7 +234,7 @@ class Timeline:
                 self._push(wake, warp)
 
     def _wait(self, time: float, warp: _Warp, step: Step) -> bool:
-        """False if the warp sleeps until the barrier's phase ends."""
+        """Replay a wait; False if the warp sleeps until the barrier's phase ends."""
         key = step.key
         assert key is not None
         if self._remaining.get(key, 0) > 0:
@@ -249,7 +252,7 @@ class Timeline:
     # --- pictures
 
     def save_chrome(self, path: str | Path) -> None:
-        """Trace events for chrome://tracing and ui.perfetto.dev; a clock shows as a microsecond.
+        """Write trace events for chrome://tracing and ui.perfetto.dev; a clock is a microsecond.
 
         A row a warp; what runs beside it (wgmma, bulk copies) has a row of its own under it.
         """
@@ -273,7 +276,7 @@ class Timeline:
         Path(path).write_text(json.dumps(document))
 
     def save_png(self, path: str | Path, window: tuple[float, float] | None = None) -> None:
-        """One row a warp that does anything: its own time below, wgmma and copies above.
+        """Draw one row a warp that does anything: its own time below, wgmma and copies above.
 
         Raises ImportError without matplotlib.
         """
@@ -313,7 +316,7 @@ _COLOURS = {
 
 
 def _joined(ranges: list[Range]) -> list[Range]:
-    """Ranges that touch and are of one kind become one."""
+    """Join ranges that touch and are of one kind."""
     result: list[Range] = []
     last: dict[tuple[int, str], int] = {}
     for r in sorted(ranges, key=lambda r: r.start):

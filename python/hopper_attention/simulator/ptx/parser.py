@@ -1,4 +1,4 @@
-"""PTX text to Module, Kernel and Instruction.
+"""The parser: PTX text becomes Module, Kernel and Instruction.
 
 The parser keeps instructions as they stand: an opcode split at its dots, an optional guard
 predicate and operands.  Inline-asm blocks ``{ ... }`` open a scope: their registers and labels are
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import PtxSyntaxError, UnknownInstruction
+from hopper_attention.simulator.errors import PtxSyntaxError, SimulatorError, UnknownInstruction
 
 # ------------------------------------------------------------------------------------- operands
 
@@ -97,6 +97,12 @@ class Instruction:
         source = f" ({self.source})" if self.source else ""
         return f"PTX line {self.line}: {text}{source}"
 
+    def located(self, error: SimulatorError) -> SimulatorError:
+        """Return the error with this instruction's place, unless it names one."""
+        if "PTX line" in str(error):
+            return error
+        return type(error)(f"{error}\n  at {self.where()}")
+
     def unknown(self, missing: str) -> UnknownInstruction:
         return UnknownInstruction(f"{self.where()}\n  not implemented: {missing}")
 
@@ -171,7 +177,10 @@ _BITS = {
 _BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?(.*?)\{", re.S)
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\s+([\w$]+)(?:\[(\d+)\])?")
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\s+"
+    r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+)
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*$")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)(%?[\w$.]+)\s+")
@@ -260,7 +269,7 @@ class _Parser:
 
 
 class _Body:
-    """Statements of one kernel, from behind its opening brace."""
+    """The statements of one kernel, from behind its opening brace."""
 
     def __init__(self, parser: _Parser, kernel: Kernel, position: int):
         self.parser, self.kernel, self.position = parser, kernel, position
@@ -358,7 +367,7 @@ class _Body:
             raise self.parser.error(position, f"unknown directive {text}")
 
     def declare_pair(self, name: str, scope: _Scope) -> None:
-        """A 128-bit register: two of 64 bits."""
+        """Declare a 128-bit register as two of 64 bits."""
         found = re.fullmatch(r"(.+)<(\d+)>", name)
         for base in [f"{found[1]}{i}" for i in range(int(found[2]))] if found else [name]:
             halves = f"{base}.low", f"{base}.high"

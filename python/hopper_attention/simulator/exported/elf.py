@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LaunchError
+from hopper_attention.simulator.errors import LaunchError
 
 _PAGE = mmap.PAGESIZE
 _X86_64 = 62
@@ -127,7 +127,7 @@ class LoadedObject:
             raise LaunchError(f"{source.path}: this system refuses executable memory")
 
     def symbol(self, name: str) -> int:
-        """Address of a defined symbol."""
+        """Return the address of a defined symbol."""
         for symbol, address in zip(self.source.symbols, self.addresses, strict=True):
             if symbol.name == name and symbol.section:
                 return address
@@ -165,7 +165,7 @@ class LoadedObject:
         return self.base + self.places.get(symbol.section, 0) + symbol.value
 
     def _entry(self, number: int) -> int:
-        """Offset within the GOT of a symbol's entry."""
+        """Return the offset within the GOT of a symbol's entry."""
         if number not in self.got:
             place = self.got_start + 8 * len(self.got)
             struct.pack_into("<Q", self.memory, place, self.addresses[number])
@@ -173,7 +173,7 @@ class LoadedObject:
         return self.got[number] - self.got_start
 
     def _stub(self, number: int) -> int:
-        """Address of code that jumps to a symbol from anywhere within reach of this object."""
+        """Return the address of code near this object that jumps to a symbol anywhere."""
         if number not in self.stubs:
             place = self.stub_start + 16 * len(self.stubs)
             code = b"\xff\x25\x00\x00\x00\x00" + struct.pack("<Q", self.addresses[number])
@@ -192,7 +192,7 @@ class LoadedObject:
                 )
 
     def _apply(self, place: int, kind: int, number: int, addend: int) -> None:
-        """The x86-64 psABI's relocations that code of any memory model without TLS has."""
+        """Apply a relocation of the x86-64 psABI; code without TLS has no others."""
         here, got = self.base + place, self.base + self.got_start
         value = self.addresses[number] + addend
         if kind == 0:

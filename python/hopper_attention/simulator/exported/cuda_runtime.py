@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .elf import ObjectFile
-from .errors import LaunchError
-from .ptx import Module
+from hopper_attention.simulator.errors import LaunchError
+from hopper_attention.simulator.exported.elf import ObjectFile
+from hopper_attention.simulator.ptx.parser import Module
 
 _UNKNOWN_ERROR = 999
 _CLUSTER, _PROGRAMMATIC = 4, 6  # cudaLaunchAttributeID
@@ -38,7 +38,7 @@ class _Config(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchCall:
     """One call of cudaLaunchKernelEx."""
 
     kernel: str
@@ -50,14 +50,14 @@ class Launch:
     pointers: Any
 
     def arguments(self, count: int) -> list[int]:
-        """Addresses of the kernel's parameters."""
+        """Return the addresses of the kernel's parameters."""
         return [self.pointers[k] or 0 for k in range(count)]
 
 
 class Runtime:
     """Addresses of the functions for one loaded object."""
 
-    def __init__(self, source: ObjectFile, launch: Callable[[Launch], None]):
+    def __init__(self, source: ObjectFile, launch: Callable[[LaunchCall], None]):
         self.source, self.launch = source, launch
         self.raised: BaseException | None = None
         self.names: dict[int, str] = {}
@@ -79,7 +79,7 @@ class Runtime:
         self.process = ctypes.CDLL(None)
 
     def resolve(self, name: str) -> int:
-        """Address of an undefined symbol: a function above, or one of the C library."""
+        """Return the address of an undefined symbol: a function above, or one of the C library."""
         if name in self.functions:
             return ctypes.cast(self.functions[name], ctypes.c_void_p).value or 0
         if not name.startswith(("cu", "_cu")):
@@ -98,7 +98,7 @@ class Runtime:
             raise raised
 
     def _function(self, body: Callable[..., int], count: int):
-        """A C function of word-sized arguments."""
+        """Make a C function of word-sized arguments."""
 
         def guarded(*arguments: int) -> int:
             try:
@@ -137,7 +137,7 @@ class Runtime:
             elif attribute.id == _PROGRAMMATIC:
                 programmatic = bool(attribute.value[0])
         self.launch(
-            Launch(
+            LaunchCall(
                 self.names.get(kernel, f"unknown kernel {kernel}"),
                 tuple(c.grid),
                 tuple(c.block),
@@ -159,7 +159,7 @@ def _put(address: int, value: int) -> int:
 
 
 def check_machine_code(source: ObjectFile, module: Module) -> None:
-    """Every kernel of the PTX is in the object's cubin, with the same parameters.
+    """Check that every kernel of the PTX is in the object's cubin, with the same parameters.
 
     Raises LaunchError otherwise: the PTX is of another build.
     """
@@ -184,7 +184,7 @@ def check_machine_code(source: ObjectFile, module: Module) -> None:
 
 
 def _kernel_parameters(image: bytes) -> dict[str, list[tuple[int, int]]]:
-    """Kernel -> (offset, size) of its parameters, from a cubin's .nv.info sections."""
+    """Read each kernel's parameters, (offset, size), from a cubin's .nv.info sections."""
     (start,) = struct.unpack_from("<Q", image, 40)
     _, count, names = struct.unpack_from("<HHH", image, 58)
     headers = [struct.unpack_from("<IIQQQQIIQQ", image, start + 64 * k) for k in range(count)]

@@ -1,4 +1,4 @@
-"""Straight runs of instructions to Python functions over numpy arrays.
+"""The compiler of straight runs of instructions: they become Python functions over numpy arrays.
 
 Registers are rows of one array per width, lanes are columns, so an instruction is one numpy call
 on rows.  Kernels are full of runs of like instructions (64 multiplications by the same scale):
@@ -23,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from .ptx import Immediate, Instruction, Negated, Operand, Register, Symbol
+from hopper_attention.simulator.ptx.parser import (
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Register,
+    Symbol,
+)
 
 # View letters: U I F 32-bit unsigned, signed, float; W J D 64-bit; H S E 16-bit; P predicates.
 DTYPES = {
@@ -81,7 +88,7 @@ def _register(operand: Operand) -> Register | None:
 
 
 def immediate(view: str, operand: Immediate) -> object:
-    """The value of a literal in a view: Python int, numpy float or bool."""
+    """Return the value of a literal in a view: Python int, numpy float or bool."""
     dtype = DTYPES[view]
     if view == "P":
         return bool(operand.value)
@@ -102,7 +109,7 @@ def immediate(view: str, operand: Immediate) -> object:
 
 
 class Usage:
-    """How often each register of a kernel is written and read, for finding dead partial results."""
+    """The counts of each register's writes and reads, for finding dead partial results."""
 
     def __init__(self) -> None:
         self.writes: dict[Register, int] = {}
@@ -168,7 +175,7 @@ def fold_chains(operations: list[Operation], usage: Usage) -> list[Operation]:
 def _overwritten(
     operations: list[Operation], path: list[int], writers: dict[Register, list[int]]
 ) -> bool:
-    """Is an input written between its place in the chain and the chain's end?"""
+    """True if an input is written between its place in the chain and the chain's end."""
     for i in path:
         for _, operand in operations[i].inputs:
             register = _register(operand)
@@ -209,7 +216,7 @@ def batch(operations: list[Operation]) -> list[list[Operation]]:
 
 
 class Numbering:
-    """Gives rows to registers in the order of first use in fragments and batches."""
+    """The rows of registers, given out in the order of first use in fragments and batches."""
 
     def __init__(self) -> None:
         self.rows = dict.fromkeys(_FILES, 0)

@@ -15,14 +15,8 @@ one warp, and order that is established by polling a flag in memory.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-from .memory import SHARED_BASE
-
-if TYPE_CHECKING:
-    from .warps import Lanes
 
 _NOBODY = 0xFFFF
 _NEVER = 0xFFFFFFFF  # clock of a write that nobody may see yet
@@ -41,20 +35,21 @@ class Sync:
 
 
 class Clocks:
-    """The vector clocks of a cluster's warps."""
+    """The vector clocks of a cluster's warps.  names: what reports call the agents."""
 
-    def __init__(self, warps: int):
-        self.warps = self.agents = warps
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.warps = warps = len(names)
         self.known = np.zeros((warps, 2, warps + 64), np.uint32)
         self.known[np.arange(warps), _GENERIC, np.arange(warps)] = 1
         self.fenced: dict[int, np.ndarray] = {}
 
-    def new_agent(self) -> int:
-        """For an mbarrier."""
-        self.agents += 1
-        if self.agents > self.known.shape[2]:
-            self.known = _widen(self.known, 2 * self.agents)
-        return self.agents - 1
+    def new_agent(self, name: str) -> int:
+        """Return the number of an agent beside the warps: an mbarrier."""
+        self.names.append(name)
+        if len(self.names) > self.known.shape[2]:
+            self.known = _widen(self.known, 2 * len(self.names))
+        return len(self.names) - 1
 
     def sync(self) -> Sync:
         shape = self.known.shape[1:]
@@ -75,7 +70,7 @@ class Clocks:
         self.known[agents] = np.maximum(self.known[agents], sync.released)
 
     def complete_phase(self, sync: Sync, agent: int, phase: int) -> None:
-        """An mbarrier's phase ends: its bulk loads' data is visible to waiters, by either proxy."""
+        """End an mbarrier's phase: its bulk loads' data is visible to waiters, by either proxy."""
         self._fit(sync)
         sync.complete()
         sync.released[:, agent] = phase
@@ -87,7 +82,7 @@ class Clocks:
         self.known[agents, _GENERIC, agents] += np.uint32(1)
 
     def release_relaxed(self, agents: np.ndarray, sync: Sync) -> None:
-        """A relaxed arrival hands over what was known at the warp's last fence."""
+        """Hand over at a relaxed arrival what was known at the warp's last fence."""
         self._fit(sync)
         width = self.known.shape[2]
         for agent in agents.tolist():
@@ -151,7 +146,7 @@ class Conflict:
 
 
 class Shadow:
-    """Who last wrote and read each piece of a block's shared memory, in units of ``grain`` bytes.
+    """The last writer and readers of each piece of a block's shared memory, of ``grain`` bytes.
 
     grain is the smallest access of the kernel, so that neighbours do not disturb each other.
     ``even`` marks 16-byte pieces with one writer: bulk operations look at one unit of those.
@@ -177,7 +172,7 @@ class Shadow:
         self.past_reads = PastReads()
 
     def units(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
-        """(..., units an access)"""
+        """Return the numbers of the units that each access covers, (..., units)."""
         first = addresses // self.grain
         return first[..., None] + np.arange(max(1, nbytes // self.grain))
 
@@ -246,7 +241,7 @@ class Shadow:
     # --- bulk and wgmma accesses, on 16-byte pieces
 
     def bulk_read(self, agents: np.ndarray, pieces: np.ndarray | slice) -> Conflict | None:
-        """Check a read by the asynchronous proxy: what agents know and what is fenced counts."""
+        """Check a read by the asynchronous proxy: it sees what agents know and what is fenced."""
         step = 16 // self.grain
         even = self.even[pieces].all()
         units = np.arange(len(self.even))[pieces] if isinstance(pieces, slice) else pieces
@@ -289,7 +284,7 @@ class Shadow:
     def remote_write(
         self, agents: np.ndarray, units: np.ndarray, line: int, owner: int, clock: int
     ) -> Conflict | None:
-        """st.async: visible to who waits for that phase of the mbarrier."""
+        """Check a write of st.async, which those see who wait for that phase of the mbarrier."""
         conflict = self.write(agents, units, line)
         self.writer[units], self.written[units] = owner, clock
         return conflict
@@ -300,14 +295,14 @@ class Shadow:
         self.written[units] = _NEVER
 
     def show(self, agents: np.ndarray, units: np.ndarray) -> None:
-        """The issuing warps have waited; what another has overwritten since stays its own."""
+        """Show what warps wrote and waited for, unless another has overwritten it since."""
         owners = np.broadcast_to(agents[..., None], units.shape)
         mine = (self.writer[units] == owners) & (self.written[units] == _NEVER)
         self.written[units[mine]] = self.clocks.now(owners)[mine]
 
 
 def _stretches(addresses: np.ndarray) -> list[tuple[int, int]]:
-    """(first, last) of what lies together: a tile's swizzle spans may be far apart."""
+    """Return (first, last) of what lies together: a tile's swizzle spans may be far apart."""
     addresses = np.unique(addresses)
     gaps = np.flatnonzero(np.diff(addresses) >= SWIZZLE_ATOM)
     firsts, lasts = np.append(0, gaps + 1), np.append(gaps, len(addresses) - 1)
@@ -315,7 +310,7 @@ def _stretches(addresses: np.ndarray) -> list[tuple[int, int]]:
 
 
 def smallest_access(instructions) -> int:
-    """Bytes of the smallest load or store that may go to shared memory: 1, 2 or 4."""
+    """Return the bytes of the smallest access that may go to shared memory: 1, 2 or 4."""
     smallest = 4
     for instruction in instructions:
         parts = instruction.parts
@@ -324,12 +319,3 @@ def smallest_access(instructions) -> int:
             if digits in ("8", "16"):
                 smallest = min(smallest, int(digits) // 8)
     return smallest
-
-
-def shadow_bytes(end: int) -> int:
-    return -(-max(end, SHARED_BASE + 16) // 1024) * 1024
-
-
-def agents_of(lanes: "Lanes", first: int) -> np.ndarray:
-    """The agent of each lane."""
-    return first + lanes.threads // 32

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .ptx import Instruction
+from hopper_attention.simulator.ptx.parser import Instruction
 
 _FREE = {"ld.param", "mov", "cvta", "bra", "pragma"}  # gone or hidden in machine code
 _MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}
@@ -33,7 +33,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """kind: work, wgmma, commit, wgmma_wait, load, store, store_wait, arrive or wait.
+    """One step of a warp.
+
+    kind: work, wgmma, commit, wgmma_wait, load, store, store_wait, arrive or wait.
 
     value: Work; clocks-independent size (n of a wgmma, bytes of a copy, groups to keep); key: the
     barrier and its phase.
@@ -78,13 +80,13 @@ class Trace:
             self.warps[warp].append(Step("work", work, line=work.line))
 
     def arrive(self, agents: list[int], barrier: object) -> None:
-        """Before the barrier counts it."""
+        """Record an arrival, before the barrier counts it."""
         key = self._key(barrier, self._phase(barrier))
         self.contributions[key] = self.contributions.get(key, 0) + len(agents)
         self._add(agents, Step("arrive", key=key))
 
     def waited(self, agents: list[int], barrier: object, phase: int | None = None) -> None:
-        """After a wait; phase: that of the arrival, by default the last one completed."""
+        """Record a wait that is over; phase: the arrival's, by default the last one completed."""
         last = self._phase(barrier) - 1 if phase is None else phase
         if last >= 0:
             self._add(agents, Step("wait", key=self._key(barrier, last)))
@@ -114,7 +116,7 @@ class Trace:
 
 
 def work_of(instructions: list[Instruction]) -> Work:
-    """Costs of a straight run, from its PTX."""
+    """Return the costs of a straight run, from its PTX."""
     slots = mufu = shared = 0
     for instruction in instructions:
         parts = instruction.parts
@@ -138,7 +140,7 @@ def _bytes_of(instruction: Instruction) -> int:
 
 @dataclass
 class Recording:
-    """Traces of the first ``blocks`` blocks of each launch inside of ``record``."""
+    """The traces of the first ``blocks`` blocks of each launch inside of ``record``."""
 
     blocks: int
     traces: list[Trace] = field(default_factory=list)

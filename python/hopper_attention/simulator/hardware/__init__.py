@@ -1,0 +1,1 @@
+"""The parts of an SM beside its warps: memories, barriers, asynchronous copies, tensor cores."""

@@ -1,0 +1,1 @@
+"""The checks of kernels: races, missing waits and fences, and their reports."""

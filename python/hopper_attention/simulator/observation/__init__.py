@@ -1,0 +1,1 @@
+"""Recordings of what warps do, and the timeline drawn from them."""
