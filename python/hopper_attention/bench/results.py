@@ -38,6 +38,9 @@ CUBLAS_FP8 = "cuBLAS FP8 8192^3"
 DEVICE_COPY = "device copy"
 BASELINES = (CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY)
 
+QUANTISATION = "quantize"
+"""The workload of the kernels around FP8 attention."""
+
 OURS = "hopper-attention"
 
 
