@@ -61,6 +61,13 @@ def test_no_layer_imports_one_above(file):
             assert PLACE[layer_of(module)] <= PLACE[own], f"{file} imports {module}"
 
 
+def test_measuring_and_reporting_share_data_only():
+    for file in (PACKAGE / "bench").rglob("*.py"):
+        for module in imports(file):
+            if module.startswith("hopper_attention.bench."):
+                assert module.split(".")[2] in ("data", file.parent.name), f"{file}: {module}"
+
+
 def test_shared_device_code_knows_no_architecture(root):
     for path in (root / "cute_kernels").rglob("*.py"):
         for module in imports(path):

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from hopper_attention import backend, cli
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
 from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 from hopper_attention.profiling import ncu, report

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import hopper_attention
 from hopper_attention import cli, simulator
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
+from hopper_attention.bench.measure.inputs import Inputs
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.errors import UserError
 from hopper_attention.profiling import driver, spans, stamps, timeline

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_attention import files
-from hopper_attention.bench.statistics import Summary
+from hopper_attention.bench.data.statistics import Summary
 from hopper_attention.errors import UserError
 
 SCHEMA = 1

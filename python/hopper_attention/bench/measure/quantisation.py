@@ -10,9 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.protocol import Call, Protocol, Timer
-from hopper_attention.bench.results import OURS, QUANTISATION, Row
-from hopper_attention.bench.runner import one_line
+from hopper_attention.bench.data.results import OURS, QUANTISATION, Row
+from hopper_attention.bench.measure.protocol import Call, Protocol, Timer
+from hopper_attention.bench.measure.runner import one_line
 from hopper_attention.dispatch import manifest
 from hopper_attention.quantize import columns_of, means_of, narrowed, quantize
 
@@ -39,7 +39,9 @@ def quantisation_rows(protocol: Protocol, timer: Timer, device: torch.device) ->
             kernels = [name for name in timer.kernels(call) if name not in done]
         except Exception as fault:
             problem, reason = f"{QUANTISATION}/{number}", one_line(fault)
-            yield from (Row(problem, QUANTISATION, OURS, m, "failed", reason) for m in protocol.modes)
+            yield from (
+                Row(problem, QUANTISATION, OURS, m, "failed", reason) for m in protocol.modes
+            )
             continue
         done.update(kernels)
         for mode in protocol.modes:
