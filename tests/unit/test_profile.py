@@ -170,7 +170,7 @@ def test_csv(tmp_path):
     assert loaded.stalls == {}
 
 
-def test_action():
+def test_metrics_and_stalls_are_read_from_an_action():
     loaded = from_action(FakeAction(f"{INSTANCE}_0"))
     assert METRICS.items() <= loaded.metrics.items()
     assert "launch__func_cache_config" not in loaded.metrics

@@ -112,7 +112,7 @@ class Clock:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Of a build with a variant of one instance."""
+    """The build has a variant of one instance, and its launches are collected."""
     known = dict(manifest.instances())
     name = f"{INSTANCE}__other"
     known[name] = replace(known[INSTANCE], name=name, family=build.FAMILY)
