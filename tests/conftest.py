@@ -1,4 +1,4 @@
-"""What every test may use.
+"""Fixtures and the skipping of GPU tests serve every test.
 
 `aot`, the compile driver, is not installed.  It is made importable by itself, because `python/` on
 the path would shadow the installed package with its sources.

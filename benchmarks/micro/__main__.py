@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hopper_attention.bench import environment
+from hopper_attention.bench.measure import environment
 from hopper_attention.errors import UserError
 
 from .kernel import Case

@@ -1,4 +1,4 @@
-"""Other implementations, each behind one small interface, `hopper_attention.bench.runner.Peer`.
+"""Other implementations, each behind the interface `hopper_attention.bench.measure.runner.Peer`.
 
 None of their packages is imported before a problem is prepared for it; one that is missing, or does
 not support the problem, says so and is skipped.
@@ -11,7 +11,7 @@ from hopper_attention.benchmarks.peers.flex_attention import FlexAttention
 from hopper_attention.benchmarks.peers.one_level import OneLevel
 from hopper_attention.benchmarks.peers.sdpa import Sdpa
 
-from hopper_attention.bench.runner import Peer
+from hopper_attention.bench.measure.runner import Peer
 
 PEERS: tuple[Peer, ...] = (
     FlashAttnApi("hopper-attention", "hopper_attention", dtypes=("bf16", "fp16", "fp8")),

@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Unsupported
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Unsupported
 
 
 def require(module: str) -> ModuleType:

@@ -6,8 +6,8 @@ import torch
 from hopper_attention.benchmarks.peers.common import refuse_if, require
 from torch import Tensor
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 
 SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 

@@ -18,8 +18,8 @@ from hopper_attention.benchmarks.peers.common import (
 from torch import Tensor
 
 from hopper_attention import backend
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 from hopper_attention.dispatch import target
 
 REFUSALS = (ValueError, TypeError, AssertionError)

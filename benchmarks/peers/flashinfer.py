@@ -5,8 +5,8 @@ from __future__ import annotations
 from hopper_attention.benchmarks.peers.common import refuse_if, require, without_support
 from torch import Tensor
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 
 
 class FlashInfer:

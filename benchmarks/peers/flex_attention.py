@@ -14,9 +14,9 @@ from hopper_attention.benchmarks.peers.common import (
 )
 from torch import Tensor
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.workloads import Problem
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 
 
 class FlexAttention:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from hopper_attention.benchmarks.peers.common import refuse_if, without_support
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 from hopper_attention.dispatch import plan
 from hopper_attention.launch import forward_fp8
 from hopper_attention.problem import values

@@ -9,8 +9,8 @@ from hopper_attention.benchmarks.peers.common import refuse_if, with_backward, w
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.runner import Prepared
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.runner import Prepared
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hopper_attention.bench import environment
-from hopper_attention.bench.protocol import Protocol
-from hopper_attention.bench.results import OURS
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.results import OURS
+from hopper_attention.bench.data.workloads import load_problems
+from hopper_attention.bench.measure import environment
+from hopper_attention.bench.measure.protocol import Protocol
 from hopper_attention.cli.bench import select_peers
 from hopper_attention.errors import UserError
 
@@ -56,7 +56,7 @@ def run(
     out: Annotated[Path | None, typer.Option("--json", help="Result to write.")] = None,
 ) -> None:
     """Time the variants of this build on a Hopper GPU, in turns."""
-    from hopper_attention.bench.protocol import CudaTimer
+    from hopper_attention.bench.measure.protocol import CudaTimer
 
     problems = load_problems(workload)
     peers = select_peers(PEERS, [OURS, *(peer or ())])

@@ -11,12 +11,12 @@ from unittest import mock
 
 import torch
 
-from hopper_attention.bench.correctness import judge
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.protocol import Call, Timer
-from hopper_attention.bench.runner import Peer, Unsupported, one_line
-from hopper_attention.bench.statistics import Summary
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.statistics import Summary
+from hopper_attention.bench.data.workloads import Problem
+from hopper_attention.bench.measure.correctness import judge
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.protocol import Call, Timer
+from hopper_attention.bench.measure.runner import Peer, Unsupported, one_line
 from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime

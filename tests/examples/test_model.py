@@ -1,4 +1,4 @@
-"""What the network may see, and that the implementations of attention agree in it."""
+"""The network sees its own document only, and the implementations of attention agree in it."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def logits(model, kind, ids, packing):
 
 
 def leaks(model, kind, packing):
-    """Which documents' logits change with the bytes of document 2."""
+    """A document is True if its logits change with the bytes of document 2."""
     ids = random_ids()
     changed = ids.clone()
     start, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
@@ -54,7 +54,7 @@ def test_documents_do_not_see_one_another(model, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_that_test_sees_a_leak(model, kind):
-    """The same, of a packing with one boundary too few."""
+    """A packing with one boundary too few lets document 3 see document 2."""
     merged = Packing.of((*LENGTHS[:2], LENGTHS[2] + LENGTHS[3]), sum(LENGTHS))
     assert leaks(model, kind, merged) == [False, False, True, True]
 

@@ -8,11 +8,14 @@ from support.judge import check_forward, check_packed
 from support.problems import (
     PACKED,
     SHAPES,
+    PackedCase,
     Shape,
     arguments_for,
+    dense_cases,
     forward_instances,
     inputs_for,
     offsets,
+    window,
 )
 
 from hopper_attention import backend, flash_attn_func, flash_attn_varlen_func, simulator
@@ -25,53 +28,57 @@ AGREEMENT = {torch.bfloat16: 0.99, torch.float16: 0.95}
 LARGE = (Shape(2, 2048, 2048, 8, 2), Shape(1, 1023, 4097, 4, 4), Shape(1, 4097, 1023, 4, 1))
 
 
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-@pytest.mark.parametrize("instance", forward_instances(varlen=False))
-def test_matches_fp64(instance, shape):
-    q, k, v = inputs_for(instance, shape, device="cuda")
-    arguments = arguments_for(instance, (SHAPES + LARGE).index(shape))
-    out, lse = flash_attn_func(q, k, v, **arguments, return_lse=True)
-    check_forward(q, k, v, out, lse, **arguments)
-    again, lse_again = flash_attn_func(q, k, v, **arguments, return_lse=True)
+DENSE = forward_instances(varlen=False)
+
+
+@pytest.mark.parametrize("case", dense_cases(DENSE, SHAPES + LARGE), ids=str)
+def test_matches_fp64(case):
+    q, k, v = case.inputs("cuda")
+    out, lse = flash_attn_func(q, k, v, **case.arguments, return_lse=True)
+    check_forward(q, k, v, out, lse, **case.arguments)
+    again, lse_again = flash_attn_func(q, k, v, **case.arguments, return_lse=True)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
-@pytest.mark.parametrize("lengths", PACKED, ids=["edges", "many"])
-@pytest.mark.parametrize("instance", forward_instances(varlen=True))
-def test_packed_sequences_match_fp64(instance, lengths):
-    total_q, total_k = (sum(side) for side in zip(*lengths))
-    q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 4, 2), "cuda"))
-    cu_seqlens = (offsets(side, "cuda") for side in zip(*lengths))
-    arguments = arguments_for(instance, PACKED.index(lengths))
+def packed_cases():
+    for instance in forward_instances(varlen=True):
+        for number, lengths in enumerate(PACKED):
+            arguments = arguments_for(instance, window(number))
+            yield PackedCase(instance, lengths, arguments, heads=4, heads_kv=2)
+
+
+@pytest.mark.parametrize("case", list(packed_cases()), ids=str)
+def test_packed_sequences_match_fp64(case):
+    q, k, v = case.inputs("cuda")
+    cu_seqlens = (offsets(side, "cuda") for side in zip(*case.lengths))
     out, lse = flash_attn_varlen_func(
-        q, k, v, *cu_seqlens, None, None, **arguments, return_lse=True
+        q, k, v, *cu_seqlens, None, None, **case.arguments, return_lse=True
     )
-    check_packed(q, k, v, out, lse, lengths, **arguments)
+    check_packed(q, k, v, out, lse, case.lengths, **case.arguments)
 
 
 @pytest.mark.gpu("ampere")
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-@pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=False) if "bf16" in n])
-def test_ampere_kernels_match_fp64(instance, shape):
-    """As the arguments that lead to Hopper's instances; the second opinion on those."""
-    q, k, v = inputs_for(instance, shape, device="cuda")
-    arguments = arguments_for(instance, (SHAPES + LARGE).index(shape))
+@pytest.mark.parametrize(
+    "case", dense_cases([name for name in DENSE if "bf16" in name], SHAPES + LARGE), ids=str
+)
+def test_ampere_kernels_match_fp64(case):
+    """The arguments that lead to an instance of Hopper's lead to a second opinion on it here."""
+    q, k, v = case.inputs("cuda")
     with backend("ampere"):
-        out, lse = flash_attn_func(q, k, v, **arguments, return_lse=True)
-    check_forward(q, k, v, out, lse, **arguments)
+        out, lse = flash_attn_func(q, k, v, **case.arguments, return_lse=True)
+    check_forward(q, k, v, out, lse, **case.arguments)
 
 
-@pytest.mark.parametrize("instance", forward_instances(varlen=False))
-def test_simulator_agrees(instance):
+@pytest.mark.parametrize("case", dense_cases(DENSE, [Shape(1, 203, 333, 2, 1)]), ids=str)
+def test_simulator_agrees(case):
     """Almost all bits: exp2 and WGMMA's order of sums differ in the last places of float32.
 
     Where that decides how P or out is rounded, results differ by as much as rounding costs.
     """
-    q, k, v = inputs_for(instance, Shape(1, 203, 333, 2, 1))
-    arguments = arguments_for(instance, 0)
+    q, k, v = case.inputs()
     with simulator.enabled():
-        simulated = flash_attn_func(q, k, v, **arguments)
-    hardware = flash_attn_func(q.cuda(), k.cuda(), v.cuda(), **arguments).cpu()
+        simulated = flash_attn_func(q, k, v, **case.arguments)
+    hardware = flash_attn_func(q.cuda(), k.cuda(), v.cuda(), **case.arguments).cpu()
     assert (hardware == simulated).double().mean() > AGREEMENT[q.dtype]
     spacing = torch.finfo(q.dtype).eps * simulated.abs().max().item()
     assert Error.of(hardware, simulated).maximum <= spacing

@@ -6,16 +6,13 @@ import pytest
 import torch
 from support.fp8 import (
     DENSE_INSTANCES,
-    INSTANCES,
     LENGTHS,
     PACKED,
-    RECIPES,
     SHAPES,
-    arguments_for,
+    Case,
+    PackedCase,
     check,
     check_packed,
-    inputs_for,
-    packed_inputs,
     quantized,
 )
 from support.problems import Shape
@@ -28,33 +25,33 @@ LARGE = (Shape(2, 1024, 2048, 4, 2), Shape(1, 1023, 4097, 4, 4))
 """Their models have several FP64 scores for every pair: more do not fit beside other workers'."""
 
 
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-@pytest.mark.parametrize("instance", DENSE_INSTANCES)
-def test_matches_model(instance, shape):
-    config = INSTANCES[instance].config
-    number = (SHAPES + LARGE).index(shape)
-    recipe = RECIPES[number % len(RECIPES)]
-    q, k, v = (x.cuda() for x in inputs_for(config, shape))
-    arguments = arguments_for(config, number)
-    options = {"recipe": recipe, "two_level": config["two_level"], **arguments}
-    out, lse = attention_fp8(q, k, v, return_lse=True, **options)
-    check(instance, quantized(q, k, v, recipe), out, lse, **arguments)
-    again, lse_again = attention_fp8(q, k, v, return_lse=True, **options)
+DENSE_CASES = [
+    Case.of(instance, shape, number)
+    for instance in DENSE_INSTANCES
+    for number, shape in enumerate(SHAPES + LARGE)
+]
+
+
+@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+def test_matches_model(case):
+    q, k, v = (x.cuda() for x in case.inputs())
+    out, lse = attention_fp8(q, k, v, return_lse=True, **case.call)
+    check(case.instance, quantized(q, k, v, case.recipe), out, lse, **case.arguments)
+    again, lse_again = attention_fp8(q, k, v, return_lse=True, **case.call)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
-@pytest.mark.parametrize("instance", PACKED)
-def test_packed_sequences_match_model(instance):
-    config = INSTANCES[instance].config
-    number = PACKED.index(instance)
-    recipe, arguments = RECIPES[number % len(RECIPES)], arguments_for(config, number)
-    tensors, queries, keys = packed_inputs(config, "cuda")
+@pytest.mark.parametrize(
+    "case", [PackedCase.of(name, number) for number, name in enumerate(PACKED)], ids=str
+)
+def test_packed_sequences_match_model(case):
+    tensors, queries, keys = case.inputs("cuda")
     out, lse = attention_fp8(
-        *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
-        cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, **arguments,
+        *tensors, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens, **case.call,
     )  # fmt: skip
-    operands = quantized(*tensors, recipe, queries=queries, keys=keys)
-    check_packed(instance, operands, LENGTHS, out, lse, **arguments)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    check_packed(case.instance, operands, LENGTHS, out, lse, **case.arguments)
 
 
 @pytest.mark.parametrize("two_level", [False, True])

@@ -39,7 +39,7 @@ def moved(lengths: Lengths) -> Lengths:
 
 @pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(("head_dim", "dtype"), list(product(HEAD_DIMS, DTYPES)))
-def test_is_what_is_stated(head_dim, dtype, arranged):
+def test_kernels_equal_the_plain_statement(head_dim, dtype, arranged):
     x = some((2, 1000, 4, head_dim), dtype)
     for recipe in Recipe:
         arguments = {"octaves": True, "arranged": arranged and head_dim % 16 == 0}
@@ -49,7 +49,7 @@ def test_is_what_is_stated(head_dim, dtype, arranged):
 
 @pytest.mark.parametrize("recipe", Recipe)
 def test_statement_is_the_same_on_a_gpu(recipe):
-    """What other tests there compare with: PyTorch divides by a number otherwise than a CPU."""
+    """PyTorch on a GPU divides by a number otherwise than a CPU; the other tests rely on this."""
     x = some((2, 1000, 4, 64))
     for here, there in zip(stated(x, recipe), stated(x.cuda(), recipe), strict=True):
         assert torch.equal(here, there.cpu())

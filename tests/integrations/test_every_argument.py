@@ -36,7 +36,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """Of one argument, in a call with `also` beside it."""
+    """One argument gets another value, in a call with `also` beside it."""
 
     value: Any
     also: Arguments = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Another(Change):
-    """Another result: what `expected` gives, as a tensor or several; None: only other bits."""
+    """The result becomes that of `expected`, a tensor or several; with None, its bits change."""
 
     expected: Callable[[], Any] | None = None
 
@@ -53,12 +53,12 @@ class Another(Change):
 class Refused(Change):
     error: type[Exception] | tuple[type[Exception], ...] = NotImplementedError
     said: str = ""
-    """What the message names; the argument by default."""
+    """The message names this; by default, the argument."""
 
 
 @dataclass(frozen=True)
 class Same(Change):
-    """The same bits, for a `reason`; `wrong` is no such argument and refused."""
+    """The result keeps its bits, for a `reason`; the value `wrong` is refused."""
 
     wrong: Any = None
     reason: str = ""
@@ -608,7 +608,7 @@ RANDOM = "of dropout, of which there is none"
 
 
 def gradients(**changes: Any) -> list[Tensor]:
-    """Of the library's own function, heads first; `causal`, `softmax_scale` or the tensors."""
+    """The library's own function gives these, heads first; changes are options or tensors."""
     found = {**DENSE, "grad_out": GRAD, **changes}
     q, k, v = (found[name].detach().requires_grad_() for name in DENSE)
     options = {name: x for name, x in changes.items() if name in ("causal", "softmax_scale")}
@@ -701,7 +701,7 @@ CPU_BACKWARD = {
 }  # fmt: skip
 MASK = torch.zeros(2, 1, 12, 12).masked_fill_(~torch.ones(12, 12).tril().bool(), -torch.inf)
 NO_PEER = {"error": RuntimeError, "said": "dropout"}
-"""What PyTorch's own kernel says."""
+"""PyTorch's own kernel refuses so."""
 OPERATORS: dict[str, tuple[Arguments, Cases]] = {
     "_scaled_dot_product_flash_attention": (HEADS_FIRST, FORWARD_CASES),
     "_scaled_dot_product_flash_attention_backward": (BACKWARD, BACKWARD_CASES),
@@ -721,7 +721,7 @@ OPERATORS: dict[str, tuple[Arguments, Cases]] = {
     ),
 }
 HERE = [name for name in OPERATORS if hasattr(aten, name)]
-"""Of this version of PyTorch."""
+"""This version of PyTorch has these operators."""
 
 
 def on_cpu() -> Any:
@@ -863,7 +863,7 @@ def test_scaled_dot_product_attention(name, change, monkeypatch):
 
 @pytest.mark.parametrize("longest", [5, 14, None])
 def test_max_q_decides_whether_heads_share_tiles(longest, monkeypatch):
-    """As max_seqlen_q does; of tensors that are not packed the rows decide."""
+    """max_q decides as max_seqlen_q does; without packed tensors, the number of rows decides."""
     seen, attend = [], sdpa._attend
     monkeypatch.setattr(
         sdpa, "_attend", lambda inputs, options, out: (

@@ -112,7 +112,7 @@ def logits(model, *, use_cache=False, **inputs):
 
 
 def error(result, expected):
-    """Of the worst row."""
+    """The worst row's error counts."""
     return (result.float() - expected.float()).norm(dim=-1).max().item()
 
 
@@ -406,7 +406,7 @@ def test_compiles_without_graph_breaks(kind, backend):
 
 
 def test_a_graph_of_patterns_that_were_not_asked_for_before(monkeypatch):
-    """As in a new process, whose first call is compiled: between layers the table grows."""
+    """The table grows between layers, as in a new process whose first call is compiled."""
     monkeypatch.setattr(transformers_masks, "_codes", transformers_masks._codes[:2])
     module, inputs = layer(causal=False), heads(1, 8)
 
@@ -429,7 +429,7 @@ def test_a_graph_of_patterns_that_were_not_asked_for_before(monkeypatch):
 @pytest.mark.parametrize("padding", ["left", "none"])
 @pytest.mark.parametrize("ahead", [True, False], ids=["mask made ahead", "mask made in the graph"])
 def test_a_step_with_a_static_cache_compiles(ahead, padding):
-    """As `generate` runs it, its masks made ahead, and as other loops may."""
+    """`generate` makes the masks ahead; other loops leave that to the graph."""
     from transformers.masking_utils import create_masks_for_generate
 
     model = on(model_of(gemma2()), NAME)
@@ -584,7 +584,7 @@ def test_added_blocks_are_refused_in_a_graph():
 
 
 def test_a_mask_that_came_as_it_was():
-    """As models pass it on that make none: transformers' flash convention."""
+    """Models that make no mask pass on the given one: transformers' flash convention."""
     q, k, v = heads(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     for first in (0, 3, 5):

@@ -1,4 +1,4 @@
-"""What a mask was asked for decides, whatever layers say of themselves.
+"""The pattern that a mask was asked for decides, whatever layers say of themselves.
 
 And models that would not call our attention are refused.
 """
@@ -30,7 +30,7 @@ TOKENS = 9
 
 
 class Layer(torch.nn.Module):
-    """Of a model that says nothing of causality, or what `says` has."""
+    """A layer has the attributes of `says`; without any, it does not say whether it is causal."""
 
     def __init__(self, **says):
         super().__init__()
@@ -102,7 +102,7 @@ def config(**changes):
 
 @pytest.mark.parametrize("told", [None, 2, 3, 4, 100])
 def test_windows_are_the_masks(told):
-    """Of 3 they are 2 keys before, causally; in transformers' encoders 3 before and 3 behind."""
+    """A causal window of 3 shows 2 keys before; one of an encoder shows 3 before and 3 behind."""
     embeds = torch.zeros(2, TOKENS, 32)
     mask = create_sliding_window_causal_mask(config(sliding_window=3), embeds, None, None)
     assert_attends(Layer(is_causal=True), mask, visible(left=2), sliding_window=told)
@@ -186,7 +186,7 @@ def test_packed_sequences_of_other_lengths_are_refused():
 
 
 def test_without_a_mask_nothing_is_hidden():
-    """As in eager."""
+    """Eager attention hides nothing either."""
     for says in ({}, {"is_causal": False}):
         assert_attends(Layer(**says), None, visible(causal=False))
     assert_attends(Layer(is_causal=True), None, None, heads(queries=1))
@@ -203,7 +203,7 @@ def test_layers_that_would_hide_keys_without_a_mask_are_refused(says, told):
 
 
 def test_positions_without_a_causal_mask_are_no_sequences():
-    """Of image patches, for instance: eager attention does not look at them."""
+    """Positions may be those of image patches; eager attention does not look at them."""
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2]] * 2)
     for mask in (None, asked(False)):
         assert_attends(Layer(), mask, visible(causal=False), position_ids=places)

@@ -119,7 +119,7 @@ def test_a_model_that_was_not_refused_fails_rather_than_lose_its_mask(nothing_is
 
 
 def test_the_zoo_sees_a_registration_that_fails(monkeypatch):
-    """What is no refusal of ours, where eager attention is built, is wrong."""
+    """An error that is no refusal of ours is wrong where eager attention can be built."""
 
     def broken(model):
         raise KeyError("hopper_attention")

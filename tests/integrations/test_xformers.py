@@ -256,7 +256,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("keys", [EQUAL, MORE_KEYS], ids=["equal", "more keys"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(name, keys):
+def test_block_masks_show_the_right_keys(name, keys):
     kind, more, seen = BLOCKS[name]
     q, k, v = normal(1, 12, 4, 16), normal(1, sum(keys), 4, 16), normal(1, sum(keys), 4, 16)
     bias = kind(seqinfo(EQUAL), seqinfo(keys), *more)
@@ -277,7 +277,7 @@ ROOM = {
 
 @pytest.mark.parametrize("name", ROOM)
 def test_keys_with_room(name):
-    """What lies in the room behind a block's keys is NaN."""
+    """The room behind a block's keys holds NaN."""
     kind, more, seen = ROOM[name]
     places, lengths = (
         ([0, 8, 16, 24], (6, 1, 8)) if "gaps" not in name else ([2, 9, 12, 24], (6, 3, 9))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hopper_attention import reference
-from hopper_attention.problem.values import CAUSAL, FULL, Lengths, Mask
+from hopper_attention.problem.values import CAUSAL, FULL, UNBOUNDED, Lengths, Mask
 
 
 def attention(q, k, v, **arguments):
@@ -52,21 +53,36 @@ def test_softcap_by_hand():
     assert lse.item() == pytest.approx(2 * math.tanh(1.5))
 
 
-@pytest.mark.parametrize(
-    ("seqlen_q", "seqlen_k", "mask", "seen"),
-    [
-        (2, 5, CAUSAL, [[0, 1, 2, 3], [0, 1, 2, 3, 4]]),
-        (5, 2, CAUSAL, [[], [], [], [0], [0, 1]]),
-        (3, 3, FULL, [[0, 1, 2]] * 3),
-        (3, 5, Mask(left=1, right=0), [[1, 2], [2, 3], [3, 4]]),
-        (5, 3, Mask(left=0, right=1), [[], [0], [0, 1], [1, 2], [2]]),
-        (4, 4, Mask(left=1), [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3], [2, 3]]),
-        (5, 5, Mask(chunk=2), [[0, 1], [0, 1], [2, 3], [2, 3], [4]]),
-        (3, 5, Mask(right=0, chunk=2), [[2], [2, 3], [4]]),
-    ],
+@dataclass(frozen=True)
+class MaskCase:
+    """Keys that each query sees are found by hand."""
+
+    seqlen_q: int
+    seqlen_k: int
+    mask: Mask
+    seen: list[list[int]]
+
+    def __str__(self):
+        bounds = {name: n for name, n in asdict(self.mask).items() if n != UNBOUNDED}
+        texts = [f"{name}{n}" for name, n in bounds.items()]
+        return "-".join([f"q{self.seqlen_q}", f"k{self.seqlen_k}", *texts])
+
+
+BY_HAND = (
+    MaskCase(2, 5, CAUSAL, [[0, 1, 2, 3], [0, 1, 2, 3, 4]]),
+    MaskCase(5, 2, CAUSAL, [[], [], [], [0], [0, 1]]),
+    MaskCase(3, 3, FULL, [[0, 1, 2]] * 3),
+    MaskCase(3, 5, Mask(left=1, right=0), [[1, 2], [2, 3], [3, 4]]),
+    MaskCase(5, 3, Mask(left=0, right=1), [[], [0], [0, 1], [1, 2], [2]]),
+    MaskCase(4, 4, Mask(left=1), [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3], [2, 3]]),
+    MaskCase(5, 5, Mask(chunk=2), [[0, 1], [0, 1], [2, 3], [2, 3], [4]]),
+    MaskCase(3, 5, Mask(right=0, chunk=2), [[2], [2, 3], [4]]),
 )
-def test_masks_by_hand(seqlen_q, seqlen_k, mask, seen):
-    assert seen_keys(seqlen_q, seqlen_k, mask) == seen
+
+
+@pytest.mark.parametrize("case", BY_HAND, ids=str)
+def test_masks_by_hand(case):
+    assert seen_keys(case.seqlen_q, case.seqlen_k, case.mask) == case.seen
 
 
 @pytest.mark.parametrize("mask", [FULL, CAUSAL], ids=["full", "causal"])

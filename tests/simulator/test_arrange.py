@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.quantize import check_columns, lengths_of, poisoned
+from support.quantize import Batch, check_columns, lengths_of, poisoned
 from torch import Tensor
 
 from hopper_attention import simulator
@@ -20,18 +20,12 @@ pytestmark = [
     ),
 ]
 
-LENGTHS = {
-    "whole": DENSE,
-    "used": lengths_of(None, [129, 0, 77]),
-    "packed": lengths_of([0, 130, 0, 1, 200, 64], None),
-    "packed and used": lengths_of([130, 0, 200, 70], [128, 0, 97, 1]),
-}
-SHAPES = {
-    "whole": (2, 131, 3),
-    "used": (3, 150, 2),
-    "packed": (420, 1),
-    "packed and used": (400, 2),
-}
+BATCHES = (
+    Batch("whole", (2, 131, 3), DENSE),
+    Batch("used", (3, 150, 2), lengths_of(None, [129, 0, 77]), 140),
+    Batch("packed", (420, 1), lengths_of([0, 130, 0, 1, 200, 64], None), 200),
+    Batch("packed and used", (400, 2), lengths_of([130, 0, 200, 70], [128, 0, 97, 1])),
+)
 
 
 def simulate(v: Tensor, lengths: Lengths = DENSE, seed: int = 1, **arguments) -> Tensor:
@@ -47,23 +41,21 @@ def bytes_of(*shape: int) -> Tensor:
 
 
 def by_columns(v: Tensor) -> Tensor:
-    """The same where a column's keys lie together, each column at a multiple of 16 bytes."""
+    """A copy has the keys of a column together, and each column at a multiple of 16 bytes."""
     *batch, rows, heads, head_dim = v.shape
     room = torch.zeros((*batch, heads, head_dim, -(-rows // 16) * 16), dtype=torch.uint8)
     columns = room[..., :rows].view(v.dtype).movedim(-1, -3)
     return columns.copy_(v)
 
 
-@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize(("layout", "seed"), [(Tensor.contiguous, 0), (by_columns, 1)])
 @pytest.mark.parametrize("head_dim", [16, 80, 256])
-def test_is_what_is_stated(kind, layout, seed, head_dim):
+def test_columns_equal_the_plain_statement(batch, layout, seed, head_dim):
     """NaN lies behind the last key of everything."""
-    lengths = LENGTHS[kind]
-    v = poisoned(bytes_of(*SHAPES[kind], head_dim), lengths)
-    longest = {"whole": None, "used": 140, "packed": 200, "packed and used": None}[kind]
-    got = simulate(layout(v), lengths, seed, max_seqlen=longest)
-    check_columns(got, columns_of(v, lengths), v, lengths)
+    v = poisoned(bytes_of(*batch.shape, head_dim), batch.lengths)
+    got = simulate(layout(v), batch.lengths, seed, max_seqlen=batch.max_seqlen)
+    check_columns(got, columns_of(v, batch.lengths), v, batch.lengths)
 
 
 @pytest.mark.parametrize("layout", [Tensor.contiguous, by_columns])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -17,12 +18,19 @@ from support.problems import (
     SHAPES,
     TORCH_DTYPES,
     WINDOWS,
+    Arguments,
+    Case,
+    PackedCase,
+    Pairs,
     Shape,
     arguments_for,
     backward_instances,
-    inputs_for,
+    label,
+    lengths_label,
     packed_inputs,
     random_inputs,
+    seeds_label,
+    window,
 )
 from support.simulate import differentiate, leaves, like, packed
 from support.strategies import Problem, Side, check_dense_gradients, check_varlen_gradients
@@ -43,7 +51,7 @@ LENGTHS = ((0, 0), (70, 150), (0, 5), (150, 40), (7, 0), (1, 1), (0, 0))
 def with_kernels(name, hopper, ampere):
     """Cases with Hopper's kernels, and with Ampere's, of which few tell: they are one program."""
     cases = [("hopper", case) for case in hopper] + [("ampere", case) for case in ampere]
-    mark = pytest.mark.parametrize(("kernels", name), cases, indirect=["kernels"])
+    mark = pytest.mark.parametrize(("kernels", name), cases, indirect=["kernels"], ids=str)
     return lambda test: mark(both(test))
 
 
@@ -51,38 +59,48 @@ per_head_dim = with_kernels("head_dim", HEAD_DIMS, (64, 96))
 """Ampere's swizzle shared memory differently."""
 
 
-def dense_cases():
-    """Other shapes for every instance: together all of them, in every mask.
+def seeds(number):
+    """A schedule that the simulator's first one is held against takes turns."""
+    return 0, 1 + number % 3
 
-    fp16 shares all code but the conversions with bf16: one shape.
+
+def dense_cases():
+    """Every instance has another shape: together they have all of them, in every mask.
+
+    Instances with fp16 share all code but the conversions with bf16, and have one shape.
     """
     for number, instance in enumerate(backward_instances(varlen=False)):
         other = SHAPES[number % len(SHAPES)]
         for shape in (other,) if "fp16" in instance else (EDGE_SHAPE, other):
-            yield pytest.param(instance, shape, number, id=f"{instance}-{shape}")
+            yield Case(instance, shape, arguments_for(instance, window(number)), seeds(number))
 
 
-@pytest.mark.parametrize(("instance", "shape", "number"), list(dense_cases()))
-def test_matches_fp64_for_every_schedule(instance, shape, number):
+@pytest.mark.parametrize("case", list(dense_cases()), ids=str)
+def test_matches_fp64_for_every_schedule(case):
     """dQ is a sum in any order: seeds may differ in its last bits, dK and dV not at all."""
-    q, k, v = inputs_for(instance, shape)
-    arguments = arguments_for(instance, number)
+    q, k, v = case.inputs()
     results = []
-    for seed in (0, 1 + number % 3):
-        dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **arguments)
-        check_backward(q, k, v, dout, gradients, **arguments)
+    for seed in case.seeds:
+        dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **case.arguments)
+        check_backward(q, k, v, dout, gradients, **case.arguments)
         results.append(gradients)
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
 
-@pytest.mark.parametrize("instance", backward_instances(varlen=True))
-def test_packed_sequences_match_fp64_for_every_schedule(instance):
-    q, k, v = packed_inputs(instance, LENGTHS)
-    arguments = arguments_for(instance, len(instance))
+def packed_cases():
+    for instance in backward_instances(varlen=True):
+        number = len(instance)
+        arguments = arguments_for(instance, window(number))
+        yield PackedCase(instance, LENGTHS, arguments, seeds=seeds(number))
+
+
+@pytest.mark.parametrize("case", list(packed_cases()), ids=str)
+def test_packed_sequences_match_fp64_for_every_schedule(case):
+    q, k, v = case.inputs()
     results = []
-    for seed in (0, 1 + len(instance) % 3):
-        dout, gradients = differentiate(packed(LENGTHS), q, k, v, seed, **arguments)
-        check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+    for seed in case.seeds:
+        dout, gradients = differentiate(packed(case.lengths), q, k, v, seed, **case.arguments)
+        check_packed_backward(q, k, v, dout, gradients, case.lengths, **case.arguments)
         results.append(gradients)
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
@@ -145,7 +163,7 @@ def test_large_logits(head_dim):
 
 @per_head_dim
 def test_scores_with_few_digits(head_dim):
-    """Where float32 is off by more than 1, probabilities remain at most 1, sinks' as well."""
+    """Probabilities remain at most 1 where float32 is off by more than 1, sinks' as well."""
     q, k, v = random_inputs(Shape(1, 70, 90, 2, 1), head_dim, torch.bfloat16, scale=10.0)
     sink = torch.tensor([9e8, -3.0])
     inputs = leaves((q, k, v, sink))
@@ -276,12 +294,13 @@ def test_lse_gradient_of_rows_without_keys_does_not_matter(value):
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
 
 
-DETERMINISTIC = {
-    "few": (64, Shape(1, 130, 260, 2, 1), {"causal": True}),
-    "gqa": (64, Shape(1, 260, 400, 2, 1), {"causal": True}),
-    "local": (96, Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}),
-    "wide": (192, Shape(1, 130, 200, 2, 1), {}),
-}
+FOUR = (0, 1, 2, 3)
+DETERMINISTIC = (
+    Case("bwd_bf16_d64_causal", Shape(1, 260, 400, 2, 1), {"causal": True}, FOUR),
+    Case("bwd_bf16_d96_local", Shape(1, 400, 400, 1, 1), {"window_size": (100, 30)}, FOUR),
+    Case("bwd_bf16_d192", Shape(1, 130, 200, 2, 1), {}, FOUR),
+)
+FEW = Case("ampere_bwd_bf16_d64", Shape(1, 130, 260, 2, 1), {"causal": True}, FOUR)
 
 
 @pytest.fixture
@@ -303,27 +322,34 @@ def all_equal(runs):
     return all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
-@with_kernels("case", ("gqa", "local", "wide"), ("few",))
+@with_kernels("case", DETERMINISTIC, (FEW,))
 def test_deterministic(case, sums):
-    """The same bits for every schedule; tests/gpu has the 1,000 runs."""
-    head_dim, shape, arguments = DETERMINISTIC[case]
-    q, k, v = random_inputs(shape, head_dim, torch.bfloat16)
+    """Every schedule gives the same bits; tests/gpu has the 1,000 runs."""
+    q, k, v = case.inputs()
     runs = [
-        differentiate(flash_attn_func, q, k, v, seed, deterministic=True, **arguments)
-        for seed in range(4)
+        differentiate(flash_attn_func, q, k, v, seed, deterministic=True, **case.arguments)
+        for seed in case.seeds
     ]
-    check_backward(q, k, v, *runs[0], **arguments)
+    check_backward(q, k, v, *runs[0], **case.arguments)
     assert all_equal([gradients for _, gradients in runs])
     assert all_equal([(dq,) for dq in sums])
 
 
-@with_kernels("case", ((128, (*LENGTHS, (150, 400))),), ((64, ((0, 5), (70, 150), (70, 270))),))
+DETERMINISTIC_PACKED = PackedCase(
+    "bwd_bf16_d128_causal_varlen", (*LENGTHS, (150, 400)), {"causal": True}, seeds=FOUR
+)
+FEW_PACKED = PackedCase(
+    "ampere_bwd_bf16_d64", ((0, 5), (70, 150), (70, 270)), {"causal": True}, seeds=FOUR
+)
+
+
+@with_kernels("case", (DETERMINISTIC_PACKED,), (FEW_PACKED,))
 def test_deterministic_packed(case, sums):
-    head_dim, lengths = case
-    q, k, v = packed_inputs(f"bwd_bf16_d{head_dim}_causal_varlen", lengths)
+    q, k, v = case.inputs()
+    function = packed(case.lengths)
     runs = [
-        differentiate(packed(lengths), q, k, v, seed, deterministic=True, causal=True)[1]
-        for seed in range(4)
+        differentiate(function, q, k, v, seed, deterministic=True, **case.arguments)[1]
+        for seed in case.seeds
     ]
     assert all_equal(runs) and all_equal([(dq,) for dq in sums])
 
@@ -334,10 +360,41 @@ HEADS = {"mha": (2, 1), "gqa": (2, 2), "mqa": (1, 2)}
 LAYOUTS = ("packed", "queries padded", "keys padded", "both padded")
 
 
-def deterministic_cases():
-    """The wide kernels, whose consumers add dQ in different steps, and a few of the others.
+@dataclass(frozen=True)
+class TileCase:
+    """Sequences whose lengths are around a tile's, in one layout."""
 
-    Each for bf16, with one grouping of heads and one layout, in turn: masks and dtypes share all
+    instance: str
+    heads: str
+    layout: str
+    lengths: Pairs
+    arguments: Arguments
+    seed: int
+    """The values' seed; schedules are chosen by it, too."""
+
+    @classmethod
+    def drawn(cls, instance, heads, layout):
+        """Lengths, a window and Ampere's variant are drawn by the rest."""
+        generator = random.Random(f"{instance} {heads} {layout}")
+        lengths = tuple(tuple(generator.choices(TILE_LENGTHS, k=2)) for _ in range(2))
+        number = generator.randrange(len(WINDOWS))
+        if "ampere" in instance:
+            variant = generator.choice(ampere.VARIANTS)
+            arguments = ampere.arguments_for(variant, window(number))
+        else:
+            arguments = arguments_for(instance, window(number))
+        lengths = lengths[:1] if layout == "dense" else lengths
+        return cls(instance, heads, layout, lengths, arguments, number)
+
+    def __str__(self):
+        parts = (self.heads, self.layout, lengths_label(self.lengths), self.arguments)
+        return label(self.instance, *parts, seeds_label(seeds(self.seed)))
+
+
+def tile_cases():
+    """Cases of the wide kernels, whose consumers add dQ in different steps, and of a few others.
+
+    Each is for bf16, with one grouping of heads and one layout, in turn: masks and dtypes share all
     code that takes turns.  With HOPPER_ATTENTION_FUZZ every instance has all groupings and layouts.
     """
     every = bool(os.environ.get("HOPPER_ATTENTION_FUZZ"))
@@ -353,38 +410,30 @@ def deterministic_cases():
         ways = list(product(HEADS, layouts))
         turn = (number % 3) * len(layouts) + number // 3 % len(layouts)
         for heads, layout in ways if every else ways[turn:][:1]:
-            yield pytest.param(instance, heads, layout, id=f"{instance}-{heads}-{layout}")
+            yield TileCase.drawn(instance, heads, layout)
 
 
-@pytest.mark.parametrize(("instance", "heads", "layout"), list(deterministic_cases()))
-def test_deterministic_lengths_around_the_tile(instance, heads, layout, sums, monkeypatch):
+@pytest.mark.parametrize("case", list(tile_cases()), ids=str)
+def test_deterministic_lengths_around_the_tile(case, sums, monkeypatch):
     """No two roles wait for each other, and the sums have the same bits under either schedule."""
-    config = manifest.instances()[instance].config
-    heads_kv, group = HEADS[heads]
-    generator = random.Random(f"{instance} {heads} {layout}")
-    lengths = tuple(tuple(generator.choices(TILE_LENGTHS, k=2)) for _ in range(2))
-    number = generator.randrange(len(WINDOWS))
-    device, options = contextlib.nullcontext(), {}
-    if "ampere" in instance:
-        device = ampere.device_of(monkeypatch, instance)
-        variant = generator.choice(ampere.VARIANTS)
-        options = ampere.arguments_for(variant, number)
-    else:
-        options = arguments_for(instance, number)
+    config = manifest.instances()[case.instance].config
+    device = contextlib.nullcontext()
+    if "ampere" in case.instance:
+        device = ampere.device_of(monkeypatch, case.instance)
     problem = Problem(
-        TORCH_DTYPES[config["dtype"]], config["head_dim"], config["head_dim_v"], heads_kv, group,
-        lengths[:1] if layout == "dense" else lengths, None, options, None, ("contiguous",) * 3,
-        1.0, number, deterministic=True,
+        TORCH_DTYPES[config["dtype"]], config["head_dim"], config["head_dim_v"],
+        *HEADS[case.heads], case.lengths, None, case.arguments, None, ("contiguous",) * 3,
+        1.0, case.seed, deterministic=True,
     )  # fmt: skip
     sides = [
-        Side(layout not in (f"{side} padded", "both padded"), allotted, 7, "exact")
-        for side, allotted in zip(("queries", "keys"), zip(*lengths))
+        Side(case.layout not in (f"{side} padded", "both padded"), allotted, 7, "exact")
+        for side, allotted in zip(("queries", "keys"), zip(*case.lengths))
     ]
     runs = []
     with device:
-        for seed in (0, 1 + number % 3):
+        for seed in seeds(case.seed):
             with simulator.enabled(seed=seed):
-                if layout == "dense":
+                if case.layout == "dense":
                     runs.append(check_dense_gradients(problem, "cpu"))
                 else:
                     runs.append(check_varlen_gradients(problem, *sides, "cpu"))

@@ -11,7 +11,15 @@ import pytest
 import torch
 from support.ampere import VARIANTS, arguments_for, device_of, instances, launched
 from support.judge import check_backward, check_packed_backward
-from support.problems import TORCH_DTYPES, Shape, inputs_for, random_inputs
+from support.problems import (
+    TORCH_DTYPES,
+    Case,
+    PackedCase,
+    Shape,
+    inputs_for,
+    random_inputs,
+    window,
+)
 from support.simulate import differentiate, leaves, packed
 
 from hopper_attention import backend, flash_attn_func, simulator
@@ -33,31 +41,35 @@ def cases():
         shapes = DENSE[:2] if "bf16" in instance else DENSE[1 + number % 2 :][:1]
         for i, shape in enumerate(shapes):
             variant = VARIANTS[(number + 2 * i) % len(VARIANTS)]
-            yield pytest.param(instance, variant, shape, number, id=f"{instance}-{variant}")
+            arguments = arguments_for(variant, window(number))
+            yield Case(instance, shape, arguments, seeds=(0, 1 + number % 3))
 
 
-@pytest.mark.parametrize(("instance", "variant", "shape", "number"), list(cases()))
-def test_matches_fp64_for_every_schedule(monkeypatch, instance, variant, shape, number):
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_matches_fp64_for_every_schedule(monkeypatch, case):
     """dQ is a sum in any order: seeds may differ in its last bits, dK and dV not at all."""
-    q, k, v = inputs_for(instance, shape)
-    arguments = arguments_for(variant, number)
+    q, k, v = case.inputs()
     results = []
-    with device_of(monkeypatch, instance):
-        for seed in (0, 1 + number % 3):
-            dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **arguments)
-            check_backward(q, k, v, dout, gradients, **arguments)
+    with device_of(monkeypatch, case.instance):
+        for seed in case.seeds:
+            dout, gradients = differentiate(flash_attn_func, q, k, v, seed, **case.arguments)
+            check_backward(q, k, v, dout, gradients, **case.arguments)
             results.append(gradients)
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
 
 
-@pytest.mark.parametrize("instance", instances(FAMILY, dtype="bf16"))
-def test_packed_sequences_match_fp64(monkeypatch, instance):
-    total_q, total_k = (sum(side) for side in zip(*LENGTHS))
-    q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 2, 1)))
-    arguments = arguments_for(VARIANTS[len(instance) % 3], len(instance))
-    with device_of(monkeypatch, instance):
-        dout, gradients = differentiate(packed(LENGTHS), q, k, v, 1, **arguments)
-    check_packed_backward(q, k, v, dout, gradients, LENGTHS, **arguments)
+def packed_case(instance):
+    arguments = arguments_for(VARIANTS[len(instance) % 3], window(len(instance)))
+    return PackedCase(instance, LENGTHS, arguments, seeds=(1,))
+
+
+@pytest.mark.parametrize("case", list(map(packed_case, instances(FAMILY, dtype="bf16"))), ids=str)
+def test_packed_sequences_match_fp64(monkeypatch, case):
+    q, k, v = case.inputs()
+    with device_of(monkeypatch, case.instance):
+        function = packed(case.lengths)
+        dout, gradients = differentiate(function, q, k, v, *case.seeds, **case.arguments)
+    check_packed_backward(q, k, v, dout, gradients, case.lengths, **case.arguments)
 
 
 @pytest.mark.parametrize("instance", instances(FAMILY, "sm_90"))

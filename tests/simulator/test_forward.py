@@ -9,13 +9,17 @@ from support.problems import (
     FEW_SHAPES,
     PACKED,
     SHAPES,
+    WINDOWS,
+    PackedCase,
     Shape,
     arguments_for,
+    dense_cases,
     forward_instances,
     inputs_for,
     offsets,
     packed_inputs,
     random_inputs,
+    window,
 )
 from support.simulate import simulate, simulate_packed
 
@@ -34,34 +38,37 @@ EDGE_SHAPE = Shape(1, 150, 210, 2, 1)
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
-def dense_cases():
-    """fp16 shares all code but the conversions with bf16: fewer shapes."""
+def cases():
+    """Instances with fp16 share all code but the conversions with bf16: fewer shapes."""
     for instance in forward_instances(varlen=False):
-        for shape in FEW_SHAPES if "fp16" in instance else SHAPES:
-            yield pytest.param(instance, shape, id=f"{instance}-{shape}")
+        yield from dense_cases([instance], FEW_SHAPES if "fp16" in instance else SHAPES)
 
 
-@pytest.mark.parametrize(("instance", "shape"), list(dense_cases()))
-def test_matches_fp64_for_every_schedule(instance, shape):
-    q, k, v = inputs_for(instance, shape)
-    arguments = arguments_for(instance, SHAPES.index(shape))
-    first, *others = [simulate(q, k, v, seed, **arguments) for seed in SEEDS[:2]]
-    check_forward(q, k, v, *first, **arguments)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_matches_fp64_for_every_schedule(case):
+    q, k, v = case.inputs()
+    first, *others = [simulate(q, k, v, seed, **case.arguments) for seed in case.seeds]
+    check_forward(q, k, v, *first, **case.arguments)
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, first))
 
 
-@pytest.mark.parametrize("instance", forward_instances(varlen=True))
-def test_packed_sequences_match_fp64_for_every_schedule(instance):
-    edges, many = PACKED
-    q, k, v = packed_inputs(instance, edges)
-    arguments = arguments_for(instance, 0)
-    first, second = (simulate_packed(q, k, v, edges, seed, **arguments) for seed in SEEDS[:2])
-    check_packed(q, k, v, *first, edges, **arguments)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-    if "bf16" in instance:  # fp16 shares all code but the conversions
-        q, k, v = packed_inputs(instance, many)
-        arguments = arguments_for(instance, 1)
-        check_packed(q, k, v, *simulate_packed(q, k, v, many, **arguments), many, **arguments)
+def packed_cases():
+    """Every instance has sequences of the edges; with bf16 also many, under another window."""
+    for instance in forward_instances(varlen=True):
+        edges = PackedCase(instance, PACKED[0], arguments_for(instance, WINDOWS[0]))
+        many = PackedCase(instance, PACKED[1], arguments_for(instance, WINDOWS[1]), seeds=(0,))
+        yield pytest.param((edges, many) if "bf16" in instance else (edges,), id=instance)
+
+
+@pytest.mark.parametrize("cases", list(packed_cases()))
+def test_packed_sequences_match_fp64_for_every_schedule(cases):
+    for case in cases:
+        print(case)
+        q, k, v = case.inputs()
+        runs = [simulate_packed(q, k, v, case.lengths, s, **case.arguments) for s in case.seeds]
+        first, *others = runs
+        check_packed(q, k, v, *first, case.lengths, **case.arguments)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(other, first))
 
 
 @both
@@ -203,20 +210,29 @@ def assert_rounded_alike(out, expected):
     torch.testing.assert_close(out, expected, rtol=eps, atol=eps / 4)
 
 
-@pytest.mark.parametrize("instance", [n for n in forward_instances(varlen=True) if "bf16" in n])
-def test_heads_that_share_tiles(instance):
-    """What they are with tiles of their own; more tiles than blocks, unused rows.
-
-    But for rounding: the simulator's float32 products depend on where in a tile a row is.
-    """
+def cases_of_six_heads():
+    """Tiles are more than blocks, and some rows are unused."""
     lengths = ((37, 131), (0, 9), (150, 70), (1, 1))
-    q, k, v = packed_inputs(instance, lengths, heads=6, heads_kv=2)
-    arguments = arguments_for(instance, number=len(instance))
-    arguments["learnable_sink"] = torch.tensor([-1.0, 0.5, -torch.inf, 2.0, 0.0, 1.0])
-    arguments["seqused_q"] = torch.tensor([37, 0, 131, 1], dtype=torch.int32)
-    expected = simulate_packed(q, k, v, lengths, pack_gqa=False, **arguments)
-    for seed in SEEDS[:2]:
-        out, lse = simulate_packed(q, k, v, lengths, seed, pack_gqa=True, **arguments)
+    rows = {
+        "learnable_sink": torch.tensor([-1.0, 0.5, -torch.inf, 2.0, 0.0, 1.0]),
+        "seqused_q": torch.tensor([37, 0, 131, 1], dtype=torch.int32),
+    }
+    for instance in forward_instances(varlen=True):
+        if "bf16" in instance:
+            arguments = arguments_for(instance, window(len(instance))) | rows
+            yield PackedCase(instance, lengths, arguments, heads=6, heads_kv=2)
+
+
+@pytest.mark.parametrize("case", list(cases_of_six_heads()), ids=str)
+def test_heads_that_share_tiles(case):
+    """Heads that share tiles have the results of heads with tiles of their own, but for rounding.
+
+    The simulator's float32 products depend on where in a tile a row is.
+    """
+    q, k, v = case.inputs()
+    expected = simulate_packed(q, k, v, case.lengths, pack_gqa=False, **case.arguments)
+    for seed in case.seeds:
+        out, lse = simulate_packed(q, k, v, case.lengths, seed, pack_gqa=True, **case.arguments)
         assert_rounded_alike(out, expected[0])
         torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 from support.ampere import VARIANTS, arguments_for, device_of, instances, launched
 from support.judge import check_forward, check_packed
-from support.problems import PACKED, SHAPES, TORCH_DTYPES, Shape, inputs_for, random_inputs
+from support.problems import (
+    PACKED,
+    SHAPES,
+    TORCH_DTYPES,
+    Case,
+    PackedCase,
+    Shape,
+    inputs_for,
+    random_inputs,
+    window,
+)
 from support.simulate import simulate, simulate_packed
 
 from hopper_attention import backend, flash_attn_func, reference, simulator
@@ -22,7 +32,6 @@ from hopper_attention.reference.error import Error
 
 pytestmark = pytest.mark.simulator
 
-SEEDS = (0, 1)
 FAMILY = "ampere_forward"
 FEW = (Shape(1, 203, 113, 1, 1), Shape(1, 97, 131, 2, 1))
 FEW_PACKED = (((0, 0), (70, 90), (0, 5), (1, 1), (7, 0), (40, 120)),)
@@ -40,29 +49,40 @@ def cases():
         for variant in VARIANTS if "bf16" in instance else VARIANTS[1:2]:
             every = VARIANTS.index(variant) % 2
             shapes = SHAPES[every::2] if thorough(instance) else FEW[every:]
-            yield pytest.param(instance, variant, shapes, id=f"{instance}-{variant}")
+            found = [
+                Case(instance, shape, arguments_for(variant, window(len(instance) + number)))
+                for number, shape in enumerate(shapes)
+            ]
+            yield pytest.param(instance, found, id=f"{instance}-{variant}")
 
 
-@pytest.mark.parametrize(("instance", "variant", "shapes"), list(cases()))
-def test_matches_fp64_for_every_schedule(monkeypatch, instance, variant, shapes):
+@pytest.mark.parametrize(("instance", "cases"), list(cases()))
+def test_matches_fp64_for_every_schedule(monkeypatch, instance, cases):
     with device_of(monkeypatch, instance):
-        for number, shape in enumerate(shapes):
-            q, k, v = inputs_for(instance, shape)
-            arguments = arguments_for(variant, len(instance) + number)
-            first, second = (simulate(q, k, v, seed, **arguments) for seed in SEEDS)
-            check_forward(q, k, v, *first, **arguments)
+        for case in cases:
+            print(case)
+            q, k, v = case.inputs()
+            first, second = (simulate(q, k, v, seed, **case.arguments) for seed in case.seeds)
+            check_forward(q, k, v, *first, **case.arguments)
             assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("instance", instances(FAMILY))
-def test_packed_sequences_match_fp64_for_every_schedule(monkeypatch, instance):
+def packed_cases():
+    for instance in instances(FAMILY):
+        lengths = PACKED if thorough(instance) else FEW_PACKED
+        masks = [arguments_for(name, window(len(instance))) for name in ("causal", "local")]
+        found = [PackedCase(instance, *both) for both in zip(lengths, masks)]
+        yield pytest.param(instance, found, id=instance)
+
+
+@pytest.mark.parametrize(("instance", "cases"), list(packed_cases()))
+def test_packed_sequences_match_fp64_for_every_schedule(monkeypatch, instance, cases):
     with device_of(monkeypatch, instance):
-        for number, lengths in enumerate(PACKED if thorough(instance) else FEW_PACKED):
-            total_q, total_k = (sum(side) for side in zip(*lengths))
-            q, k, v = (x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, 2, 1)))
-            arguments = arguments_for("local" if number else "causal", len(instance))
-            first, second = (packed(q, k, v, lengths, s, **arguments) for s in SEEDS)
-            check_packed(q, k, v, *first, lengths, **arguments)
+        for case in cases:
+            print(case)
+            q, k, v = case.inputs()
+            first, second = (packed(q, k, v, case.lengths, s, **case.arguments) for s in case.seeds)
+            check_packed(q, k, v, *first, case.lengths, **case.arguments)
             assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 

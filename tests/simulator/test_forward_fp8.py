@@ -6,29 +6,25 @@ import contextlib
 import functools
 import itertools
 import math
-from itertools import product
 
 import pytest
 import torch
 from support.fp8 import (
     DENSE_INSTANCES,
-    INSTANCES,
     LENGTHS,
     LSE_ERROR,
     PACKED,
-    RECIPES,
     SHAPES,
-    arguments_for,
+    Case,
+    PackedCase,
     check,
     check_packed,
     exact,
-    inputs_for,
     outliers,
-    packed_inputs,
     quantized,
     unscaled,
 )
-from support.problems import Shape, offsets, random_inputs
+from support.problems import Shape, arguments_for, offsets, random_inputs, window
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hopper_attention import (
@@ -48,48 +44,42 @@ from hopper_attention.reference.quantize import INTERLEAVED
 pytestmark = pytest.mark.simulator
 
 
-@pytest.mark.parametrize("instance", DENSE_INSTANCES)
-def test_matches_model(instance):
-    config = INSTANCES[instance].config
-    number = DENSE_INSTANCES.index(instance)
-    for i, shape in enumerate(SHAPES[number % 2 :: 2]):
-        recipe = RECIPES[(number + i) % len(RECIPES)]
-        tensors = inputs_for(config, shape)
-        arguments = arguments_for(config, number + i)
+def dense_cases():
+    """Every instance has half of the shapes."""
+    for number, instance in enumerate(DENSE_INSTANCES):
+        shapes = SHAPES[number % 2 :: 2]
+        yield [Case.of(instance, shape, number + i) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("cases", list(dense_cases()), ids=lambda cases: cases[0].instance)
+def test_matches_model(cases):
+    for case in cases:
+        print(case)
+        tensors = case.inputs()
         results = []
         for seed in (0, 1):
             with simulator.enabled(seed=seed):
-                results.append(
-                    attention_fp8(
-                        *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
-                        **arguments,
-                    )
-                )  # fmt: skip
+                results.append(attention_fp8(*tensors, return_lse=True, **case.call))
         assert all(map(torch.equal, *results))
-        check(instance, quantized(*tensors, recipe), *results[0], **arguments)
+        operands = quantized(*tensors, case.recipe)
+        check(case.instance, operands, *results[0], **case.arguments)
 
 
-@pytest.mark.parametrize("instance", PACKED)
-def test_packed_sequences_match_model(instance):
-    """NaN behind the last sequence; and, in turn, an upper bound of the lengths or none."""
-    config = INSTANCES[instance].config
-    number = PACKED.index(instance)
-    recipe, arguments = RECIPES[number % len(RECIPES)], arguments_for(config, number)
-    tensors, queries, keys = packed_inputs(config)
-    bounds = {"max_seqlen_q": 203, "max_seqlen_k": 203} if number % 2 else {}
+PACKED_CASES = [PackedCase.of(name, n, bounded=n % 2 == 1) for n, name in enumerate(PACKED)]
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_packed_sequences_match_model(case):
+    """NaN lies behind the last sequence; an upper bound of the lengths is given in every second."""
+    tensors, queries, keys = case.inputs()
+    starts = {"cu_seqlens_q": queries.cu_seqlens, "cu_seqlens_k": keys.cu_seqlens}
     results = []
     for seed in (0, 1):
         with simulator.enabled(seed=seed):
-            results.append(
-                attention_fp8(
-                    *tensors, recipe=recipe, two_level=config["two_level"], return_lse=True,
-                    cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, **bounds,
-                    **arguments,
-                )
-            )  # fmt: skip
+            results.append(attention_fp8(*tensors, return_lse=True, **starts, **case.call))
     assert all(map(torch.equal, *results))
-    operands = quantized(*tensors, recipe, queries=queries, keys=keys)
-    check_packed(instance, operands, LENGTHS, *results[0], **arguments)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    check_packed(case.instance, operands, LENGTHS, *results[0], **case.arguments)
 
 
 def test_several_tiles_a_block(monkeypatch):
@@ -108,7 +98,7 @@ def test_several_tiles_a_block(monkeypatch):
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("key", [3, 20, 150, 170])
 def test_nan_in_a_key_reaches_just_the_queries_that_see_it(key, code):
-    """Of either sign and block; with exponentials by MUFU, and in halves, which know no NaN."""
+    """A key has NaN of either sign, in either block; exponentials in halves know no NaN."""
     inputs = random_inputs(Shape(1, 200, 200, 2, 2), 64, torch.bfloat16)
     q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
     k.view(torch.uint8)[:, key] = code
@@ -205,7 +195,7 @@ def test_negated_views():
 
 
 def test_partly_used_sequences(monkeypatch):
-    """What lies behind their last rows is not a number.  One block has all of them."""
+    """NaN lies behind the last row of every sequence.  One block has all sequences."""
     monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ([70, 0, 3], [129, 40, 0]))
     q, k, v = random_inputs(Shape(3, 80, 200, 2, 1), 64, torch.bfloat16)
@@ -228,7 +218,7 @@ def test_partly_used_sequences(monkeypatch):
 @pytest.mark.parametrize("simulated", [False, True], ids=["reference", "simulator"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_lse_has_the_mean_that_was_taken_off(packed, simulated):
-    """Of keys with a mean; queries in no sequence are not numbers."""
+    """Keys have a mean; queries in no sequence are NaN."""
     q, k, v = random_inputs(Shape(1, 90, 140, 2, 1), 64, torch.bfloat16)
     k += 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
     index, call = {}, {"smooth_k": True, "return_lse": True}
@@ -281,29 +271,35 @@ SHORT = ("fwd_e4m3_d64_local_softcap", "fwd_e4m3_d128_causal_two_level")
 
 @pytest.mark.parametrize("instance", SHORT)
 def test_short_sums(instance):
-    """What results on a GPU are held against holds for the simulator with as few bits."""
-    config = INSTANCES[instance].config
+    """The simulator with as few bits as a GPU passes what results on a GPU are held against."""
     for number, shape in enumerate(SHAPES):
-        tensors, arguments = inputs_for(config, shape), arguments_for(config, number)
-        how = {"recipe": RECIPES[number], "two_level": config["two_level"], **arguments}
+        case = Case.of(instance, shape, number)
+        print(case)
+        tensors = case.inputs()
         with simulator.enabled(fp8_accumulator_bits=14):
-            results = attention_fp8(*tensors, return_lse=True, **how)
-        operands = quantized(*tensors, RECIPES[number])
-        check(instance, operands, *results, short_sums=True, **arguments)
+            results = attention_fp8(*tensors, return_lse=True, **case.call)
+        operands = quantized(*tensors, case.recipe)
+        check(instance, operands, *results, short_sums=True, **case.arguments)
 
 
-@pytest.mark.parametrize("instance", ["fwd_e4m3_d64_varlen", "fwd_e4m3_d128_local_varlen"])
-def test_short_sums_of_packed_sequences(instance):
-    config = INSTANCES[instance].config
-    arguments = arguments_for(config, 5)  # windows of one key, the hardest case
-    tensors, queries, keys = packed_inputs(config)
+ONE_KEY = window(5)
+"""The hardest case."""
+SHORT_PACKED = [
+    PackedCase(name, Recipe.BLOCK64, arguments_for(name, ONE_KEY))
+    for name in ("fwd_e4m3_d64_varlen", "fwd_e4m3_d128_local_varlen")
+]
+
+
+@pytest.mark.parametrize("case", SHORT_PACKED, ids=str)
+def test_short_sums_of_packed_sequences(case):
+    tensors, queries, keys = case.inputs()
     with simulator.enabled(fp8_accumulator_bits=14):
         out, lse = attention_fp8(
-            *tensors, two_level=False, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
-            cu_seqlens_k=keys.cu_seqlens, **arguments,
+            *tensors, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
+            cu_seqlens_k=keys.cu_seqlens, **case.call,
         )  # fmt: skip
-    operands = quantized(*tensors, Recipe.BLOCK64, queries=queries, keys=keys)
-    check_packed(instance, operands, LENGTHS, out, lse, short_sums=True, **arguments)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    check_packed(case.instance, operands, LENGTHS, out, lse, short_sums=True, **case.arguments)
 
 
 def test_gradients_where_keys_have_a_mean():
@@ -591,7 +587,4 @@ def test_refused_two_level_of_wide_heads():
 
 def test_recipes_are_all_run():
     """The numbering above leaves none out."""
-    used = {
-        RECIPES[(n + i) % len(RECIPES)] for n, i in product(range(len(DENSE_INSTANCES)), range(2))
-    }
-    assert used == set(Recipe)
+    assert {case.recipe for cases in dense_cases() for case in cases} == set(Recipe)

@@ -1,4 +1,4 @@
-"""What forward kernels of other libraries got wrong, and the other tests would not notice."""
+"""Forward kernels of other libraries had these faults, which other tests would not notice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.judge import check_forward, check_packed
 from support.problems import (
+    WINDOWS,
     Shape,
     arguments_for,
     forward_instances,
@@ -132,7 +133,7 @@ def test_every_instance_takes_tile_after_tile(monkeypatch, instance):
     """Q of the next tile must not meet O, staged over a Q, before it has been stored."""
     monkeypatch.setattr(target, "SIMULATED_SMS", 1)
     config = manifest.instances()[instance].config
-    rows, keys, arguments = 2 * config["tile_m"] + 9, 110, arguments_for(instance, 0)
+    rows, keys, arguments = 2 * config["tile_m"] + 9, 110, arguments_for(instance, WINDOWS[0])
     q, k, v = inputs_for(instance, Shape(1, rows, keys, 1, 1))
     if config["varlen"]:
         lengths = ((rows - 150, 60), (150, 50))

@@ -137,7 +137,7 @@ def test_vector_atomics_return_what_was_there():
     assert total.tolist() == [5, 6, 8.5, 9.5]
 
 
-def test_match():
+def test_match_finds_lanes_with_equal_values():
     values = (np.arange(32) % 5).astype(np.uint32)[:, None]
     body = "match.any.sync.b32 %d0, %a0, -1; match.all.sync.b32 %d1|%p1, %a0, -1;"
     got = run(body + "selp.b32 %d2, 1, 0, %p1;", values, 3)

@@ -102,7 +102,7 @@ def assert_names_the_place(error: simulator.SimulatorError, kernel: str) -> None
 
 
 def error_of(runner, *arguments) -> simulator.SimulatorError | None:
-    """What the simulator raises; a wrong result alone is not enough."""
+    """The simulator's error is returned; a wrong result alone is None."""
     try:
         runner(*arguments)
     except simulator.SimulatorError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
 import torch
+from support.problems import label
 from support.quantize import (
     DTYPES,
     HEAD_DIMS,
+    Batch,
     check_equal,
     check_near,
     lengths_of,
@@ -46,23 +49,39 @@ def simulate(x: Tensor, recipe: Recipe, seed: int = 1, **arguments) -> Quantized
         return quantize(x, recipe, **arguments)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of quantising a tensor."""
+
+    recipe: Recipe
+    octaves: bool
+    arranged: bool
+
+    def __str__(self) -> str:
+        flags = ("octaves" * self.octaves, "arranged" * self.arranged)
+        return label(self.recipe.value, *flags)
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"octaves": self.octaves, "arranged": self.arranged}
+
+
 # Octaves matter where scales of blocks do, and need what per_head needs besides.
-WAYS = [(recipe, False, arranged) for recipe in Recipe for arranged in (False, True)]
-WAYS += [(Recipe.BLOCK64, True, True), (Recipe.BLOCK128, True, False)]
-"""(recipe, octaves, arranged)"""
-LENGTHS = {
-    "used": lengths_of(None, [129, 0, 65]),
-    "packed": lengths_of([0, 130, 1, 200, 64], None),
-    "packed and used": lengths_of([130, 0, 200, 66], [128, 0, 65, 1]),
-}
-"""And rows behind the last sequence."""
+WAYS = [Way(recipe, False, arranged) for recipe in Recipe for arranged in (False, True)]
+WAYS += [Way(Recipe.BLOCK64, True, True), Way(Recipe.BLOCK128, True, False)]
+BATCHES = (
+    Batch("used", (3, 150, 2), lengths_of(None, [129, 0, 65])),
+    Batch("packed", (400, 2), lengths_of([0, 130, 1, 200, 64], None)),
+    Batch("packed and used", (400, 2), lengths_of([130, 0, 200, 66], [128, 0, 65, 1])),
+)
+every_batch = pytest.mark.parametrize("batch", BATCHES, ids=str)
 
 
-def some_of(kind: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """NaN everywhere behind the last row."""
-    batch, rows = (3, 150) if kind == "used" else (1, 400)
-    x = some((batch, rows, 2, head_dim), dtype)
-    return poisoned(x if kind == "used" else x[0], LENGTHS[kind])
+def some_of(batch: Batch, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random rows have NaN everywhere behind the last one of a sequence."""
+    shape = (*batch.shape, head_dim)
+    x = some(shape if len(shape) == 4 else (1, *shape), dtype)
+    return poisoned(x.view(shape), batch.lengths)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -70,35 +89,51 @@ def some_of(kind: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Te
     ("head_dim", "dtype"),
     [*product(HEAD_DIMS, [torch.bfloat16]), *product((64, 128, 256), [torch.float16])],
 )
-def test_is_what_is_stated(head_dim, dtype, seed):
+def test_kernels_equal_the_plain_statement(head_dim, dtype, seed):
     """Two blocks of rows, the last with one row of its second half."""
     x = some((1, 193, 2, head_dim), dtype, seed)
-    for recipe, octaves, arranged in WAYS[seed::2]:
-        arguments = {"heads_kv": 1, "octaves": octaves, "arranged": arranged and head_dim % 16 == 0}
-        check_equal(simulate(x, recipe, seed, **arguments), stated(x, recipe, **arguments), x)
+    for way in WAYS[seed::2]:
+        print(way)
+        way = replace(way, arranged=way.arranged and head_dim % 16 == 0)
+        arguments = {"heads_kv": 1, **way.flags}
+        got = simulate(x, way.recipe, seed, **arguments)
+        check_equal(got, stated(x, way.recipe, **arguments), x)
 
 
-@pytest.mark.parametrize(("number", "kind"), list(enumerate(LENGTHS)))
-@pytest.mark.parametrize(
-    ("head_dim", "way"), [*product([80], WAYS), (256, WAYS[-2]), (64, WAYS[2])]
-)
-def test_lengths(number, kind, head_dim, way):
-    """With an upper bound, or without."""
-    recipe, octaves, arranged = way
-    x, lengths = some_of(kind, head_dim), LENGTHS[kind]
-    longest = (None, 200)[(number + WAYS.index(way)) % 2]
-    arguments = {
-        "octaves": octaves, "arranged": arranged, "lengths": lengths, "max_seqlen": longest,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class LengthsCase:
+    """Sequences that are quantised in one way hold everything that decides what a test runs."""
+
+    batch: Batch
+    head_dim: int
+    way: Way
+
+    def __str__(self) -> str:
+        bound = f"max_seqlen{self.batch.max_seqlen}" if self.batch.max_seqlen else ""
+        return label(f"d{self.head_dim}", self.way, self.batch, bound)
+
+
+def lengths_cases():
+    """An upper bound of the lengths is given in every second case."""
+    for head_dim, way in [*product([80], WAYS), (256, WAYS[-2]), (64, WAYS[2])]:
+        for number, batch in enumerate(BATCHES):
+            longest = (None, 200)[(number + WAYS.index(way)) % 2]
+            yield LengthsCase(replace(batch, max_seqlen=longest), head_dim, way)
+
+
+@pytest.mark.parametrize("case", list(lengths_cases()), ids=str)
+def test_lengths(case):
+    x, recipe, lengths = some_of(case.batch, case.head_dim), case.way.recipe, case.batch.lengths
+    arguments = {**case.way.flags, "lengths": lengths, "max_seqlen": case.batch.max_seqlen}
     got, expected = simulate(x, recipe, **arguments), stated(x, recipe, **arguments)
     check_equal(got, expected, x, lengths)
     assert got.descale.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", LENGTHS)
+@every_batch
 @pytest.mark.parametrize("centered", [False, True])
-def test_lengths_rotated_and_centered(kind, centered):
-    x, lengths = some_of(kind, 64), LENGTHS[kind]
+def test_lengths_rotated_and_centered(batch, centered):
+    x, lengths = some_of(batch, 64), batch.lengths
     for recipe in (Recipe.PER_HEAD, Recipe.BLOCK64):
         arguments = {"hadamard": True, "centered": centered, "lengths": lengths}
         check_near(simulate(x, recipe, **arguments), stated(x, recipe, **arguments), x, lengths)
@@ -174,7 +209,7 @@ def test_strides(recipe):
 
 @pytest.mark.parametrize("recipe", Recipe)
 def test_zeros(recipe):
-    """Of both signs; the scale is the least there is."""
+    """Zeros of both signs keep them; their scale is the least there is."""
     x = torch.zeros(1, 130, 2, 64, dtype=torch.bfloat16)
     x[:, ::3] = -0.0
     got = simulate(x, recipe)
@@ -264,11 +299,11 @@ def test_rotary(head_dim, dim, interleaved):
         check_equal(got, stated(x, recipe, rotary=rotary, arranged=interleaved), x)
 
 
-@pytest.mark.parametrize("kind", LENGTHS)
+@every_batch
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_of_sequences(kind, interleaved):
+def test_rotary_of_sequences(batch, interleaved):
     """Positions count from each one's start; means are of what has been embedded."""
-    x, lengths = some_of(kind, 64), LENGTHS[kind]
+    x, lengths = some_of(batch, 64), batch.lengths
     angle = torch.rand(204, 16, generator=torch.Generator().manual_seed(0)) * 7
     sequences = len(Sequences.of(x, lengths).places)
     offsets = torch.arange(sequences, dtype=torch.int32)
@@ -283,16 +318,17 @@ def test_rotary_of_sequences(kind, interleaved):
     )
 
 
-@pytest.mark.parametrize("kind", [None, *LENGTHS])
-@pytest.mark.parametrize(("head_dim", "arranged"), [(64, True), (128, False), (256, True), (80, 0)])
-def test_narrowed(kind, head_dim, arranged):
+@pytest.mark.parametrize("batch", [Batch("whole", (1, 400, 2), DENSE), *BATCHES], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "arranged"), [(64, True), (128, False), (256, True), (80, False)]
+)
+def test_narrowed(batch, head_dim, arranged):
     """All numbers of e5m2 are met, blocks of greatest numbers from its least to its greatest."""
-    lengths = LENGTHS[kind] if kind else DENSE
-    x = some((1, 400, 2, head_dim)) if kind is None else some_of(kind, head_dim)
+    x, lengths = some_of(batch, head_dim), batch.lengths
     sizes = torch.linspace(-22, 15, x.shape[-3] // 25).exp2().repeat_interleave(25)
     x = poisoned((x.nan_to_num(0) * sizes.view(-1, 1, 1)).to(torch.float8_e5m2), lengths)
     given = torch.tensor([0.37])
-    arguments = {"arranged": bool(arranged), "lengths": lengths}
+    arguments = {"arranged": arranged, "lengths": lengths}
     with simulator.enabled(seed=head_dim, hazards="raise"):
         got = narrowed(x, given, **arguments)
     check_equal(got, narrowed(x, given, **arguments), x, lengths)

@@ -33,7 +33,7 @@ def encode(
     return words.tobytes()
 
 
-def test_decode():
+def test_tensor_map_reads_back_what_was_encoded():
     array = np.zeros((3, 5, 7, 64), np.uint16)
     found = simulator.decode(encode(array, (64, 2, 4, 1), 128, code=10))
     assert (found.base, found.element, found.element_bytes) == (array.ctypes.data, "bf16", 2)

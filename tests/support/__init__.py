@@ -1,1 +1,1 @@
-"""What tests of several folders share: problems, judges, the simulator, random problems."""
+"""Tests of several folders share problems, judges, the simulator and random problems."""

@@ -11,7 +11,7 @@ import pytest
 from hopper_attention import backend
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.launch import runtime
-from support.problems import WINDOWS
+from support.problems import Arguments
 
 VARIANTS = ("full", "causal", "local", "softcap")
 """Ways through one instance."""
@@ -25,9 +25,8 @@ def instances(family: str, architecture: str = "sm_80", dtype: str = "") -> list
     ]
 
 
-def arguments_for(variant: str, number: int) -> dict[str, Any]:
-    """Of the public function; windows by number."""
-    window = WINDOWS[number % len(WINDOWS)]
+def arguments_for(variant: str, window: Arguments) -> Arguments:
+    """Arguments of the public function for a variant; the window is for "local" and "softcap"."""
     return {
         "full": {},
         "causal": {"causal": True},

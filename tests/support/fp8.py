@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +13,16 @@ from hopper_attention.dispatch import manifest
 from hopper_attention.problem.values import DENSE, Lengths, Options, resolve_mask
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 from hopper_attention.reference.error import Error, pytorch_attention
-from support.problems import WINDOWS, Shape, offsets, random_inputs
+from support.problems import (
+    Arguments,
+    Shape,
+    arguments_for,
+    label,
+    lengths_label,
+    offsets,
+    random_inputs,
+    window,
+)
 
 INSTANCES = {n: i for n, i in manifest.instances().items() if i.family == "forward_fp8"}
 DENSE_INSTANCES = [name for name, i in INSTANCES.items() if not i.config["varlen"]]
@@ -29,13 +39,68 @@ RECIPES = tuple(Recipe)
 HEADROOM = 8
 
 
-def arguments_for(config, number):
-    arguments = {"softcap": 15.0} if config["softcap"] else {}
-    if config["mask"] == "causal":
-        arguments["causal"] = True
-    if config["mask"] == "local":
-        arguments |= WINDOWS[number % len(WINDOWS)]
-    return arguments
+@dataclass(frozen=True)
+class Case:
+    """A dense FP8 problem of one instance holds everything that decides what a test runs."""
+
+    instance: str
+    shape: Shape
+    recipe: Recipe
+    arguments: Arguments
+
+    @classmethod
+    def of(cls, instance: str, shape: Shape, number: int) -> Case:
+        """Recipes and windows take turns by a number."""
+        return cls(instance, shape, recipe(number), arguments_for(instance, window(number)))
+
+    def __str__(self) -> str:
+        return label(self.instance, self.shape, self.recipe.value, self.arguments)
+
+    @property
+    def call(self) -> Arguments:
+        """All arguments of `attention_fp8` beside the tensors."""
+        two_level = INSTANCES[self.instance].config["two_level"]
+        return {"recipe": self.recipe, "two_level": two_level, **self.arguments}
+
+    def inputs(self) -> Any:
+        return inputs_for(INSTANCES[self.instance].config, self.shape)
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """An FP8 problem of the sequences of `LENGTHS` holds everything that decides what is run."""
+
+    instance: str
+    recipe: Recipe
+    arguments: Arguments
+    bounded: bool = False
+    """The greatest length of either side is given."""
+
+    @classmethod
+    def of(cls, instance: str, number: int, bounded: bool = False) -> PackedCase:
+        """Recipes and windows take turns by a number."""
+        return cls(instance, recipe(number), arguments_for(instance, window(number)), bounded)
+
+    def __str__(self) -> str:
+        bounds = "bounded" if self.bounded else ""
+        parts = (lengths_label(LENGTHS), self.recipe.value, self.arguments, bounds)
+        return label(self.instance, *parts)
+
+    @property
+    def call(self) -> Arguments:
+        """All arguments of `attention_fp8` beside the tensors and their offsets."""
+        bounds = [max(side) for side in zip(*LENGTHS)]
+        longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), bounds)) if self.bounded else {}
+        two_level = INSTANCES[self.instance].config["two_level"]
+        return {"recipe": self.recipe, "two_level": two_level, **longest, **self.arguments}
+
+    def inputs(self, device: str = "cpu") -> Any:
+        return packed_inputs(INSTANCES[self.instance].config, device)
+
+
+def recipe(number: int) -> Recipe:
+    """Recipes take turns."""
+    return RECIPES[number % len(RECIPES)]
 
 
 def options(causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, **_):
@@ -66,7 +131,7 @@ def quantized(q, k, v, recipe, *, queries=DENSE, keys=DENSE, **how):
 
 
 def unscaled(q, k, v):
-    """FP8 values that stand for themselves."""
+    """FP8 values have scales of 1."""
     return Operands(*(Quantized(x, torch.ones(1)) for x in (q, k, v)))
 
 
@@ -88,7 +153,7 @@ def exact(operands):
 
 
 def exp2_f16x2(x):
-    """As the kernels compute it where they do without MUFU: bits of halves, and a parabola."""
+    """The kernels compute 2^x so where they do without MUFU: bits of halves, and a parabola."""
     line = ((x + 15) * 1024).clamp(0, 32 * 1024 - 1).round().to(torch.int16)
     mantissa = (line & 1023 | 0x3C00).view(torch.float16).double()
     slope = (0.243408203125 * mantissa - 0.72607421875).half().double()
@@ -97,7 +162,7 @@ def exp2_f16x2(x):
 
 
 def model(operands, call: Options, config, sink=None):
-    """(out, lse) in FP64, but for P: of each key block, last to first, rounded to e4m3.
+    """(out, lse) are computed in FP64, but P is rounded to e4m3, key block by block, last to first.
 
     P is taken relative to the largest score so far, times 2^8 and V's descale over the largest of
     its head.  Up to d128 those of every second 16 keys are computed in half precision.
@@ -148,7 +213,7 @@ def model(operands, call: Options, config, sink=None):
 def check(
     instance, operands, out, lse=None, *, dtype=None, sink=None, short_sums=False, **arguments
 ):
-    """Beside PyTorch's error in `dtype`, by default out's, on the same quantised values.
+    """out is judged by PyTorch's error in `dtype`, by default out's, on the same quantised values.
 
     short_sums: by tensor cores, which keep about 14 bits.
     """
@@ -180,19 +245,22 @@ def check(
 
 
 def sum_error(config):
-    """Of a row's exponentials beside the model's: an exponent of 10 bits may round the other way,
-    2^-10.5 of one of them, and halves are added pairwise, with 2^-11 a level."""
+    """A row's sum of exponentials differs from the model's by at most so much of itself.
+
+    An exponent of 10 bits may round the other way, which costs 2^-10.5 of one exponential; and
+    halves are added pairwise, which costs 2^-11 a level.
+    """
     return 2.0**-9 if config["head_dim"] <= 128 else 1e-5
 
 
 LSE_ERROR = 5.3e-3
-"""Of the kernels up to d128: the largest error of an exponential in halves."""
+"""LSE is off by at most so much up to d128: the largest error of an exponential in halves."""
 KEPT_BITS = 13
-"""Of sums in FP8 tensor cores, at least: what is below is cut off after every instruction."""
+"""FP8 tensor cores keep at least so many bits of a sum, and cut off the rest every instruction."""
 
 
 def check_short_sums(instance, operands, out, lse, expected, expected_lse, torch_error, problem):
-    """Beside what rounding P to e4m3 costs, since inexact scores make it round otherwise."""
+    """out may add PyTorch's error and that of rounding P: inexact scores make P round otherwise."""
     q, k, v = exact(operands)
     group = q.shape[2] // k.shape[2]
     magnitude = torch.einsum("bqhd,bkhd->bhqk", q.abs(), k.abs().repeat_interleave(group, dim=2))
@@ -212,7 +280,7 @@ def check_short_sums(instance, operands, out, lse, expected, expected_lse, torch
 
 
 def check_packed(instance, operands, lengths, out, lse, **arguments):
-    """Each sequence by itself; those without queries or keys have nothing to be judged by."""
+    """Each sequence is judged by itself; one without keys is 0, and its lse -inf."""
     end_q = end_k = 0
     for number, (seqlen_q, seqlen_k) in enumerate(lengths):
         end_q, end_k = end_q + seqlen_q, end_k + seqlen_k

@@ -1,4 +1,4 @@
-"""How results are judged: beside FP64, by PyTorch's error in the same dtype."""
+"""Results are judged by their error against FP64, beside PyTorch's in the same dtype."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_forward(
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    """At most twice PyTorch's error in the same dtype, for out and for lse.
+    """out and lse have at most twice PyTorch's error in the same dtype.
 
     PyTorch's on CPU tensors is hardly more than the rounding of out, which may be exact by luck
     where there are few elements: its greatest error counts as no less than that could be.
@@ -81,7 +81,7 @@ def greatest_rounding(exact: Tensor, dtype: torch.dtype) -> float:
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths, **arguments: Any
 ) -> None:
-    """Each sequence of (total, heads, dim) tensors by itself; lse is (heads, total_q)."""
+    """Each sequence of (total, heads, dim) tensors is judged by itself; lse is (heads, total_q)."""
     ends_q, ends_k = (list(accumulate(side)) for side in zip(*lengths))
     for (seqlen_q, seqlen_k), end_q, end_k in zip(lengths, ends_q, ends_k):
         rows, keys = slice(end_q - seqlen_q, end_q), slice(end_k - seqlen_k, end_k)
@@ -97,7 +97,7 @@ def check_backward(
     gradients: Sequence[Tensor],
     **arguments: Any,
 ) -> None:
-    """dq, dk, dv (and dsink): at most twice PyTorch's error in the same dtype."""
+    """dq, dk, dv (and dsink) have at most twice PyTorch's error in the same dtype."""
     exact, torchs, floor = expected_gradients(q, k, v, dout, **arguments)
     judge(gradients, exact, torchs, floor)
 
@@ -111,7 +111,7 @@ def check_packed_backward(
     lengths: Sequence[tuple[int, int]],
     **arguments: Any,
 ) -> None:
-    """All sequences of (total, heads, dim) tensors together: many have only a few elements."""
+    """All sequences of (total, heads, dim) tensors are judged together: many have few elements."""
     ends_q, ends_k = (list(accumulate(side)) for side in zip(*lengths))
     exact, torchs = ([x.new_zeros(x.shape, dtype=torch.float64) for x in (q, k, v)] for _ in "12")
     floor = 0.0
@@ -153,7 +153,7 @@ def expected_gradients(
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor], float]:
-    """In float64, as PyTorch has them in the inputs' dtype, and below what nothing is judged.
+    """Gradients in float64, PyTorch's in the inputs' dtype, and an error that is always allowed.
 
     Where PyTorch's are of the steps written out (sinks, softcap, lse, and V wider than Q, which its
     flash kernel does not take), it never rounds out; every backward that is given out must expect

@@ -1,4 +1,4 @@
-"""Shapes, lengths, windows and inputs of tests, on the simulator and on a GPU."""
+"""Problems of tests, on the simulator and on a GPU: cases with their shapes, windows and inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from hopper_attention.dispatch import manifest
+
+Arguments = dict[str, Any]
+"""Arguments of the public function."""
+Pairs = Sequence[tuple[int, int]]
+"""(seqlen_q, seqlen_k) of every sequence."""
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,12 +47,12 @@ SHAPES = (
 FEW_SHAPES = SHAPES[:3]
 
 PACKED = (
-    # (seqlen_q, seqlen_k) of every sequence: empty ones in front, between, behind; on either side.
+    # Empty sequences in front, between, behind; on either side.
     ((0, 0), (64, 64), (113, 203), (0, 5), (1, 1), (7, 0), (203, 113), (0, 0)),
     tuple((1 + i % 3, 40 - i) for i in range(37)),  # more sequences than lanes
 )
 
-WINDOWS = (
+WINDOWS: tuple[Arguments, ...] = (
     {"window_size": (37, 0)},
     {"window_size": (50, 20)},
     {"window_size": (-1, 7)},
@@ -59,6 +64,95 @@ WINDOWS = (
     {"window_size": (3, 1)},
     {"window_size": (200, 150)},
 )
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense problem of one instance holds everything that decides what a test runs.
+
+    A test of several cases prints each before it runs: pytest shows that if the test fails.
+    """
+
+    instance: str
+    shape: Shape
+    arguments: Arguments
+    seeds: tuple[int, ...] = SEEDS
+    """Each is a schedule of the simulator."""
+
+    def __str__(self) -> str:
+        return label(self.instance, self.shape, self.arguments, seeds_label(self.seeds))
+
+    def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        return inputs_for(self.instance, self.shape, device)
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """A problem of packed sequences holds everything that decides what a test runs."""
+
+    instance: str
+    lengths: Pairs
+    arguments: Arguments
+    heads: int = 2
+    heads_kv: int = 1
+    seeds: tuple[int, ...] = SEEDS
+    """Each is a schedule of the simulator."""
+
+    def __str__(self) -> str:
+        heads = f"h{self.heads}-{self.heads_kv}"
+        parts = (lengths_label(self.lengths), heads, self.arguments, seeds_label(self.seeds))
+        return label(self.instance, *parts)
+
+    def inputs(self, device: str = "cpu") -> list[Tensor]:
+        return packed_inputs(self.instance, self.lengths, self.heads, self.heads_kv, device)
+
+
+def label(*parts: Any) -> str:
+    """The id of a test joins the parts of its case that are not empty; arguments are a dict."""
+    texts = [arguments_label(part) if isinstance(part, dict) else str(part) for part in parts]
+    return "-".join(text for text in texts if text)
+
+
+def arguments_label(arguments: Arguments) -> str:
+    """Arguments in short: {"window_size": (37, None), "softcap": 15.0} is "left37-softcap15"."""
+    parts = []
+    for name, value in arguments.items():
+        if name == "window_size":
+            sides = zip(("left", "right"), value)
+            parts += [f"{side}{bound}" for side, bound in sides if bound not in (-1, None)]
+        elif value is True or isinstance(value, Tensor):
+            parts.append(name)
+        elif value is not False:
+            parts.append(f"{name.removeprefix('attention_')}{value:g}")
+    return "-".join(parts)
+
+
+def seeds_label(seeds: Sequence[int]) -> str:
+    """Seeds are part of an id where they are not those of most tests."""
+    return "" if tuple(seeds) == SEEDS else "seeds" + "+".join(map(str, seeds))
+
+
+def lengths_label(lengths: Pairs) -> str:
+    """Few sequences are written out; of many, their number and the rows of each side."""
+    sides = list(zip("qk", zip(*lengths)))
+    if len(lengths) <= len(PACKED[0]):
+        return "-".join(side + "+".join(map(str, rows)) for side, rows in sides)
+    return "-".join([f"{len(lengths)}sequences", *(f"{side}{sum(rows)}" for side, rows in sides)])
+
+
+def window(number: int) -> Arguments:
+    """Windows take turns: number 0 has the first one, number 10 again."""
+    return WINDOWS[number % len(WINDOWS)]
+
+
+def dense_cases(instances: Sequence[str], shapes: Sequence[Shape]) -> list[Case]:
+    """Every instance has all shapes, and every shape a window in turn."""
+    return [
+        Case(instance, shape, arguments_for(instance, window(number)))
+        for instance in instances
+        for number, shape in enumerate(shapes)
+    ]
 
 
 def forward_instances(*, varlen: bool) -> list[str]:
@@ -77,15 +171,12 @@ def instances_of(family: str, varlen: bool) -> list[str]:
     ]
 
 
-def arguments_for(instance: str, number: int) -> dict[str, Any]:
-    """Arguments of the public function that lead to the instance; windows by number."""
+def arguments_for(instance: str, window: Arguments) -> Arguments:
+    """Arguments of the public function that lead to the instance; the window is for local ones."""
     config = manifest.instances()[instance].config
-    arguments: dict[str, Any] = {"softcap": 15.0} if config["softcap"] else {}
-    if config["mask"] == "causal":
-        arguments["causal"] = True
-    if config["mask"] == "local":
-        arguments |= WINDOWS[number % len(WINDOWS)]
-    return arguments
+    masks: dict[str, Arguments] = {"causal": {"causal": True}, "local": window}
+    arguments = masks.get(config["mask"], {})
+    return arguments | ({"softcap": 15.0} if config["softcap"] else {})
 
 
 def random_inputs(
@@ -120,8 +211,9 @@ def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
 
 
 def packed_inputs(
-    instance: str, lengths: Sequence[tuple[int, int]], heads: int = 2, heads_kv: int = 1
+    instance: str, lengths: Pairs, heads: int = 2, heads_kv: int = 1, device: str = "cpu"
 ) -> list[Tensor]:
-    """(total, heads, dim) of q, k and v."""
+    """q, k and v of shape (total, heads, dim)."""
     total_q, total_k = (sum(side) for side in zip(*lengths))
-    return [x[0] for x in inputs_for(instance, Shape(1, total_q, total_k, heads, heads_kv))]
+    shape = Shape(1, total_q, total_k, heads, heads_kv)
+    return [x[0] for x in inputs_for(instance, shape, device)]

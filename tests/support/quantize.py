@@ -1,6 +1,8 @@
-"""What quantisation is tested on, on the simulator and on a GPU, and how results are judged."""
+"""Inputs of quantisation on the simulator and on a GPU, and judges of its results."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +16,26 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def some(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    """Every row and channel of another size, and channels with a mean."""
+    """Rows and channels differ in size, and channels have a mean."""
     generator = torch.Generator().manual_seed(seed)
     batch, seqlen, heads, head_dim = shape
     sizes = torch.rand(batch, seqlen, heads, 1, generator=generator) * 4
     means = torch.randn(batch, 1, heads, head_dim, generator=generator)
     return (torch.randn(shape, generator=generator) * sizes + means).to(dtype)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one tensor, with rows of no sequence behind the last."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Extents before the head dim."""
+    lengths: Lengths
+    max_seqlen: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def lengths_of(sizes: list[int] | None, used: list[int] | None) -> Lengths:
@@ -29,7 +45,7 @@ def lengths_of(sizes: list[int] | None, used: list[int] | None) -> Lengths:
 
 
 def exists(x: Tensor, lengths: Lengths) -> Tensor:
-    """Which rows are in a sequence, (batch, seqlen) or (total,)."""
+    """A row is True if it is in a sequence; the result is (batch, seqlen) or (total,)."""
     sequences = Sequences.of(x, lengths)
     found = torch.zeros(sequences.rows.shape[:2], dtype=torch.bool)
     for entry, start, length in sequences.places:
@@ -38,7 +54,7 @@ def exists(x: Tensor, lengths: Lengths) -> Tensor:
 
 
 def poisoned(x: Tensor, lengths: Lengths) -> Tensor:
-    """NaN in all other rows."""
+    """A copy of x has NaN in the rows of no sequence."""
     if x.dtype.itemsize == 1:
         bits = x.view(torch.uint8).clone()
         bits[~exists(x, lengths)] = 0x7F  # NaN of e4m3 and of e5m2
@@ -47,7 +63,7 @@ def poisoned(x: Tensor, lengths: Lengths) -> Tensor:
 
 
 def defined(values: Tensor, x: Tensor, lengths: Lengths = DENSE) -> Tensor:
-    """The bytes that say something: those of rows that are in a sequence, or of their columns.
+    """The bytes of rows that are in a sequence, or of their columns, are defined.
 
     With the zeros that follow up to a multiple of 128 keys, if there is room.
     """
@@ -62,7 +78,7 @@ def defined(values: Tensor, x: Tensor, lengths: Lengths = DENSE) -> Tensor:
 
 
 def check_columns(got: Tensor, expected: Tensor, v: Tensor, lengths: Lengths) -> None:
-    """Bit for bit."""
+    """Columns of sequences are compared bit for bit."""
     check_layout(got, expected)
     assert torch.equal(defined(got, v, lengths), defined(expected, v, lengths))
 
@@ -72,7 +88,7 @@ def check_layout(ours: Tensor, theirs: Tensor) -> None:
 
 
 def check_equal(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = DENSE) -> None:
-    """Bit for bit, which tells 0 from -0; NaN is NaN."""
+    """Values are compared bit for bit, which tells 0 from -0; every NaN is alike."""
     check_layout(got.values, expected.values)
     check_layout(got.descale, expected.descale)
     assert torch.equal(got.descale.nan_to_num(-1), expected.descale.nan_to_num(-1))
@@ -81,13 +97,13 @@ def check_equal(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths
 
 
 def number_bits(quantized: Quantized, x: Tensor, lengths: Lengths) -> Tensor:
-    """`defined`, but that every NaN is alike."""
+    """Bytes are those of `defined`, but every NaN is alike."""
     bits = defined(quantized.values, x, lengths)
     return torch.where(bits.view(quantized.values.dtype).float().isnan(), 0x7F, bits)
 
 
 def check_near(got: Quantized, expected: Quantized, x: Tensor, lengths: Lengths = DENSE) -> None:
-    """Sums in another order: descale by a few roundings, values by one step, and rarely."""
+    """Sums in another order move descales by a few roundings, and a few values by one step."""
     check_layout(got.values, expected.values)
     check_layout(got.descale, expected.descale)
     torch.testing.assert_close(got.descale, expected.descale, rtol=2e-6, atol=0)

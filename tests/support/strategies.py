@@ -61,10 +61,10 @@ class Problem:
     """How q, k and v lie in memory."""
     magnitude: float
     seed: int
-    """Of the values, and of the simulator's schedule."""
+    """Values and the simulator's schedule are chosen by it."""
     deterministic: bool = False
     with_dlse: bool = False
-    """Whether the loss depends on lse, too."""
+    """The loss depends on lse, too."""
 
     @property
     def heads(self) -> int:
@@ -93,7 +93,7 @@ class Problem:
 
 
 def placed(x: Tensor, place: str) -> Tensor:
-    """The same values; unless contiguous, in a larger tensor that is NaN everywhere else."""
+    """A copy of x lies in a larger tensor that is NaN everywhere else, unless it is contiguous."""
     *outer, rows, heads, dim = x.shape
     if place == "heads first":
         shape: tuple[int, ...] = (*outer, heads, rows + ROOM, dim)
@@ -263,7 +263,7 @@ class Side:
 
 @st.composite
 def sides(draw: st.DrawFn, problem: Problem) -> tuple[Side, Side]:
-    """Of queries and keys: either packed or padded, whole or partly used."""
+    """Queries and keys are each packed or padded, and whole or partly used."""
     made = []
     for lengths in zip(*problem.lengths):
         slack = st.integers(0, 20) if draw(st.booleans()) else st.just(0)
@@ -279,7 +279,7 @@ def sides(draw: st.DrawFn, problem: Problem) -> tuple[Side, Side]:
 
 
 def check_varlen(problem: Problem, queries: Side, keys: Side, device: str) -> None:
-    """flash_attn_varlen_func; what no sequence uses is NaN, and 0 and -inf in the result."""
+    """flash_attn_varlen_func ignores rows of no sequence: they are NaN, and 0 and -inf after it."""
     lengths_q, lengths_k = zip(*problem.lengths)
     q, k, v = problem.operands(queries.shape, keys.shape, device)
     unused_q, unused_k = queries.unused(lengths_q), keys.unused(lengths_k)
@@ -306,13 +306,13 @@ def check_varlen(problem: Problem, queries: Side, keys: Side, device: str) -> No
 
 
 def differentiable(problem: Problem) -> Problem:
-    """The same without what has no gradients."""
+    """A problem that has gradients: without an output type."""
     options = {name: x for name, x in problem.options.items() if name != "out_dtype"}
     return replace(problem, options=options)
 
 
 def for_fp8(problem: Problem) -> Problem:
-    """The same with head dims that FP8 has, in its public function's arguments."""
+    """A problem whose head dims and arguments `attention_fp8` takes."""
     head_dim, head_dim_v = (-(-n // 16) * 16 for n in (problem.head_dim, problem.head_dim_v))
     return replace(differentiable(problem), head_dim=head_dim, head_dim_v=head_dim_v)
 
@@ -338,7 +338,7 @@ def check_dense_gradients(problem: Problem, device: str) -> tuple[Tensor, ...]:
 def check_varlen_gradients(
     problem: Problem, queries: Side, keys: Side, device: str
 ) -> tuple[Tensor, ...]:
-    """flash_attn_varlen_func, forward and backward; what no sequence uses is NaN in, 0 out.
+    """flash_attn_varlen_func, forward and backward, makes 0 of the NaN in rows of no sequence.
 
     Returns the gradients.
     """
@@ -439,7 +439,7 @@ def _judge_gradients(
 
 
 def check_fp8(problem: Problem, queries: Side, keys: Side, device: str) -> None:
-    """attention_fp8 beside what the same quantisation gives in FP64; NaN in what is not used."""
+    """attention_fp8 is judged by FP64 of the same quantised values; rows of no sequence are NaN."""
     lengths_q, lengths_k = zip(*problem.lengths)
     q, k, v = problem.operands(queries.shape, keys.shape, device)
     unused_q, unused_k = queries.unused(lengths_q), keys.unused(lengths_k)

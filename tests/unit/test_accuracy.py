@@ -1,4 +1,4 @@
-"""The accuracy lab: inputs, recipes, what docs/fp8.md claims of them, and the command."""
+"""The accuracy lab: inputs, recipes, the claims of docs/lab/2026-11-fp8.md, and the command."""
 
 import importlib
 import json
@@ -124,7 +124,7 @@ def test_flags_reach_the_quantiser():
     assert tops[0] > 4 * tops[1]
 
 
-# -------------------------------------------------------------------------- what docs/fp8.md claims
+# ----------------------------------------------------------- the claims of docs/lab/2026-11-fp8.md
 
 
 def test_block_scales_and_rotation_gain_as_in_the_paper():
@@ -239,7 +239,7 @@ def test_pictures_of_studies_say_that_they_are_emulated(monkeypatch, tmp_path, s
 
 
 def captions(monkeypatch):
-    """What the figures that are made from now on have above them."""
+    """Titles of the figures that are made from now on are collected."""
     figure = pytest.importorskip("matplotlib.figure").Figure
     found, suptitle = [], figure.suptitle
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ def test_places(rows, columns):
 
 @pytest.mark.parametrize(("rows", "columns"), TILES)
 @pytest.mark.parametrize("across", [False, True])
-def test_blocks(rows, columns, across):
+def test_places_in_a_block_follow_from_those_in_the_first(rows, columns, across):
     """A lane's place in a block is its place in the first one, xor a few bits, plus a constant."""
     tile, first = SharedTile(0, rows, columns), SharedTile(0, 16, 64 if columns % 64 == 0 else 32)
     for lane in range(32):

@@ -16,24 +16,17 @@ from hopper_attention.benchmarks.peers import PEERS
 from typer.testing import CliRunner
 
 from hopper_attention import cli, files
-from hopper_attention.bench import (
-    baselines,
-    environment,
-    ledger,
-    overhead,
-    protocol,
-    report,
-    results,
-    workloads,
-)
-from hopper_attention.bench.compare import compare
-from hopper_attention.bench.correctness import judge
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.protocol import Protocol, measure
-from hopper_attention.bench.results import CUBLAS_BF16, DEVICE_COPY, OURS, Row, Run
-from hopper_attention.bench.runner import Prepared, Unsupported, run_problem
-from hopper_attention.bench.statistics import Ratio, Summary
-from hopper_attention.bench.workloads import Problem, unmasked_pairs
+from hopper_attention.bench.data import results, workloads
+from hopper_attention.bench.data.results import CUBLAS_BF16, DEVICE_COPY, OURS, Row, Run
+from hopper_attention.bench.data.statistics import Ratio, Summary
+from hopper_attention.bench.data.workloads import Problem, unmasked_pairs
+from hopper_attention.bench.measure import baselines, environment, overhead, protocol
+from hopper_attention.bench.measure.correctness import judge
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.protocol import Protocol, measure
+from hopper_attention.bench.measure.runner import Prepared, Unsupported, run_problem
+from hopper_attention.bench.report import ledger, report
+from hopper_attention.bench.report.compare import compare
 from hopper_attention.dispatch import manifest, plan
 from hopper_attention.dispatch.target import Executor, choose
 from hopper_attention.errors import UserError
@@ -549,7 +542,7 @@ def test_committed_ledger_and_page_are_current(root):
 
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    from hopper_attention.bench.plots import write_plots
+    from hopper_attention.bench.report.plots import write_plots
 
     paths = write_plots(fabricated(), tmp_path / "plots")
     assert sorted(path.name for path in paths) == [
@@ -565,7 +558,7 @@ def test_plots(tmp_path):
 
 def test_every_problem_can_be_plotted(tmp_path):
     pytest.importorskip("matplotlib")
-    from hopper_attention.bench.plots import _panel, _size
+    from hopper_attention.bench.report.plots import _panel, _size
 
     panels = {(_panel(r), _size(r)) for r in (row(p.name) for p in workloads.load_problems())}
     assert ("bf16 d128 causal", "4k") in panels

@@ -41,7 +41,7 @@ def arguments(tensors):
 
 @pytest.fixture(autouse=True)
 def launches():
-    """What the simulator's handler was called with; no handler stays behind."""
+    """Arguments of every call of the simulator's handler are kept; no handler stays behind."""
     calls: list[tuple] = []
     _simulator.set_launch_handler(lambda *call: calls.append(call))
     yield calls

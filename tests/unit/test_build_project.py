@@ -1,4 +1,4 @@
-"""What pyproject.toml says twice, because the tools that read it leave no choice."""
+"""pyproject.toml says some things twice, because the tools that read it leave no choice."""
 
 import sys
 

@@ -8,7 +8,7 @@ from support.fp8 import exp2_in_halves
 
 
 def test_error_is_as_stated():
-    """Of all numbers that a half can tell apart, from the smallest normal one to P's largest."""
+    """The error is that of all halves from the smallest normal one to P's largest."""
     x = torch.arange(-14 * 1024, 8 * 1024 + 1).double() / 1024
     error = exp2_in_halves(x) / torch.exp2(x) - 1
     assert error.abs().max() < 0.0053

@@ -28,7 +28,7 @@ from hopper_attention.torch_ops import attention, fp8
 
 
 class Index:
-    """What only `__index__` says is an integer."""
+    """An object is an integer by its `__index__` only."""
 
     def __init__(self, value: int):
         self.value = value
@@ -82,7 +82,7 @@ PACKED = {"q": Q, "k": K, "v": V, "cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS
 E4M3 = {name: PACKED[name].to(torch.float8_e4m3fn) for name in "qkv"}
 BLOCKS = {"q_descale": (3, 4, 3), "k_descale": (3, 2, 3), "v_descale": (3, 2, 3)}
 DESCALES = {name: 0.5 + torch.rand(shape) for name, shape in BLOCKS.items()}
-"""Of blocks of 64 rows of up to 130: as many as the bounds say, not as the tensors' rows do."""
+"""Scales of 3 blocks of 64 rows are as many as the bounds say, not as the tensors' rows do."""
 DENSE = {name: PACKED[name][None] for name in "qkv"}
 BOUNDS = {"max_seqlen_q": LONGEST, "max_seqlen_k": LONGEST}
 PARTS = Lengths(STARTS)
@@ -147,7 +147,7 @@ class Case:
     bound: bool = False
     """A tensor of one integer will do."""
     none: str = "refused"
-    """What None is: "refused", "same", "more blocks", or it has a meaning of its "own"."""
+    """None is "refused", gives the "same" or "more blocks", or has a meaning of its "own"."""
 
 
 CASES = {
@@ -234,7 +234,7 @@ def test_what_is_no_such_integer_is_refused(name, kind):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.none != "own"])
 def test_none_is_no_bound_or_refused(name):
-    """Where it is no bound, scales of blocks are as many as the rows of all sequences have."""
+    """Without a bound, scales of blocks are as many as the rows of all sequences have."""
     case = CASES[name]
     if case.none == "same":
         assert same(given(case, lambda n: None), given(case, int))
@@ -301,7 +301,7 @@ def test_a_bound_reaches_the_scales(kind, monkeypatch):
     ids=str,
 )
 def test_what_a_bound_means(value, meaning):
-    """Of a tensor on another device nothing is known without waiting for it."""
+    """The value of a tensor on another device is not known without waiting for it."""
     found = scalars.bound("max_seqlen", value)
     assert found == meaning and type(found) in (int, type(None))
 

@@ -112,6 +112,13 @@ def test_the_simulator_knows_no_attention():
             assert not ours or module.startswith("hopper_attention.simulator."), f"{path}: {module}"
 
 
+def test_measuring_and_reporting_share_data_only():
+    for file in (PACKAGE / "bench").rglob("*.py"):
+        for module in imports(file):
+            if module.startswith("hopper_attention.bench."):
+                assert module.split(".")[2] in ("data", file.parent.name), f"{file}: {module}"
+
+
 def test_shared_device_code_knows_no_architecture(root):
     for path in (root / "cute_kernels").rglob("*.py"):
         for module in imports(path):

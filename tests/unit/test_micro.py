@@ -53,7 +53,7 @@ def simulate(case, passes, seed=1):
 
 @pytest.mark.simulator
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.program}: {case.name}")
-def test_results(case):
+def test_programs_compute_what_is_expected(case):
     passes = [PASSES + index for index in range(len(case.groups))]
     results, clocks = simulate(case, passes)
     assert case.check(results, passes) == []
@@ -115,7 +115,7 @@ def test_machine_code(case, tmp_path):
 
 
 def is_loop_of(role, loop):
-    """Whether the loop does one or several whole passes of the role's work, and little else."""
+    """A loop is a role's if it does whole passes of the role's work, and little else."""
     found = Counter(instruction.name for instruction in loop)
     ratios = {found[OPCODES[work.kind]] / work.count for work in role.does}
     (unrolled,) = ratios if len(ratios) == 1 else (0,)

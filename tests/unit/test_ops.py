@@ -171,7 +171,7 @@ def test_activation_checkpointing(qkv, reentrant):
 
 @pytest.mark.parametrize(("kept", "runs"), [([], 2), ([FORWARD], 1)])
 def test_selective_checkpointing(monkeypatch, qkv, kept, runs):
-    """Where attention is kept, its forward runs once."""
+    """The forward runs once if checkpointing keeps attention, else twice."""
     count, run = [], forward.run
     monkeypatch.setattr(forward, "run", lambda *args: (count.append(0), run(*args))[1])
     contexts = functools.partial(create_selective_checkpoint_contexts, kept)
@@ -196,7 +196,7 @@ def test_float32_results_have_no_gradient(qkv):
 
 
 def sdpa_flops(q, k, v, backward=False):
-    """What PyTorch counts for its own attention."""
+    """PyTorch counts so many operations for its own attention."""
     with FlopCounterMode(display=False) as counter:
         q, k, v = (x.transpose(1, 2).to("meta").requires_grad_(backward) for x in (q, k, v))
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

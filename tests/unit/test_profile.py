@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from hopper_attention import backend, cli
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
 from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 from hopper_attention.profiling import ncu, report
@@ -170,7 +170,7 @@ def test_csv(tmp_path):
     assert loaded.stalls == {}
 
 
-def test_action():
+def test_metrics_and_stalls_are_read_from_an_action():
     loaded = from_action(FakeAction(f"{INSTANCE}_0"))
     assert METRICS.items() <= loaded.metrics.items()
     assert "launch__func_cache_config" not in loaded.metrics

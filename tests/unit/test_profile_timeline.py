@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import hopper_attention
 from hopper_attention import cli, simulator
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
+from hopper_attention.bench.measure.inputs import Inputs
 from hopper_attention.dispatch import manifest, target
 from hopper_attention.errors import UserError
 from hopper_attention.profiling import driver, spans, stamps, timeline
@@ -77,7 +77,7 @@ def test_stamps_around_what_a_warp_waits_in():
 
 
 def test_every_instance_can_be_stamped():
-    """What is put in is the same text everywhere: that it is PTX, one of each family shows."""
+    """The inserted text is the same everywhere; one instance of each family shows it is PTX."""
     parsed = set()
     for name, instance in manifest.instances().items():
         ptx = manifest.ptx_path(name).read_text()
@@ -97,7 +97,7 @@ def test_ptx_that_cannot_be_stamped(text, kernel):
         stamps.instrument(text, kernel, blocks=1)
 
 
-def test_decode():
+def test_stamps_become_spans():
     stamped = stamps.Stamped("", "k", blocks=2, warps=2)
     buffer = np.zeros(stamped.slots, dtype=np.uint64)
     issue = 2 * stamps.NAMES.index(stamps.ISSUE)
@@ -142,7 +142,7 @@ HOPPER_WARPS = [(0, "wait for mbarrier"), *((warp, spans.ISSUE) for warp in rang
     ids=["hopper", "the producer is the last", "ampere"],
 )
 def test_rows_of_a_picture(recorded, labels):
-    """By what the warps did."""
+    """The names of rows follow from what the warps did."""
     assert spans._labels(Span(0, warp, name, 0, 1) for warp, name in recorded) == labels
 
 
@@ -187,7 +187,7 @@ def test_stamps_of_a_run_show_consumers_taking_turns():
 
 @pytest.mark.simulator
 def test_model_of_backward():
-    """Of the kernel with the GEMMs, not of those before it."""
+    """The model is of the kernel with the GEMMs, not of those before it."""
     (problem,) = load_problems(["instances/backward_bf16_d128_b4_s4096"])
     small = {"batch": 1, "heads": 1, "heads_kv": 1, "seqlen": 128, "seqlen_q": 512}
     inputs = Inputs.make(replace(problem, **small), torch.device("cpu"))
@@ -202,12 +202,12 @@ KERNELS = {
     "ampere forward": ("ampere", "ampere_fwd_bf16_d64", "forward"),
     "ampere backward": ("ampere", "ampere_bwd_bf16_d64", "backward"),
 }
-"""What runs, its instance, the direction."""
+"""Every name stands for a backend, an instance and a direction."""
 
 
 @pytest.fixture
 def grids(monkeypatch):
-    """Of the launches on the simulator from now on."""
+    """The grids of all launches on the simulator from now on are collected."""
     found, launch = [], simulator.launch
 
     def noted(*args, **how):
@@ -241,7 +241,7 @@ def test_a_block_has_one_tile_whatever_the_batch(name, grids):
 
 @pytest.mark.simulator
 def test_stamps_of_ampere():
-    """Of the first blocks, each with one tile whatever the batch."""
+    """Stamps are of the first blocks, which have one tile each whatever the batch is."""
     with hopper_attention.backend("ampere"):
         one, three = (
             timeline.record(small("forward", batch), "ampere_fwd_bf16_d64", blocks=2)[0]

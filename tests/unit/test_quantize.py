@@ -417,7 +417,7 @@ def test_refusals_of_narrowed():
 
 
 def test_columns_have_keys_interleaved():
-    """Of every 16 keys, pairs in the order 0, 4, 1, 5, 2, 6, 3, 7; zeros behind the last."""
+    """Every 16 keys are stored as pairs 0, 4, 1, 5, 2, 6, 3, 7; zeros follow the last key."""
     v = some(2, 37, 3, 16).to(torch.float8_e4m3fn)
     columns = columns_of(v)
     assert columns.shape == (2, 3, 16, 48)

@@ -156,7 +156,7 @@ def test_nested_devices(runs, outer):
 
 
 def test_enabled_inside_a_choice_of_kernels():
-    """What `sdpa_kernel` switches off for a while is not taken for what was before."""
+    """A backend that `sdpa_kernel` switches off for a while is on again afterwards."""
     with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
         enable_sdpa()
     disable_sdpa()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("hopper", "cute_kernels", "python", "benchmarks", "examples")
+FOLDERS = ("hopper", "cute_kernels", "python", "benchmarks", "examples", "tests")
 FRAGMENT = re.compile(r"(Of|What|Whether|By|Where|The same|As)\b")
 """Beginnings of docstrings whose subject stands elsewhere."""
 SHARE = 0.02

@@ -14,8 +14,8 @@ from hopper_attention.benchmarks.peers import PEERS
 from hopper_attention.benchmarks.variants import build, run
 from hopper_attention.benchmarks.variants.build import Variant
 
-from hopper_attention.bench.runner import Prepared
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
+from hopper_attention.bench.measure.runner import Prepared
 from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime
@@ -112,7 +112,7 @@ class Clock:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Of a build with a variant of one instance."""
+    """The build has a variant of one instance, and its launches are collected."""
     known = dict(manifest.instances())
     name = f"{INSTANCE}__other"
     known[name] = replace(known[INSTANCE], name=name, family=build.FAMILY)

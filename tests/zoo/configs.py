@@ -86,7 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
 }
-"""By model_type, for configurations that the rules above break."""
+"""Values by model_type replace those by which the rules above would break a configuration."""
 
 
 def tiny(config_class: type, shrink: int = 2, default: Any = None) -> Any:
@@ -143,7 +143,7 @@ def _known(config: PreTrainedConfig, name: str) -> Any:
 
 
 def _sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Of rotary embedding in time, height and width, for head_dim 16."""
+    """Rotary embedding in time, height and width gets sections for head_dim 16."""
     for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):
         if "rope_type" in part:  # where it is not used, it is ignored
             half = int(16 * part.get("partial_rotary_factor", 1.0)) // 2

@@ -1,4 +1,4 @@
-"""What a model's forward takes: small tensors by the names of its parameters."""
+"""A model's forward gets small tensors by the names of its parameters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Inputs:
 
     @property
     def masked(self) -> bool:
-        """Whether it takes a padding mask of its tokens."""
+        """The model takes a padding mask of its tokens."""
         ids = self.values.get("input_ids")
         return self.text and ids.ndim == 2 and "attention_mask" in self.parameters
 
@@ -123,7 +123,7 @@ class Inputs:
     make_image_grid_thw = make_grid_thw
 
     def patches(self) -> Tensor:
-        """Of the images of make_grid_thw, one after another."""
+        """Patches of the images of make_grid_thw follow one another."""
         side = self.number("patch_size", default=8)
         deep = self.number("temporal_patch_size", default=1)
         channels = self.number("in_channels", "in_chans", "num_channels", default=3)

@@ -237,7 +237,7 @@ def _runnable(model: Any) -> Inputs:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether this package raised it, and said what it does not do."""
+    """An error is a refusal if this package raised it to say what it does not do."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -358,7 +358,7 @@ def _outputs(out: Any, valid: Tensor | None) -> dict[str, Tensor]:
 
 
 def _fault(result: dict[str, Tensor], near: dict[str, Tensor], right: dict[str, Tensor]) -> str:
-    """What is wrong, or ""."""
+    """A description of the first fault, or ""."""
     if result.keys() != right.keys():
         return f"outputs {sorted(result)} for {sorted(right)}"
     rows = {

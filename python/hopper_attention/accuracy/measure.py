@@ -176,7 +176,7 @@ def measure(
         yield Row.of(inputs, variant.name, variant.accumulation.value, out, exact)
 
 
-# ------------------------------------------------------------------- the two studies of docs/fp8.md
+# ------------------------------------------------------ the two studies of docs/lab/2026-11-fp8.md
 
 
 PAPER = {"fp16": 1.9e-4, "per_tensor": 2.4e-2, "block64+hadamard": 9.1e-3}

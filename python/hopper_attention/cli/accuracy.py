@@ -35,7 +35,7 @@ from hopper_attention.accuracy.measure import (
     variants,
 )
 from hopper_attention.accuracy.measure import accumulation as accumulate
-from hopper_attention.bench import environment
+from hopper_attention.bench.measure import environment
 from hopper_attention.errors import UserError
 from hopper_attention.problem.quantization import Recipe
 from hopper_attention.reference.fp8 import HOPPER_BITS, Cut

@@ -20,10 +20,10 @@ from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
-    from hopper_attention.bench.protocol import Protocol
-    from hopper_attention.bench.results import Row, Run
-    from hopper_attention.bench.runner import Peer
-    from hopper_attention.bench.workloads import Problem
+    from hopper_attention.bench.data.results import Row, Run
+    from hopper_attention.bench.data.workloads import Problem
+    from hopper_attention.bench.measure.protocol import Protocol
+    from hopper_attention.bench.measure.runner import Peer
 
 bench = typer.Typer(
     help="Measure attention against its peers, and compare and report results.",
@@ -63,9 +63,9 @@ def run(
     """Time workloads on a Hopper GPU, each peer in turn, every result checked against FP64."""
     if context.invoked_subcommand is not None:
         return
-    from hopper_attention.bench.environment import require_gpu
-    from hopper_attention.bench.protocol import Protocol
-    from hopper_attention.bench.workloads import load_problems
+    from hopper_attention.bench.data.workloads import load_problems
+    from hopper_attention.bench.measure.environment import require_gpu
+    from hopper_attention.bench.measure.protocol import Protocol
     from hopper_attention.benchmarks.peers import PEERS
 
     problems = load_problems(workload or ())
@@ -97,7 +97,7 @@ def select_peers(peers: Sequence[Peer], patterns: Sequence[str] | None) -> list[
 
 
 def _select_modes(names: Sequence[str] | None) -> tuple[str, ...]:
-    from hopper_attention.bench.results import MODES
+    from hopper_attention.bench.data.results import MODES
 
     for name in names or ():
         if name not in MODES:
@@ -106,7 +106,7 @@ def _select_modes(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _print_list(problems: Sequence[Problem], peers: Sequence[Peer]) -> None:
-    from hopper_attention.bench.workloads import descriptions
+    from hopper_attention.bench.data.workloads import descriptions
 
     about = descriptions()
     table = Table("workload", "problems", "", box=None)
@@ -128,11 +128,12 @@ def _measure(
     quantisation: bool,
 ) -> Run:
     """The result, which is also written to `out` after every problem."""
-    from hopper_attention.bench import environment, results
-    from hopper_attention.bench.baselines import baseline_rows
-    from hopper_attention.bench.protocol import CudaTimer
-    from hopper_attention.bench.quantisation import quantisation_rows
-    from hopper_attention.bench.runner import run_problem
+    from hopper_attention.bench.data import results
+    from hopper_attention.bench.measure import environment
+    from hopper_attention.bench.measure.baselines import baseline_rows
+    from hopper_attention.bench.measure.protocol import CudaTimer
+    from hopper_attention.bench.measure.quantisation import quantisation_rows
+    from hopper_attention.bench.measure.runner import run_problem
 
     result = results.Run(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -191,7 +192,7 @@ def _figures(result: Run, row: Row) -> list[str]:
 
 
 def _plot(console: Console, result: Run, folder: Path) -> None:
-    from hopper_attention.bench.plots import write_plots
+    from hopper_attention.bench.report.plots import write_plots
 
     for path in write_plots(result, folder):
         console.print(str(path))
@@ -203,7 +204,7 @@ def plot(
     folder: Annotated[Path, typer.Option("--out", help="Folder for PNGs.")] = Path("plots"),
 ) -> None:
     """Draw a result: bars by sequence length, a panel for each head dim and mask."""
-    from hopper_attention.bench.results import load
+    from hopper_attention.bench.data.results import load
 
     _plot(Console(), load(result), folder)
 
@@ -211,8 +212,8 @@ def plot(
 @bench.command()
 def compare(before: Path, after: Path, as_json: AsJson = False) -> None:
     """Show what became faster or slower between two results, beside the noise."""
-    from hopper_attention.bench.compare import compare as compare_runs
-    from hopper_attention.bench.results import load
+    from hopper_attention.bench.data.results import load
+    from hopper_attention.bench.report.compare import compare as compare_runs
 
     changes = compare_runs(load(before), load(after))
     if as_json:
@@ -244,9 +245,9 @@ def report(
 
     The ledger's names are those of the library's lists, whichever of them this build has.
     """
-    from hopper_attention.bench import ledger as ledgers
-    from hopper_attention.bench.report import markdown
-    from hopper_attention.bench.results import load_folder
+    from hopper_attention.bench.data.results import load_folder
+    from hopper_attention.bench.report import ledger as ledgers
+    from hopper_attention.bench.report.report import markdown
 
     for path in (results, out.parent, ledger.parent):
         if not path.is_dir():
@@ -266,7 +267,7 @@ def overhead(
     repeats: Annotated[int, typer.Option(min=3, help="Samples of 1000 calls.")] = 30,
 ) -> None:
     """Time flash_attn_func from the Python call to a launch that does nothing; needs no GPU."""
-    from hopper_attention.bench import overhead as measurement
+    from hopper_attention.bench.measure import overhead as measurement
 
     figures = measurement.measure(repeats)
     if as_json:

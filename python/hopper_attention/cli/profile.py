@@ -15,7 +15,7 @@ from hopper_attention import _cuda
 from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:
-    from hopper_attention.bench.workloads import Problem
+    from hopper_attention.bench.data.workloads import Problem
     from hopper_attention.profiling.summary import Summary
 
 profile = typer.Typer(help="See where a kernel's time goes.", no_args_is_help=True)
@@ -35,7 +35,7 @@ def ncu(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Profile one launch with Nsight Compute, keep the report, and say what it means."""
-    from hopper_attention.bench.environment import require_gpu
+    from hopper_attention.bench.measure.environment import require_gpu
     from hopper_attention.profiling import ncu as nsight
     from hopper_attention.profiling.report import load
     from hopper_attention.profiling.roofline import write_roofline
@@ -70,8 +70,8 @@ def timeline(
     """
     import torch
 
-    from hopper_attention.bench.environment import require_gpu
-    from hopper_attention.bench.inputs import Inputs
+    from hopper_attention.bench.measure.environment import require_gpu
+    from hopper_attention.bench.measure.inputs import Inputs
     from hopper_attention.profiling import spans
     from hopper_attention.profiling import timeline as recorder
 
@@ -93,7 +93,7 @@ def timeline(
 
 
 def _one_problem(pattern: str) -> Problem:
-    from hopper_attention.bench.workloads import load_problems
+    from hopper_attention.bench.data.workloads import load_problems
 
     problems = load_problems([pattern])
     if len(problems) > 1:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.workloads import Problem
 from hopper_attention.errors import UserError
 
 WARMUP_LAUNCHES = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.workloads import Problem
 from hopper_attention.errors import UserError
 from hopper_attention.profiling.summary import Summary
 

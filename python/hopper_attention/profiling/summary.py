@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.workloads import Problem
 from hopper_attention.errors import UserError
 from hopper_attention.profiling.report import KernelReport
 from hopper_attention.sass.disassembler import INSTRUCTION_BYTES

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.workloads import load_problems
+from hopper_attention.bench.data.workloads import load_problems
+from hopper_attention.bench.measure.inputs import Inputs
 from hopper_attention.benchmarks.peers import PEERS
 
 

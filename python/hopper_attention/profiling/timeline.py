@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hopper_attention
 from hopper_attention import simulator
-from hopper_attention.bench.inputs import Inputs
+from hopper_attention.bench.measure.inputs import Inputs
 from hopper_attention.benchmarks.peers import flash_attn_api
 from hopper_attention.benchmarks.peers.common import with_backward
 from hopper_attention.dispatch import manifest

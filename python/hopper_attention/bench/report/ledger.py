@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_attention import files
-from hopper_attention.bench.results import Row, Run
+from hopper_attention.bench.data.results import Row, Run
 from hopper_attention.errors import UserError
 
 Entry = dict[str, dict[str, Any]]

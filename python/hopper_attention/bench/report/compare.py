@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopper_attention.bench.results import Run, timed
-from hopper_attention.bench.statistics import Ratio
+from hopper_attention.bench.data.results import Run, timed
+from hopper_attention.bench.data.statistics import Ratio
 from hopper_attention.errors import UserError
 
 

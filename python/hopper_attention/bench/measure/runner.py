@@ -10,11 +10,11 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.correctness import judge
-from hopper_attention.bench.inputs import Inputs
-from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
-from hopper_attention.bench.results import MODES, Row
-from hopper_attention.bench.workloads import Problem
+from hopper_attention.bench.data.results import MODES, Row
+from hopper_attention.bench.data.workloads import Problem
+from hopper_attention.bench.measure.correctness import judge
+from hopper_attention.bench.measure.inputs import Inputs
+from hopper_attention.bench.measure.protocol import Call, Protocol, Timer, measure
 
 KERNEL_RUNS = 5
 

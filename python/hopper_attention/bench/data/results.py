@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_attention import files
-from hopper_attention.bench.statistics import Summary
+from hopper_attention.bench.data.statistics import Summary
 from hopper_attention.errors import UserError
 
 SCHEMA = 1
@@ -37,6 +37,9 @@ CUBLAS_BF16 = "cuBLAS bf16 8192^3"
 CUBLAS_FP8 = "cuBLAS FP8 8192^3"
 DEVICE_COPY = "device copy"
 BASELINES = (CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY)
+
+QUANTISATION = "quantize"
+"""The workload of the kernels around FP8 attention."""
 
 OURS = "hopper-attention"
 

@@ -10,13 +10,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.protocol import Call, Protocol, Timer
-from hopper_attention.bench.results import OURS, Row
-from hopper_attention.bench.runner import one_line
+from hopper_attention.bench.data.results import OURS, QUANTISATION, Row
+from hopper_attention.bench.measure.protocol import Call, Protocol, Timer
+from hopper_attention.bench.measure.runner import one_line
 from hopper_attention.dispatch import manifest
 from hopper_attention.quantize import columns_of, means_of, narrowed, quantize
 
-WORKLOAD = "quantize"
 TOKENS = 32768
 HIDDEN = 4096
 """Columns of all heads: 256 MiB in 16 bits, several times L2."""
@@ -39,8 +38,10 @@ def quantisation_rows(protocol: Protocol, timer: Timer, device: torch.device) ->
             call = make()
             kernels = [name for name in timer.kernels(call) if name not in done]
         except Exception as fault:
-            problem, reason = f"{WORKLOAD}/{number}", one_line(fault)
-            yield from (Row(problem, WORKLOAD, OURS, m, "failed", reason) for m in protocol.modes)
+            problem, reason = f"{QUANTISATION}/{number}", one_line(fault)
+            yield from (
+                Row(problem, QUANTISATION, OURS, m, "failed", reason) for m in protocol.modes
+            )
             continue
         done.update(kernels)
         for mode in protocol.modes:
@@ -49,7 +50,7 @@ def quantisation_rows(protocol: Protocol, timer: Timer, device: torch.device) ->
                 family = manifest.instances()[name].family
                 samples = [run[name] for run in runs]
                 yield Row(
-                    f"{WORKLOAD}/{name}", WORKLOAD, OURS, mode, "ok", instance=name,
+                    f"{QUANTISATION}/{name}", QUANTISATION, OURS, mode, "ok", instance=name,
                     bytes=TOKENS * HIDDEN * BYTES_OF_ELEMENT.get(family, 0),
                     kernels={name: median(samples)}, samples_ms=samples,
                 )  # fmt: skip

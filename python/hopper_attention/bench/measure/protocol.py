@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from hopper_attention.bench.results import MODES
+from hopper_attention.bench.data.results import MODES
 from hopper_attention.launch import runtime
 
 Call = Callable[[], Any]

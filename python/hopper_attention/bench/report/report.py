@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hopper_attention.bench.ledger import Entry, Ledger
-from hopper_attention.bench.results import BASELINE, BASELINES, MODES, Row, Run, is_decode
+from hopper_attention.bench.data.results import BASELINE, BASELINES, MODES, Row, Run, is_decode
+from hopper_attention.bench.report.ledger import Entry, Ledger
 
 HEADER = """\
 # Results

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hopper_attention.bench.quantisation import WORKLOAD as QUANTISATION
-from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, OURS, Row, Run
-from hopper_attention.bench.workloads import INSTANCES
+from hopper_attention.bench.data.results import BASELINE, CUBLAS_BF16, OURS, QUANTISATION, Row, Run
+from hopper_attention.bench.data.workloads import INSTANCES
 from hopper_attention.errors import UserError
 
 if TYPE_CHECKING:

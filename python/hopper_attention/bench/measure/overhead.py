@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from hopper_attention import _simulator, flash_attn_func
-from hopper_attention.bench.statistics import Summary
+from hopper_attention.bench.data.statistics import Summary
 from hopper_attention.dispatch import plan, target
 from hopper_attention.launch import runtime
 
@@ -112,7 +112,7 @@ import torch
 times = [time.perf_counter()]
 import hopper_attention
 times.append(time.perf_counter())
-from hopper_attention.bench import overhead
+from hopper_attention.bench.measure import overhead
 times.append(time.perf_counter())
 q = torch.empty(1, 128, 8, 128, dtype=torch.bfloat16)
 with overhead.null_launches():

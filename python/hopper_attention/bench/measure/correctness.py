@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.inputs import DTYPES, Inputs
+from hopper_attention.bench.measure.inputs import DTYPES, Inputs
 from hopper_attention.reference.error import FLOOR, Error, cancellation
 
 SAMPLES = 3

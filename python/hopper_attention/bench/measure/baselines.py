@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from hopper_attention.bench.protocol import Call, Protocol, Timer, measure
-from hopper_attention.bench.results import BASELINE, CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY, Row
-from hopper_attention.bench.runner import one_line
+from hopper_attention.bench.data.results import BASELINE, CUBLAS_BF16, CUBLAS_FP8, DEVICE_COPY, Row
+from hopper_attention.bench.measure.protocol import Call, Protocol, Timer, measure
+from hopper_attention.bench.measure.runner import one_line
 
 N = 8192
 COPY_BYTES = 4 << 30

@@ -1,0 +1,1 @@
+"""Tables, plots and comparisons of runs, and the ledger of what hardware has seen."""
