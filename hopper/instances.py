@@ -1,6 +1,9 @@
 """The list of attention kernels for sm_90a that a build can compile."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
+from typing import Any
 
 from hopper_attention.cute_kernels.backward.config import PreprocessConfig
 from hopper_attention.cute_kernels.conventions import DTYPES
@@ -51,23 +54,16 @@ def _forward(dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen
 def _backward(
     dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen: bool
 ) -> Instance:
+    problem = (dtype, *dims, mask, softcap, varlen)
+    if dims in WIDE_BACKWARD:
+        kernel, config = "kernel_wide:BackwardWide", WideBackwardConfig(*problem)
+    else:
+        kernel, config = "kernel:Backward", BackwardConfig(*problem, BACKWARD_TILES[dims])
     return Instance(
         name=_name("bwd", dtype, dims, mask, softcap, varlen),
         family="backward",
-        kernel="hopper_attention.hopper.backward.kernel:Backward",
-        config=BackwardConfig(dtype, *dims, mask, softcap, varlen, BACKWARD_TILES[dims]),
-        claims=("HGMMA", "UTMALDG", "REDG"),
-    )
-
-
-def _wide_backward(
-    dtype: str, dims: tuple[int, int], mask: str, softcap: bool, varlen: bool
-) -> Instance:
-    return Instance(
-        name=_name("bwd", dtype, dims, mask, softcap, varlen),
-        family="backward",
-        kernel="hopper_attention.hopper.backward.kernel_wide:BackwardWide",
-        config=WideBackwardConfig(dtype, *dims, mask, softcap, varlen),
+        kernel=f"hopper_attention.hopper.backward.{kernel}",
+        config=config,
         claims=("HGMMA", "UTMALDG", "REDG"),
     )
 
@@ -111,34 +107,23 @@ def _forward_fp8(
     )
 
 
-FORWARD = tuple(
-    _forward(dtype, dims, mask, softcap, varlen)
-    for dtype in DTYPES
-    for dims in FORWARD_TILES
-    for mask, softcap in VARIANTS
-    for varlen in (False, True)
+def _each(make: Callable[..., Instance], *axes: Iterable[Any]) -> tuple[Instance, ...]:
+    """Return `make` of every combination of `axes`, of VARIANTS, and of dense and packed ones."""
+    return tuple(
+        make(*which, mask, softcap, varlen)
+        for which in product(*axes)
+        for mask, softcap in VARIANTS
+        for varlen in (False, True)
+    )
+
+
+FORWARD = _each(_forward, DTYPES, FORWARD_TILES)
+FP8 = (
+    *_each(partial(_forward_fp8, two_level=False), FP8_TILES),
+    *_each(partial(_forward_fp8, two_level=True), FP8_TWO_LEVEL_TILES),
 )
-BACKWARD = tuple(
-    _backward(dtype, dims, mask, softcap, varlen)
-    for dtype in DTYPES
-    for dims in BACKWARD_TILES
-    for mask, softcap in VARIANTS
-    for varlen in (False, True)
-)
-WIDE = tuple(
-    _wide_backward(dtype, dims, mask, softcap, varlen)
-    for dtype in DTYPES
-    for dims in WIDE_BACKWARD
-    for mask, softcap in VARIANTS
-    for varlen in (False, True)
-)
-FP8 = tuple(
-    _forward_fp8(dims, mask, softcap, varlen, two_level)
-    for two_level, tiles in ((False, FP8_TILES), (True, FP8_TWO_LEVEL_TILES))
-    for dims in tiles
-    for mask, softcap in VARIANTS
-    for varlen in (False, True)
-)
+BACKWARD = _each(_backward, DTYPES, BACKWARD_TILES)
+WIDE = _each(_backward, DTYPES, WIDE_BACKWARD)
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
 DQ_TILES = {dims[0]: tile_m for dims, tile_m in BACKWARD_TILES.items()}
 DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
