@@ -75,19 +75,34 @@ typedef struct {
 typedef struct {
     void *data;
 } k_Tensor_mS_t;
+typedef struct {
+    void *data;
+    int32_t dynamic_shapes[1];
+} k_Tensor_sums_t;
+typedef struct {
+    k_Tensor_sums_t elements[2];
+    int32_t count;
+} k_TensorList_sums_t;
 static inline int32_t cute_dsl_k_wrapper(k_Kernel_Module_t *module, k_Tensor_mQ_t *mQ, \
-k_Tensor_mS_t *mS, float scale, int32_t window, cudaStream_t stream) {
+k_Tensor_mS_t *mS, k_TensorList_sums_t *sums, float scale, int32_t *window, int64_t address, \
+cudaStream_t stream) {
 """
+GROUPS = [(), (), ("row_sum", "row_max"), (), ("left", "right"), ()]
+"""Names of the members of HEADER's NamedTuples."""
 
 
 class TestHeader:
     def test_arguments_in_order(self):
-        arguments = header.parse_arguments(HEADER, "k")
+        arguments = header.parse_arguments(HEADER, "k", GROUPS)
         assert [(a["name"], a["kind"]) for a in arguments] == [
             ("mQ", "tensor"),
             ("mS", "tensor"),
+            ("row_sum", "tensor"),
+            ("row_max", "tensor"),
             ("scale", "float32"),
-            ("window", "int32"),
+            ("left", "int32"),
+            ("right", "int32"),
+            ("address", "int64"),
         ]
         assert arguments[0] == {
             "name": "mQ",
@@ -97,7 +112,8 @@ class TestHeader:
             "stride_bits": 64,
             "dynamic_strides": 2,
         }
-        assert (arguments[1]["dynamic_shapes"], arguments[1]["dynamic_strides"]) == (0, 0)
+        assert [a["dynamic_shapes"] for a in arguments[1:4]] == [0, 1, 1]
+        assert [a["dynamic_strides"] for a in arguments[1:4]] == [0, 0, 0]
 
     @pytest.mark.parametrize(
         ("before", "after", "message"),
@@ -106,11 +122,15 @@ class TestHeader:
             (", cudaStream_t stream", "", "must be the stream"),
             ("cute_dsl_k_", "cute_dsl_other_", "no wrapper"),
             ("} k_Tensor_mS_t", "} other", "no struct for tensor mS"),
+            ("} k_Tensor_sums_t", "} other", "no struct for tensor sums"),
+            ("int32_t *window", "void *window", "window is a void"),
+            ("int64_t address", "int64_t *address", r"address is a int64_t\*"),
+            ("int64_t address, ", "", "6 example arguments, but the header has 5"),
         ],
     )
     def test_refuses_what_the_marshaller_cannot_pass(self, before, after, message):
         with pytest.raises(header.HeaderError, match=message):
-            header.parse_arguments(HEADER.replace(before, after), "k")
+            header.parse_arguments(HEADER.replace(before, after), "k", GROUPS)
 
 
 REMARKS = """

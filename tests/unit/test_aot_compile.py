@@ -31,7 +31,7 @@ def test_compile_twice(root, tmp_path):
     facts = json.loads(first[".json"])
     assert facts["kernels"] == [f"{NAME}_0"]
     assert facts["flavour"] == "cu13"
-    assert [a["name"] for a in facts["arguments"]][:4] == ["mQ", "mK", "mV", "mO"]
+    assert [a["name"] for a in facts["arguments"]][:4] == ["q", "k", "v", "out"]
     assert facts["arguments"][0]["shape"] == [None] * 4
     assert facts["arguments"][0]["shape_divisibility"] == [1, 1, 1, 8]
     assert set(facts["opcodes"]) == set(facts["claims"])

@@ -1,4 +1,4 @@
-"""Docstrings are sentences about the thing itself."""
+"""Docstrings are sentences about the thing itself; kernels have few arguments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ FOLDERS = ("hopper", "cute_kernels", "python", "benchmarks", "examples", "tests"
 FRAGMENT = re.compile(r"(Of|What|Whether|By|Where|The same|As)\b")
 """Beginnings of docstrings whose subject stands elsewhere."""
 SHARE = 0.02
+MOST_ARGUMENTS = 13
+"""The limit of a kernel's `__call__`, self and the stream included; more of them are grouped."""
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -37,3 +39,15 @@ def test_few_docstrings_are_fragments(root):
                 fragments.append(f"{path.relative_to(root)}:{line}: {text.splitlines()[0]}")
     assert found > 1000
     assert len(fragments) <= SHARE * found, "\n".join(fragments)
+
+
+def test_kernels_have_few_arguments(root):
+    paths = (path for name in ("hopper", "cute_kernels") for path in (root / name).rglob("*.py"))
+    counts = {
+        f"{path.relative_to(root)}:{function.lineno}": len(function.args.args)
+        for path in paths
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name == "__call__"
+    }
+    assert len(counts) > 10
+    assert max(counts.values()) <= MOST_ARGUMENTS, counts

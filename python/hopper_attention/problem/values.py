@@ -235,7 +235,7 @@ class Inputs(NamedTuple):
 
     @property
     def packed(self) -> tuple[bool, bool]:
-        """Whether queries are packed, and whether keys are."""
+        """Say whether queries are packed, and whether keys are."""
         return self.cu_seqlens_q is not None, self.cu_seqlens_k is not None
 
     @property
