@@ -49,8 +49,15 @@ def variants_of(instance: str) -> list[str]:
         if record.family == FAMILY and base == instance:
             if record.config.get("tile_m") != known[base].config.get("tile_m") and "bwd" in base:
                 raise UserError(f"{name}: dQ's workspace is laid out by the shipped tile_m")
+            if _arguments(record) != _arguments(known[base]):
+                raise UserError(f"{name} takes other arguments than the shipped instance")
             found.append(variant)
     return found
+
+
+def _arguments(record: manifest.CompiledInstance) -> list[tuple[str, str]]:
+    """Names and kinds: whoever launches a variant passes the shipped instance's."""
+    return [(argument["name"], argument["kind"]) for argument in record.arguments]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ Timeline   of query block i, with two stages of Q and dO; with one, i + 1 is loa
              S, P = exp | dP, dS | store P, dS
              all warps | dV += P^T dO | dK += dS^T Q | dQ = dS K, add to the workspace
 
-Turns      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
+Order      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
            the result has the same bits every time.  Blocks start in ascending order, so
            that whoever waits, waits for a block that has started.
 
@@ -86,7 +86,7 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     rows_and_columns,
 )
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.scheduling.sequence import Lengths, PackedHeads, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Sequence, TileRows
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
 from hopper_attention.cute_kernels.softmax.online import LOG2_E, cap
 
@@ -150,15 +150,15 @@ class Work:
     def order(self) -> RowOrder:
         return RowOrder(self.blocks, self.shift)
 
-    def packed(self) -> list[Int32]:
-        """To be kept in shared memory."""
+    def to_words(self) -> list[Int32]:
+        """Return what `from_words` reads: integers to be kept in shared memory."""
         parts = (self.queries, self.keys, self.blocks)
         numbers = (self.n_block, self.head_kv, self.workspace_row, self.shift)
         return [Int32(n) for n in (*numbers, *(n for part in parts for n in vars(part).values()))]
 
     @staticmethod
-    def unpacked(words: cute.Tensor) -> "Work":
-        """Looked up again, and not kept in registers that the loop needs."""
+    def from_words(words: cute.Tensor) -> "Work":
+        """Return the work that was saved, looked up again: the loop needs the registers."""
         numbers = [words[i] for i in range(WORDS)]
         return Work(
             *numbers[:4], Sequence(*numbers[4:7]), Sequence(*numbers[7:10]),
@@ -302,13 +302,13 @@ class AmpereBackward:
         )
         acc_dk.fill(0.0)
         acc_dv.fill(0.0)
-        visits = Work.unpacked(words).order.count * problem.group
+        visits = Work.from_words(words).order.count * problem.group
         if visits > 0:
-            visit = Visit(Int32(0), Work.unpacked(words).head_kv * problem.group, Int32(0))
+            visit = Visit(Int32(0), Work.from_words(words).head_kv * problem.group, Int32(0))
             self.begin(tensors, smem, visit)
             while visit.number < visits:
                 visit = self.step(tensors, problem, smem, visit, visits, acc_dk, acc_dv)
-        self.store(tensors, problem, Work.unpacked(words), acc_dk, acc_dv)
+        self.store(tensors, problem, Work.from_words(words), acc_dk, acc_dv)
 
     @cute.jit
     def find_work(self, problem: Problem) -> Work:
@@ -328,8 +328,8 @@ class AmpereBackward:
         # First keys first; not below 0 for a number left over, whatever sequence it looks at.
         n_block = maximum(ceil_div(keys.length, cfg.tile_n) - 1 - m_block, 0)
         keys = Sequence(keys.batch, keys.offset, select(exists, keys.length, 0))
-        mask_range = self.mask_range(problem, queries, keys).transposed
-        blocks = BlockRange.of_keys(mask_range, n_block, cfg.tile_n, cfg.tile_m)
+        transposed = self.mask_range(problem, queries, keys).transposed
+        blocks = BlockRange.of_keys(transposed, n_block, cfg.tile_n, cfg.tile_m)
         end = select(keys.length > 0, blocks.end, blocks.first)
         blocks = BlockRange(
             blocks.first, end, minimum(blocks.unmasked_first, end),
@@ -349,19 +349,19 @@ class AmpereBackward:
         """Write to shared memory what is looked up later."""
         thread = cute.arch.thread_idx()[0]
         if thread == 0:
-            for i, word in enumerate(work.packed()):
+            for i, word in enumerate(work.to_words()):
                 smem.work[i] = word
         if thread < self.cfg.tile_n:
-            mask_range = self.mask_range(problem, work.queries, work.keys).transposed
+            transposed = self.mask_range(problem, work.queries, work.keys).transposed
             key = work.n_block * self.cfg.tile_n + thread
-            smem.limits[thread, 0] = mask_range.begin(key)
-            smem.limits[thread, 1] = mask_range.end(key)
+            smem.limits[thread, 0] = transposed.begin(key)
+            smem.limits[thread, 1] = transposed.end(key)
         cute.arch.sync_threads()
 
     @cute.jit
     def begin(self, tensors: Tensors, smem: SmemAddresses, visit: Visit):
         """The first loads."""
-        work = Work.unpacked(smem.work)
+        work = Work.from_words(smem.work)
         first_key = work.n_block * self.cfg.tile_n
         for tensor, tile in ((tensors.k, self.k), (tensors.v, self.v)):
             self.load(tensor, tile, work.keys, work.head_kv, first_key, smem.shared)
@@ -416,7 +416,7 @@ class AmpereBackward:
         cfg = self.cfg
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # Q and dO are there; the other stage, P and dS are free
-        work = Work.unpacked(smem.work)
+        work = Work.from_words(smem.work)
         following = visit.following(work.order.count)
         if const_expr(cfg.stages == 2):
             if following.number < visits:
@@ -429,8 +429,8 @@ class AmpereBackward:
         if const_expr(cfg.stages == 1):
             cute.arch.sync_threads()  # Q and dO are free
             if following.number < visits:
-                self.load_queries(tensors, Work.unpacked(smem.work), smem, following)
-        self.add_dq(tensors, problem, Work.unpacked(smem.work), smem, visit)
+                self.load_queries(tensors, Work.from_words(smem.work), smem, following)
+        self.add_dq(tensors, problem, Work.from_words(smem.work), smem, visit)
         return following
 
     @cute.jit
@@ -459,7 +459,7 @@ class AmpereBackward:
         if problem.cap_outer != 0.0:
             cap(scores, problem.cap_inner, problem.cap_outer)
         if visit.step < order.unmasked_begin or visit.step >= order.unmasked_end:
-            mask = Mask(Limits(smem.limits), coordinates, PackedHeads(1, 0, 0), cfg.tile_m)
+            mask = Mask(Limits(smem.limits), coordinates, TileRows(1, 0, 0), cfg.tile_m)
             mask.apply(scores, order.block(visit.step))
         capped = cute.make_rmem_tensor_like(acc_p)
         capped.store(acc_p.load())

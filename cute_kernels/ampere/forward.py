@@ -5,7 +5,7 @@ block of threads does one after another, usually one.  Everything but types and 
 run time: windows and chunks (which may hide nothing, or what a causal mask hides), softcap, packed
 or used lengths, sinks, heads that share tiles, the type of O.
 
-Layouts    As hopper/forward/kernel.py, and its arguments.
+Layouts    As hopper/forward/kernel.py; its arguments, too, but for the queue.
 
 Warps      `warp_rows` query rows each, all keys; together they load.  Warps meet twice a key block.
 
@@ -65,7 +65,7 @@ from hopper_attention.cute_kernels.primitives.fragments import (
 )
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistics, strided
-from hopper_attention.cute_kernels.scheduling.sequence import Lengths, PackedHeads, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Lengths, Sequence, TileRows
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import (
     DenseScheduler,
     Tile,
@@ -103,7 +103,7 @@ class Problem:
     queries: Lengths
     keys: Lengths
     group: Any
-    """Query heads whose rows share a tile (`Rows`): 1, or all of a key head; divides quickly."""
+    """Query heads that share a tile (`TileRows`): 1, or all of a key head; divides quickly."""
     tiles_per_kvhead: Int32
     """Tiles of the same positions that read the same keys: the others of the group."""
     scale_log2: Float32
@@ -130,13 +130,13 @@ class Work:
     keys: Sequence
     blocks: BlockRange
 
-    def packed(self) -> list[Int32]:
+    def to_words(self) -> list[Int32]:
         """To be kept in shared memory."""
         parts = (self.tile, self.queries, self.keys, self.blocks)
         return [self.number, *(Int32(value) for part in parts for value in vars(part).values())]
 
     @staticmethod
-    def unpacked(words: cute.Tensor) -> "Work":
+    def from_words(words: cute.Tensor) -> "Work":
         """Looked up again, and not kept in registers that the loops need."""
         number, *values = (words[i] for i in range(WORDS))
         return Work(
@@ -273,9 +273,9 @@ class AmpereForward:
     def kernel(self, tensors: Tensors, problem: Problem, tiles: Int32):
         cfg = self.cfg
         start = SmemAllocator().allocate(cfg.shared_memory_bytes, 1024)
-        notes = cute.recast_ptr(start + self.v.end, dtype=Int32)
-        limits = cute.make_tensor(notes, cute.make_layout((cfg.tile_m, 2), stride=(2, 1)))
-        words = cute.make_tensor(notes + 2 * cfg.tile_m, cute.make_layout(WORDS))
+        saved = cute.recast_ptr(start + self.v.end, dtype=Int32)
+        limits = cute.make_tensor(saved, cute.make_layout((cfg.tile_m, 2), stride=(2, 1)))
+        words = cute.make_tensor(saved + 2 * cfg.tile_m, cute.make_layout(WORDS))
         smem = SmemAddresses(Int32(start.toint()), limits, words)
         number = cute.arch.block_idx()[0]
         while number < tiles:
@@ -303,8 +303,8 @@ class AmpereForward:
         blocks = BlockRange.of(mask_range, m_block, cfg.tile_m, cfg.tile_n, problem.group)
         return Work(number, Tile(m_block, head, batch), queries, keys, blocks)
 
-    def rows(self, problem: Problem, tile: Tile) -> PackedHeads:
-        return PackedHeads(
+    def rows(self, problem: Problem, tile: Tile) -> TileRows:
+        return TileRows(
             problem.group, tile.head * problem.packed.group, tile.m_block * self.cfg.tile_m
         )
 
@@ -314,7 +314,7 @@ class AmpereForward:
         thread = cute.arch.thread_idx()[0]
         rows = self.rows(problem, work.tile)
         if thread == 0:
-            for i, word in enumerate(work.packed()):
+            for i, word in enumerate(work.to_words()):
                 smem.work[i] = word
         mask_range = MaskRange("local", work.queries.length, work.keys.length, *problem.window)
         if thread < self.cfg.tile_m:
@@ -337,7 +337,7 @@ class AmpereForward:
     def attend(self, tensors: Tensors, problem: Problem, smem: SmemAddresses):
         """One tile's keys, and what comes of them; the tile's number."""
         cfg = self.cfg
-        blocks = Work.unpacked(smem.work).blocks
+        blocks = Work.from_words(smem.work).blocks
         softmax = OnlineSoftmax.create(cfg.warp_rows // 8, scale_log2=problem.scale_log2)
         acc_o = accumulator(cfg.warp_rows, cfg.head_dim_v)
         acc_o.fill(0.0)
@@ -348,20 +348,20 @@ class AmpereForward:
         for part in cutlass.range(2, unroll=1):
             # Masked blocks at the end and unmasked ones, then masked ones at the beginning.
             # Counted down to 0 in uniform registers: bounds to compare with would be spilled.
-            blocks = Work.unpacked(smem.work).blocks
+            blocks = Work.from_words(smem.work).blocks
             masked_first = blocks.unmasked_end if part == 0 else blocks.first
             left = n_block + 1 - masked_first
             while left > 0:
                 k, v = step(k, v, n_block, True)
                 n_block -= 1
                 left -= 1
-            left = n_block + 1 - Work.unpacked(smem.work).blocks.unmasked_first
+            left = n_block + 1 - Work.from_words(smem.work).blocks.unmasked_first
             while left > 0:
                 k, v = step(k, v, n_block, False)
                 n_block -= 1
                 left -= 1
 
-        work = Work.unpacked(smem.work)
+        work = Work.from_words(smem.work)
         rows, coordinates = self.rows(problem, work.tile), self.coordinates()
         factors = softmax.finish(self.read_sinks(problem, rows, coordinates))
         scale_rows(rows_and_columns(acc_o), factors)
@@ -392,7 +392,7 @@ class AmpereForward:
         cfg = self.cfg
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K is there, V is free
-        work = Work.unpacked(smem.work)
+        work = Work.from_words(smem.work)
         keys = work.keys.length - n_block * cfg.tile_n if masked else None
         v = self.load(self.copy_v, v, smem, keys)
         cute.arch.cp_async_commit_group()
@@ -410,7 +410,7 @@ class AmpereForward:
         if problem.cap_outer != 0.0:
             cap(scores, problem.cap_inner, problem.cap_outer)
         if const_expr(masked):
-            mask = Mask(Limits(smem.limits), self.coordinates(), PackedHeads(1, 0, 0), cfg.tile_n)
+            mask = Mask(Limits(smem.limits), self.coordinates(), TileRows(1, 0, 0), cfg.tile_n)
             mask.apply(scores, n_block)
         groups = (ScaleGroup(range(cfg.tile_n // 4), problem.scale_log2),)
         maxima = softmax.maxima(scores, groups, masked)
@@ -438,7 +438,7 @@ class AmpereForward:
         n_block: Int32,
     ) -> Stream:
         """The stream of the tile's keys, from block `n_block` on, down."""
-        work, thread = Work.unpacked(smem.work), cute.arch.thread_idx()[0]
+        work, thread = Work.from_words(smem.work), cute.arch.thread_idx()[0]
         row = work.keys.offset + n_block * copy.tile.rows + copy.row(thread, 0)
         line = tensor[work.keys.batch, row, work.tile.head // problem.tiles_per_kvhead, None]
         return Stream(
@@ -459,7 +459,7 @@ class AmpereForward:
             source = source + stream.row_bytes * copy.rows_at_once
         return following
 
-    def load_queries(self, mQ: cute.Tensor, work: Work, rows: PackedHeads, shared: Int32) -> None:
+    def load_queries(self, mQ: cute.Tensor, work: Work, rows: TileRows, shared: Int32) -> None:
         """Zeros for rows and columns that do not exist."""
         copy, queries = self.copy_q, work.queries
         thread = cute.arch.thread_idx()[0]
@@ -473,9 +473,7 @@ class AmpereForward:
             copy.copy(place, step, source, columns, position < queries.length)
 
     @cute.jit
-    def read_sinks(
-        self, problem: Problem, rows: PackedHeads, coordinates: Coordinates
-    ) -> cute.Tensor:
+    def read_sinks(self, problem: Problem, rows: TileRows, coordinates: Coordinates) -> cute.Tensor:
         """(rows,) scores of the sinks of this thread's rows, in the exp2 domain; -inf: none."""
         count = self.cfg.warp_rows // 8
         sinks_log2 = cute.make_rmem_tensor((count,), Float32)
@@ -492,7 +490,7 @@ class AmpereForward:
         tensors: Tensors,
         problem: Problem,
         work: Work,
-        rows: PackedHeads,
+        rows: TileRows,
         acc_o: cute.Tensor,
         lse: cute.Tensor,
         coordinates: Coordinates,

@@ -1,1 +1,1 @@
-"""What the backward kernels of every architecture share."""
+"""Code that the backward kernels of every architecture share."""

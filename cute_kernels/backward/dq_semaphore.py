@@ -20,12 +20,12 @@ class DqSemaphore:
         return self.address + 4 * ((Int64(entry) * self.heads + head) * self.blocks + block)
 
     @cute.jit
-    def wait(self, place: tuple, turn: Int32):
-        """One thread waits until `turn` others have signalled; their writes are then visible."""
+    def wait(self, place: tuple, earlier: Int32):
+        """One thread waits until `earlier` others have signalled; their writes are then visible."""
         counter = self.counter(place)
-        given = Int32(-1)
-        while given != turn:
-            given = cute.arch.inline_ptx(
+        signalled = Int32(-1)
+        while signalled != earlier:
+            signalled = cute.arch.inline_ptx(
                 "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];",
                 write_only_types=[Int32],
                 read_only_args=[counter],

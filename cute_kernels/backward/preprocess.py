@@ -30,7 +30,7 @@ LANES = 8
 """Lanes that read a row."""
 
 
-class Results(NamedTuple):
+class OutputAndGradient(NamedTuple):
     """O and its gradient, (batch, seqlen_q, heads, head_dim_v)."""
 
     out: cute.Tensor
@@ -57,7 +57,7 @@ class Preprocess:
         stride = (*(cute.sym_int64(divisibility=4) for _ in range(3)), 1)
         dq = make_fake_tensor(Float32, shape, stride, assumed_align=16)
         return (
-            example(Results, lambda: strided(self.dtype, 4)),
+            example(OutputAndGradient, lambda: strided(self.dtype, 4)),
             example(Statistics, row_statistics),
             Int32(0),
             example(WorkspaceStatistics, lambda: row_statistics(4)),
@@ -69,21 +69,21 @@ class Preprocess:
     @cute.jit
     def __call__(
         self,
-        results: Results,
+        outputs: OutputAndGradient,
         statistics: Statistics,
         with_dlse: Int32,
-        saved: WorkspaceStatistics,
+        saved_rows: WorkspaceStatistics,
         dq_workspace: cute.Tensor,
         addresses: QueryAddresses,
         num_sequences: Int32,
         stream: cuda.CUstream,
     ):
-        entries, seqlen_q, heads, _ = results.out.shape
+        entries, seqlen_q, heads, _ = outputs.out.shape
         queries = Lengths(*addresses, seqlen_q)
         rows = entries * seqlen_q
         scheduler = VarlenScheduler(queries, num_sequences, heads, rows, WORKSPACE_ROWS)
-        saved = (*saved, dq_workspace)
-        self.kernel(*results, *statistics, with_dlse, saved, queries, scheduler).launch(
+        saved = (*saved_rows, dq_workspace)
+        self.kernel(*outputs, *statistics, with_dlse, saved, queries, scheduler).launch(
             grid=[scheduler.tiles, 1, 1], block=[self.cfg.threads, 1, 1], stream=stream
         )
 

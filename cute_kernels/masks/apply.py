@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from hopper_attention.cute_kernels.primitives.arithmetic import maximum, minimum
-from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads
+from hopper_attention.cute_kernels.scheduling.sequence import TileRows
 
 WORD = 32
 """Columns of a row that one word of bits stands for."""
@@ -25,7 +25,7 @@ class Mask:
     mask_range: Any
     coordinates: cute.Tensor
     """(rows, columns) -> (row, column) in the tile, of this thread's fragment."""
-    rows: PackedHeads
+    rows: TileRows
     """Which query each of the tile's rows is."""
     tile_n: cutlass.Constexpr
 

@@ -79,9 +79,9 @@ class TransposedMaskRange:
     def begin(self, key):
         """First query that sees `key`; UNBOUNDED for keys that do not exist."""
         mask = self.mask
-        return select(key < mask.seqlen_k, self._first_viewer(key), UNBOUNDED)
+        return select(key < mask.seqlen_k, self._first_query(key), UNBOUNDED)
 
-    def _first_viewer(self, key):
+    def _first_query(self, key):
         mask = self.mask
         if mask.kind == "full":
             return 0

@@ -83,12 +83,12 @@ class ForwardCounts(NamedTuple):
 
 
 class TileQueueArguments(NamedTuple):
-    """What persistent blocks need; the launch adds it behind all others."""
+    """The arguments of persistent blocks, which the launch adds behind all others."""
 
     tile_counter: Int64
     """Address of two int32, zero (scheduling/tile_queue.py)."""
     max_blocks: Int64
-    """Blocks that run at the same time."""
+    """Blocks that run at the same time; as wide as the address, as a group has one type."""
 
 
 def example(group: type, make: Callable[[], Any]) -> Any:

@@ -94,19 +94,19 @@ class Fp8Fragment:
 
     words: cute.Tensor
     """Four columns each: rows r and r + 8 of the first 16 columns, then of the second."""
-    f16x2_columns: tuple[int, ...]
+    f16x2_groups: tuple[int, ...]
     """A thread's groups of four columns that come as two registers of halves."""
 
     @staticmethod
-    def like(acc: cute.Tensor, f16x2_columns: tuple[int, ...]) -> "Fp8Fragment":
+    def like(acc: cute.Tensor, f16x2_groups: tuple[int, ...]) -> "Fp8Fragment":
         words = cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32)
-        return Fp8Fragment(words, f16x2_columns)
+        return Fp8Fragment(words, f16x2_groups)
 
     def convert(self, acc: cute.Tensor) -> None:
         for i in range(cute.size(self.words)):
             group, row = divmod(i, 2)
             start = 8 * group + 2 * row
-            if group in self.f16x2_columns:
+            if group in self.f16x2_groups:
                 pairs = (acc[place].bitcast(cutlass.Int32) for place in (start, start + 1))
                 self.words[i] = _convert_four(list(pairs))
             else:

@@ -124,7 +124,7 @@ class ScaleCounts(NamedTuple):
     group: Int32
 
 
-class FactorAddresses(NamedTuple):
+class PreparationAddresses(NamedTuple):
     """Addresses of what rows are centred and rotated by: `Preparation` and `Rotation`."""
 
     mean: Int64
@@ -132,11 +132,11 @@ class FactorAddresses(NamedTuple):
 
 
 def prepared(
-    tables: RotaryTables, rotary: RotaryCounts, factors: FactorAddresses, rotation_size: Int32
+    tables: RotaryTables, rotary: RotaryCounts, given: PreparationAddresses, rotation_size: Int32
 ) -> Preparation:
     """Return what is done to rows before they are scaled."""
-    rotation = Rotation(rotation_size, factors.signs)
-    return Preparation(Rotary.create(tables, rotary), factors.mean, rotation)
+    rotation = Rotation(rotation_size, given.signs)
+    return Preparation(Rotary.create(tables, rotary), given.mean, rotation)
 
 
 class Quantize:
@@ -162,7 +162,7 @@ class Quantize:
         scales: ScaleCounts,
         tables: RotaryTables,
         rotary: RotaryCounts,
-        factors: FactorAddresses,
+        given: PreparationAddresses,
         rotation_size: Int32,
         addresses: RowAddresses,
         max_seqlen: Int32,
@@ -172,7 +172,7 @@ class Quantize:
 
         values has x's layout, or that of v_layout.py.  Sequences have at most max_seqlen rows.
         """
-        preparation = prepared(tables, rotary, factors, rotation_size)
+        preparation = prepared(tables, rotary, given, rotation_size)
         lengths = Lengths(*addresses, x.shape[1])
         scales = Scales(descale, amax, *scales)
         self.kernel(x, values, scales, preparation, lengths).launch(
@@ -223,14 +223,14 @@ class AbsMax:
         group: Int32,
         tables: RotaryTables,
         rotary: RotaryCounts,
-        factors: FactorAddresses,
+        given: PreparationAddresses,
         rotation_size: Int32,
         addresses: RowAddresses,
         max_seqlen: Int32,
         stream: cuda.CUstream,
     ):
         """amax (sequences, heads / group): zeros; then the bits of the greatest magnitudes."""
-        preparation = prepared(tables, rotary, factors, rotation_size)
+        preparation = prepared(tables, rotary, given, rotation_size)
         lengths = Lengths(*addresses, x.shape[1])
         self.kernel(x, amax, group, preparation, lengths).launch(
             grid=[x.shape[2], ceil_div(max_seqlen, BLOCK_ROWS), amax.shape[0]],
@@ -266,7 +266,7 @@ def example_rest() -> tuple:
     return (
         example(RotaryTables, lambda: Int64(0)),
         example(RotaryCounts, lambda: Int32(1)),
-        example(FactorAddresses, lambda: Int64(0)),
+        example(PreparationAddresses, lambda: Int64(0)),
         Int32(1),
         example(RowAddresses, lambda: Int64(0)),
         Int32(1),

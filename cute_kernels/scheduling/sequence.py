@@ -18,7 +18,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class PackedHeads:
+class TileRows:
     """Which query each row of a tile is: `group` heads, which read the same keys, share tiles.
 
     Row r of a sequence's tiles is position r // group of head first_head + r % group.

@@ -12,7 +12,7 @@ from hopper_attention.cute_kernels.softmax.online import OnlineSoftmax, ScaleGro
 
 @dataclass(frozen=True)
 class Fp8Softmax(OnlineSoftmax):
-    f16x2_columns: Any = ()
+    f16x2_groups: Any = ()
     """Groups of four columns whose exponentials do without MUFU; they become two registers of
     halves in place of the first two (`Fp8Fragment`)."""
 
@@ -29,7 +29,7 @@ class Fp8Softmax(OnlineSoftmax):
         lower = exp2_f16x2.pair_of(lowering)
         for j in group.columns[::4]:
             values = [scores[row, j + i] for i in range(4)]
-            if j // 4 in self.f16x2_columns:
+            if j // 4 in self.f16x2_groups:
                 both = [exp2_f16x2.exp2_pair(x, *fractions) for x in (values[:2], values[2:])]
                 lowered = (exp2_f16x2.multiply(pair, lower).bitcast(Float32) for pair in both)
                 scores[row, j], scores[row, j + 1] = lowered

@@ -139,8 +139,8 @@ class Launch:
     scheduler: Any
 
 
-class BackwardHost:
-    """What both kernels do alike, for one BackwardConfig or WideBackwardConfig."""
+class BackwardCommon:
+    """Everything that both kernels do alike, for a BackwardConfig or WideBackwardConfig."""
 
     def __init__(self, config: Any):
         self.cfg = config
@@ -413,7 +413,7 @@ class BackwardHost:
                 do_state.advance()
 
     @cute.jit
-    def clear(
+    def zero_fill(
         self,
         tile: cute.Tensor,
         name: cutlass.Constexpr,

@@ -86,10 +86,10 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     pin,
     rows_and_columns,
 )
-from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Sequence, TileRows
 from hopper_attention.hopper.backward.common import (
     CONSUMER_THREADS,
-    BackwardHost,
+    BackwardCommon,
     Gradients,
     Problem,
     Tma,
@@ -188,12 +188,12 @@ class Backward:
 
     def __init__(self, config: BackwardConfig):
         self.cfg = config
-        self.host = BackwardHost(config)
-        self.dtype, self.dq_tile = self.host.dtype, self.host.dq_tile
+        self.common = BackwardCommon(config)
+        self.dtype, self.dq_tile = self.common.dtype, self.common.dq_tile
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        return self.host.example_arguments()
+        return self.common.example_arguments()
 
     @cute.jit
     def __call__(
@@ -209,7 +209,7 @@ class Backward:
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        launch = self.host.prepare(
+        launch = self.common.prepare(
             operands, Workspace(*statistics, dq_workspace), softmax_scale, softcap, window,
             addresses, num_sequences, dq_semaphore,
         )  # fmt: skip
@@ -235,23 +235,23 @@ class Backward:
         )
 
     def shared_storage(self):
-        host, buffer = self.host, self.host.buffer
+        common, buffer = self.common, self.common.buffer
 
         @cute.struct
         class Storage:
-            q_barriers: host.barriers("q")
-            do_barriers: host.barriers("do")
-            k_barriers: host.barriers("k")
-            v_barriers: host.barriers("v")
+            q_barriers: common.barriers("q")
+            do_barriers: common.barriers("do")
+            k_barriers: common.barriers("k")
+            v_barriers: common.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
             lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
-            q: host.tile("q")
-            do: host.tile("do")
-            k: host.tile("k")
-            v: host.tile("v")
-            ds: host.tile("ds")
+            q: common.tile("q")
+            do: common.tile("do")
+            k: common.tile("k")
+            v: common.tile("v")
+            ds: common.tile("ds")
 
         return Storage
 
@@ -274,31 +274,31 @@ class Backward:
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-        work = self.host.find_work(problem, scheduler)
+        work = self.common.find_work(problem, scheduler)
         if warp_index == 0:
-            self.host.save_keys(tiles.keys, work)
+            self.common.save_keys(tiles.keys, work)
         pipelines = self.make_pipelines(storage, warp_index)
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
                 if work.order.count > 0:
-                    self.host.load(tma, tiles, pipelines, problem, saved, work)
+                    self.common.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
                 if problem.dq_semaphore.address != 0:
-                    self.host.order_dq_adds(problem, work)
+                    self.common.order_dq_adds(problem, work)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             self.consume(mmas, tiles, pipelines, problem, saved, work, gradients)
 
     def make_tiles(self, storage) -> Tiles:
-        layout = self.host.shared_layouts()["ds"]
+        layout = self.common.shared_layouts()["ds"]
         ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
-        return Tiles(**self.host.input_tiles(storage), ds=ds)
+        return Tiles(**self.common.input_tiles(storage), ds=ds)
 
     def make_pipelines(self, storage, warp_index: Int32) -> Pipelines:
         ds = storage.ds_barriers.data_ptr()
         self.initialise(ds, warp_index)
-        return Pipelines(**self.host.input_pipelines(storage), ds=ds)
+        return Pipelines(**self.common.input_pipelines(storage), ds=ds)
 
     @cute.jit
     def initialise(self, ds_barriers: cute.Pointer, warp_index: Int32):
@@ -334,12 +334,12 @@ class Backward:
         place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
         # dV where the same 16 rows of V were: only this warp read them.
         sV, sK = tiles.v[None, None, 0], tiles.k[None, None, 0]
-        self.host.store_dv.store(
+        self.common.store_dv.store(
             fragments.acc_dv, mmas.dv, sV, gradients.tma_dv, gradients.dv, place, index, cfg.varlen
         )
         # dK where K was, which both warpgroups read for dQ.
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
-        self.host.store_dk.store(
+        self.common.store_dk.store(
             fragments.acc_dk, mmas.dk, sK, gradients.tma_dk, gradients.dk, place, index, cfg.varlen
         )
 
@@ -397,13 +397,13 @@ class Backward:
         cfg, order = self.cfg, work.order
         first_key = work.n_block * cfg.tile_n
         mask = Mask(
-            work.mask_range.transposed, thread.coordinates, PackedHeads(1, 0, first_key), cfg.tile_m
+            work.mask_range.transposed, thread.coordinates, TileRows(1, 0, first_key), cfg.tile_m
         )
-        clear = partial(self.host.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        zero_fill = partial(self.common.zero_fill, thread=thread.index, barrier=Barrier.CONSUMERS)
         once = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         pipelines.k.consumer_wait(once)
         if const_expr(cfg.varlen):
-            clear(tiles.k, "k", 0, work.keys.length - first_key)
+            zero_fill(tiles.k, "k", 0, work.keys.length - first_key)
         step = partial(
             self.step, mmas, tiles, pipelines, problem, saved, work, fragments, thread, once
         )
@@ -453,13 +453,13 @@ class Backward:
         cfg, fr, state = self.cfg, fragments, stage_of(number)
         q_state, q_before = (stage_of(n, cfg.q_stages) for n in (number, number - 1))
         acc = cute.make_rmem_tensor(mmas.s.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
-        clear = partial(self.host.clear, thread=thread.index, barrier=Barrier.CONSUMERS)
+        zero_fill = partial(self.common.zero_fill, thread=thread.index, barrier=Barrier.CONSUMERS)
         rows, m_block = None, work.order.block(i)
         if const_expr(cfg.varlen):
             rows = work.queries.length - m_block * cfg.tile_m
         pipelines.q.consumer_wait(q_state)
         if const_expr(cfg.varlen):
-            clear(tiles.q, "q", q_state.index, rows)
+            zero_fill(tiles.q, "q", q_state.index, rows)
         wgmma.issue(acc, fr.k, fr.q.stage(q_state.index), accumulate=False)
         if const_expr(not first):
             acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number - 1), q_before)
@@ -489,14 +489,14 @@ class Backward:
         if const_expr(first):
             pipelines.v.consumer_wait(once)
             if const_expr(cfg.varlen):
-                clear(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n)
+                zero_fill(tiles.v, "v", 0, work.keys.length - work.n_block * cfg.tile_n)
         pipelines.do.consumer_wait(state)
         if const_expr(cfg.varlen):
-            clear(tiles.do, "do", state.index, rows)
+            zero_fill(tiles.do, "do", state.index, rows)
         if const_expr(not cfg.softcap):
             self.issue_dv(fragments, state)
         for part in cutlass.range_constexpr(cfg.parts):
-            self.differentiate_part(mmas, tiles, fragments, thread, state, acc, part)
+            self.score_part(mmas, tiles, fragments, thread, state, acc, part)
             if const_expr(part == cfg.parts - 1):
                 pipelines.do.consumer_release(state)
             ds = fr.packed_ds.part(part, cfg.parts)
@@ -506,7 +506,7 @@ class Backward:
         return head, m_block
 
     @cute.jit
-    def differentiate_part(
+    def score_part(
         self,
         mmas: Mmas,
         tiles: Tiles,
@@ -573,8 +573,8 @@ class Backward:
         """This warpgroup's part of a row block's dQ."""
         # Worked out only now, from the thread's index anew: it would occupy registers in the loop.
         index = opaque(cute.arch.thread_idx()[0]) & 127
-        address = self.host.address_of_dq(saved, work, *place, index)
-        self.host.add_dq(acc, address, problem)
+        address = self.common.address_of_dq(saved, work, *place, index)
+        self.common.add_dq(acc, address, problem)
 
     @cute.jit
     def finish(

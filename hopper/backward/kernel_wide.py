@@ -18,13 +18,13 @@ Pipelines  name  stages  full                         empty
            Q     2       1 arrival + bytes, with LSE  8 arrivals: S and dK of the block are done
            dO    2       the same, with delta         8 arrivals: dP and dV of the block are done
            P     1       barrier P_FULL, 256 threads  barrier P_EMPTY, 256 threads
-           dS    2       4 arrivals, "keys"           by itself: "values" gives P(i + 1) when it
-                                                      has waited for dQ(i - 1)
+           dS    2       4 arrivals, "keys"           by itself: "values" hands over P(i + 1) when
+                                                      it has waited for dQ(i - 1)
            dQ    1       MAY_ADD + w, 160 threads     ADDED, 288 threads
 
 Timeline   of row block i ("|" where it waits):
 
-             values  issue S(i) | P(i) = exp, give P(i) | issue dV(i) | dS(i-1), issue dQ(i-1)
+             values  issue S(i) | P(i) = exp, hand over P(i) | issue dV(i) | dS(i-1), issue dQ(i-1)
                      | dV(i) and dQ(i-1), add dQ(i-1) to global memory, release dO(i)
              keys    issue dP(i) | dK(i-1), release Q(i-1) | dP(i), release dO(i) | take P(i)
                      dS(i), store | issue dQ(i), dK(i) | dQ(i), add it to global memory
@@ -64,10 +64,10 @@ from hopper_attention.cute_kernels.primitives.fragments import (
     pin,
     rows_and_columns,
 )
-from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Sequence, TileRows
 from hopper_attention.hopper.backward.common import (
     CONSUMER_THREADS,
-    BackwardHost,
+    BackwardCommon,
     Gradients,
     Problem,
     Tma,
@@ -152,12 +152,12 @@ class BackwardWide:
 
     def __init__(self, config: WideBackwardConfig):
         self.cfg = config
-        self.host = BackwardHost(config)
-        self.dtype, self.dq_tile = self.host.dtype, self.host.dq_tile
+        self.common = BackwardCommon(config)
+        self.dtype, self.dq_tile = self.common.dtype, self.common.dq_tile
 
     def example_arguments(self) -> tuple:
         """Arguments that `__call__` is compiled for, without the stream."""
-        return self.host.example_arguments()
+        return self.common.example_arguments()
 
     @cute.jit
     def __call__(
@@ -173,7 +173,7 @@ class BackwardWide:
         dq_semaphore: Int64,
         stream: cuda.CUstream,
     ):
-        launch = self.host.prepare(
+        launch = self.common.prepare(
             operands, Workspace(*statistics, dq_workspace), softmax_scale, softcap, window,
             addresses, num_sequences, dq_semaphore,
         )  # fmt: skip
@@ -198,23 +198,23 @@ class BackwardWide:
         )
 
     def shared_storage(self):
-        host, buffer = self.host, self.host.buffer
+        common, buffer = self.common, self.common.buffer
 
         @cute.struct
         class Storage:
-            q_barriers: host.barriers("q")
-            do_barriers: host.barriers("do")
-            k_barriers: host.barriers("k")
-            v_barriers: host.barriers("v")
+            q_barriers: common.barriers("q")
+            do_barriers: common.barriers("do")
+            k_barriers: common.barriers("k")
+            v_barriers: common.barriers("v")
             ds_barriers: cute.struct.MemRange[cutlass.Int64, BACKWARD_STAGES]
             keys: cute.struct.MemRange[Int32, 5]
             lse: buffer(Float32, self.cfg.tile_m * self.cfg.q_stages, 128)
             delta: buffer(Float32, self.cfg.tile_m * BACKWARD_STAGES, 128)
-            q: host.tile("q")
-            do: host.tile("do")
-            k: host.tile("k")
-            v: host.tile("v")
-            ds: host.tile("ds")
+            q: common.tile("q")
+            do: common.tile("do")
+            k: common.tile("k")
+            v: common.tile("v")
+            ds: common.tile("ds")
             p: buffer(Float32, self.cfg.tile_n * self.cfg.tile_m)
 
         return Storage
@@ -233,27 +233,27 @@ class BackwardWide:
         storage_type = self.shared_storage()
         assert storage_type.__sizeof__() == cfg.shared_memory_bytes, storage_type.__sizeof__()
         storage = SmemAllocator().allocate(storage_type)
-        layout = self.host.shared_layouts()["ds"]
+        layout = self.common.shared_layouts()["ds"]
         ds = storage.ds.get_tensor(layout.outer, swizzle=layout.inner)
-        tiles = Tiles(**self.host.input_tiles(storage), ds=ds, p=storage.p.data_ptr())
+        tiles = Tiles(**self.common.input_tiles(storage), ds=ds, p=storage.p.data_ptr())
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        work = self.host.find_work(problem, scheduler)
+        work = self.common.find_work(problem, scheduler)
         if warp_index == 0:
             for info in (tma.q, tma.k, tma.do, tma.v, gradients.tma_dk, gradients.tma_dv):
                 cpasync.prefetch_descriptor(info.atom)
-            self.host.save_keys(tiles.keys, work)
+            self.common.save_keys(tiles.keys, work)
         self.initialise(storage.ds_barriers.data_ptr(), warp_index)
         pipelines = Pipelines(
-            **self.host.input_pipelines(storage), ds=storage.ds_barriers.data_ptr()
+            **self.common.input_pipelines(storage), ds=storage.ds_barriers.data_ptr()
         )
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.registers.producer)
             if warp_index == 0:
                 if work.order.count > 0:
-                    self.host.load(tma, tiles, pipelines, problem, saved, work)
+                    self.common.load(tma, tiles, pipelines, problem, saved, work)
             if warp_index == 1:
                 if problem.dq_semaphore.address != 0:
-                    self.host.order_dq_adds(problem, work)
+                    self.common.order_dq_adds(problem, work)
         elif warp_index < 8:
             cute.arch.setmaxregister_increase(cfg.registers.consumer)
             self.consume_values(mmas, tiles, pipelines, problem, saved, work, gradients)
@@ -288,8 +288,8 @@ class BackwardWide:
             pipelines.k.consumer_wait(once)
             step = partial(self.step_values, mmas, tiles, pipelines, problem, saved, work, consumer)
             first_key = work.n_block * self.cfg.tile_n
-            mask_range, coordinates = work.mask_range.transposed, consumer.coordinates
-            mask = Mask(mask_range, coordinates, PackedHeads(1, 0, first_key), self.cfg.tile_m)
+            transposed, coordinates = work.mask_range.transposed, consumer.coordinates
+            mask = Mask(transposed, coordinates, TileRows(1, 0, first_key), self.cfg.tile_m)
             number, address = self.for_each_row_block(step, problem, work, mask)
             self.add_dq(pipelines, problem, consumer, stage_of(number), address)
             warpgroup.wait_group(0)
@@ -297,7 +297,7 @@ class BackwardWide:
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
         index, saved_keys = opaque(index), tiles.keys
         place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
-        self.host.store_dv.store(
+        self.common.store_dv.store(
             consumer.acc, mmas.dv, tiles.v[None, None, 0], gradients.tma_dv, gradients.dv, place,
             index, self.cfg.varlen,
         )  # fmt: skip
@@ -330,7 +330,7 @@ class BackwardWide:
         cute.arch.barrier(barrier_id=Barrier.CONSUMERS, number_of_threads=CONSUMER_THREADS)
         index, saved_keys = opaque(index), tiles.keys
         place = (saved_keys[0], saved_keys[1], Sequence(*(saved_keys[i] for i in range(2, 5))))
-        self.host.store_dk.store(
+        self.common.store_dk.store(
             consumer.acc, mmas.dk, tiles.k[None, None, 0], gradients.tma_dk, gradients.dk, place,
             index, self.cfg.varlen,
         )  # fmt: skip
@@ -369,7 +369,7 @@ class BackwardWide:
             pipelines.v.consumer_wait(once)
             valid = work.keys.length - work.n_block * self.cfg.tile_n
             for tile, name in ((tiles.k, "k"), (tiles.v, "v")):
-                self.host.clear(tile, name, 0, valid, index, Barrier.CONSUMERS)
+                self.common.zero_fill(tile, name, 0, valid, index, Barrier.CONSUMERS)
         return once
 
     @cute.jit
@@ -411,7 +411,7 @@ class BackwardWide:
             pipelines.q.consumer_wait(state)
             pipelines.do.consumer_wait(state)
             for tile, name in ((tiles.q, "q"), (tiles.do, "do")):
-                self.host.clear(tile, name, state.index, valid, index, Barrier.CONSUMERS)
+                self.common.zero_fill(tile, name, state.index, valid, index, Barrier.CONSUMERS)
 
     @cute.jit
     def step_values(
@@ -457,7 +457,7 @@ class BackwardWide:
             self.add_dq(pipelines, problem, consumer, before, address_before)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
-        return self.host.address_of_dq(saved, work, head, m_block, consumer.index)
+        return self.common.address_of_dq(saved, work, head, m_block, consumer.index)
 
     @cute.jit
     def step_keys(
@@ -500,7 +500,7 @@ class BackwardWide:
             acc[j] = acc[j] * p[j]
         consumer.packed.convert(acc)
         self.store_ds(mmas, tiles, pipelines, consumer, state)
-        address = self.host.address_of_dq(saved, work, head, m_block, consumer.index)
+        address = self.common.address_of_dq(saved, work, head, m_block, consumer.index)
         pipelines.q.consumer_wait(state)
         self.add_dq(pipelines, problem, consumer, state, address, with_gradient=True)
         if const_expr(not self.cfg.gradient_stays_under_way):
@@ -553,4 +553,4 @@ class BackwardWide:
         else:
             warpgroup.wait_group(0)
         pin(acc)
-        self.host.add_dq(acc, address, problem)
+        self.common.add_dq(acc, address, problem)

@@ -131,7 +131,7 @@ class ForwardFp8Config(ForwardConfig):
         return False
 
     @property
-    def f16x2_columns(self) -> tuple[int, ...]:
+    def f16x2_groups(self) -> tuple[int, ...]:
         """Groups of four of a thread's columns with exponentials in half precision: each second.
 
         None with wide heads, of which the GEMMs take longer than all that MUFU has to do.

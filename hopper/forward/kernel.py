@@ -19,17 +19,17 @@ Pipelines  name  stages  full                   empty: 4 W arrivals, one a consu
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
            tile  2       1 arrival              at the end of the tile that it describes
 
-Timeline   of consumer w and tile, key blocks j from last to first ("token": named_barriers.py)
+Timeline   of consumer w and tile, key blocks j from last to first (turn: `PingPong`)
 
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
-             for j:  token | issue S = Q K(j) | issue O += P V(j+1) | pass token
+             for j:  turn | issue S = Q K(j) | issue O += P V(j+1) | end of the turn
                      wait S, release K(j) | mask, maxima | if one has grown: the quads', factors
                      exponentials | wait O, release V(j+1) | P | rescale O, if one has grown
              issue O += P V(first) | 1 / row_sum, LSE | wait O | convert, store
 
            Q is released at the end, or, if it has two stages, during the next tile's first GEMM.
 
-           The token orders the consumers' issue: one's softmax runs under the others' GEMMs.
+           Turns order the consumers' issue: one's softmax runs under the others' GEMMs.
            Within a consumer, maxima of block j run under O += P V(j+1), the exponentials behind
            it: ptxas moves the wait up.  Held above the wait they made forward 2 to 5 % slower at
            16k keys, up to 20 % at 1k (H100); the wait before the factors, 3 to 7 % (H200).
@@ -80,8 +80,8 @@ from hopper_attention.cute_kernels.primitives.types import DTYPES, row_statistic
 from hopper_attention.cute_kernels.scheduling.sequence import (
     EqualLengths,
     Lengths,
-    PackedHeads,
     Sequence,
+    TileRows,
 )
 from hopper_attention.cute_kernels.scheduling.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
@@ -359,7 +359,7 @@ class Forward:
         if const_expr(cfg.varlen):
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
-        rows = PackedHeads(group, tile.head * group, tile.m_block * cfg.tile_m)
+        rows = TileRows(group, tile.head * group, tile.m_block * cfg.tile_m)
         return Work(tile, queries, keys, blocks, rows)
 
     def mask_range(self, problem: Problem, queries: Sequence, keys: Sequence) -> MaskRange:
@@ -369,7 +369,7 @@ class Forward:
     def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
         """Consumers read the work of their tile number `count`: what the producer has found."""
         words = queue.read(state_after(count, TILE_STAGES))
-        work = Work.unpacked(words, self.group(problem), self.cfg.tile_m)
+        work = Work.from_words(words, self.group(problem), self.cfg.tile_m)
         if self.cfg.mask == "local":
             return work
         first = Int32(0)  # known, it needs no register
@@ -440,7 +440,7 @@ class Forward:
         while number < scheduler.tiles:
             following = pipelines.tiles.take()
             work = self.find_work(problem, scheduler, number)
-            pipelines.tiles.publish(tile_state, work.packed())
+            pipelines.tiles.publish(tile_state, work.to_words())
             q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             tile_state.advance()
             number = following

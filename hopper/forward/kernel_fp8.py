@@ -192,11 +192,11 @@ class ForwardFp8(Forward):
         return q, k, v, self.output.layout()
 
     def statistics(self, problem: Problem) -> Fp8Softmax:
-        columns = self.cfg.f16x2_columns
-        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, f16x2_columns=columns)
+        groups = self.cfg.f16x2_groups
+        return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, f16x2_groups=groups)
 
     def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
-        return Fp8Fragment.like(acc_s, self.cfg.f16x2_columns)
+        return Fp8Fragment.like(acc_s, self.cfg.f16x2_groups)
 
     def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
         return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o

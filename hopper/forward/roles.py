@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 from hopper_attention.cute_kernels.masks.visible_range import BlockRange
 from hopper_attention.cute_kernels.primitives.fragments import opaque, rows_and_columns
-from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads, Sequence
+from hopper_attention.cute_kernels.scheduling.sequence import Sequence, TileRows
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import Tile
 from hopper_attention.hopper.primitives import wgmma
@@ -76,22 +76,22 @@ class Work:
     queries: Sequence
     keys: Sequence
     blocks: BlockRange
-    rows: PackedHeads
+    rows: TileRows
 
-    def packed(self) -> list[Int32]:
+    def to_words(self) -> list[Int32]:
         """For the queue; `m_block` first."""
         parts = (self.tile, self.queries, self.keys, self.blocks)
         return [Int32(value) for part in parts for value in vars(part).values()]
 
     @staticmethod
-    def unpacked(words: list[Int32], group: Int32, tile_m: int) -> "Work":
+    def from_words(words: list[Int32], group: Int32, tile_m: int) -> "Work":
         tile = Tile(*words[:3])
         return Work(
             tile,
             Sequence(*words[3:6]),
             Sequence(*words[6:9]),
             BlockRange(*words[9:]),
-            PackedHeads(group, tile.head * group, tile.m_block * tile_m),
+            TileRows(group, tile.head * group, tile.m_block * tile_m),
         )
 
 

@@ -151,13 +151,18 @@ def describe_arguments(text: str, name: str, examples: tuple[Any, ...]) -> list[
     given = [example for example in examples if example is not None]
     groups = [getattr(example, "_fields", ()) for example in given]
     parsed = header.parse_arguments(text, name, groups)
-    members = [
-        m for example, group in zip(given, groups) for m in (example if group else [example])
-    ]
+    names = [argument["name"] for argument in parsed]
+    if len(set(names)) < len(names):
+        raise header.HeaderError(f"{name}: two arguments of the same name among {names}")
+    singles = [single for example in given for single in _members_of(example)]
     return [
         {**argument, **_describe_tensor(example)} if argument["kind"] == "tensor" else argument
-        for argument, example in zip(parsed, members, strict=True)
+        for argument, example in zip(parsed, singles, strict=True)
     ]
+
+
+def _members_of(example: Any) -> tuple[Any, ...]:
+    return example if hasattr(example, "_fields") else (example,)
 
 
 def _describe_tensor(tensor: Any) -> dict[str, Any]:

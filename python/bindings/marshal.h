@@ -37,7 +37,7 @@ class PackedArguments {
   int count_ = 0;
 };
 
-// "mQ (2, 128, 4, 64), mK ..." for error messages; `tensors` has been packed before.
+// "q (2, 128, 4, 64), k ..." for error messages; `tensors` has been packed before.
 std::string describe_tensors(const Instance&, pybind11::handle tensors);
 
 }  // namespace hopper_attention

@@ -110,13 +110,13 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, pack_gqa, out_dtype,
         sm_margin, deterministic,
     )  # fmt: skip
-    descales = Descales(q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
+        descales = Descales(q_descale, k_descale, v_descale, out_descale)
         lengths, bounds = (DENSE, DENSE), SequenceBounds()
         result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
     else:
         if not (q_descale is k_descale is v_descale is out_descale is None):
-            _check_descales(descales)
+            _check_descales(Descales(q_descale, k_descale, v_descale, out_descale))
         result, lse = attention.attend(q, k, v, learnable_sink, DENSE, DENSE, options, out)
     return (result, lse) if with_lse else result
 

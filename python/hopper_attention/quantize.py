@@ -21,8 +21,6 @@ infinity reach all that shares their scale: dequantised it is NaN.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -88,13 +86,24 @@ def quantize(
     return run.quantize(x, request)
 
 
-def stated(x: Tensor, recipe: Recipe, *arguments: Any, **keywords: Any) -> Quantized:
-    """`quantize` by the plain reference in PyTorch, on any device and without checks.
-
-    After `x` and `recipe` come the fields of `QuantizationRequest`: `quantize`'s arguments, in its
-    order; `max_seqlen` is an integer or None, `rotary` a `Rotary`.
-    """
-    return quantize_reference(x, QuantizationRequest(recipe, *arguments, **keywords))
+def stated(
+    x: Tensor,
+    recipe: Recipe,
+    heads_kv: int | None = None,
+    hadamard: bool = False,
+    centered: bool = False,
+    octaves: bool = False,
+    arranged: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    lengths: Lengths = DENSE,
+    max_seqlen: int | None = None,
+    rotary: Rotary | None = None,
+) -> Quantized:
+    """`quantize` by the plain reference in PyTorch, on any device and without checks."""
+    request = QuantizationRequest(
+        recipe, heads_kv, hadamard, centered, octaves, arranged, dtype, lengths, max_seqlen, rotary
+    )
+    return quantize_reference(x, request)
 
 
 def means_of(x: Tensor, lengths: Lengths = DENSE, max_seqlen: int | Tensor | None = None) -> Tensor:

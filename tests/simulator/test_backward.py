@@ -460,8 +460,8 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.parametrize("instance", ["bwd_bf16_d64", "bwd_bf16_d128_causal", "bwd_bf16_d256"])
-def test_a_turn_is_given_when_all_have_added(instance):
-    """Turn, sums, fence, then the warp that gives it on: schedules hardly show it."""
+def test_the_semaphore_is_raised_when_all_have_added(instance):
+    """The turn, sums, a fence, then the warp that raises it: schedules hardly show it."""
     text = manifest.ptx_path(instance).read_text()
     text = re.sub(r"bar\.sync\s+(?:%\w+|[45]), 160", "own turn", text)
     kinds = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hopper_attention.cute_kernels.masks.visible_range import UNBOUNDED, BlockRange, MaskRange
-from hopper_attention.cute_kernels.scheduling.sequence import PackedHeads
+from hopper_attention.cute_kernels.scheduling.sequence import TileRows
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import L2_BYTES, DenseScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,9 +50,7 @@ def test_blocks_cover_what_is_visible(mask, group):
     for m_block in range((mask.seqlen_q * group + TILE_M - 1) // TILE_M):
         found = BlockRange.of(mask, m_block, TILE_M, TILE_N, group)
         tile_rows = range(m_block * TILE_M, min((m_block + 1) * TILE_M, mask.seqlen_q * group))
-        rows = {
-            PackedHeads(group, 0, m_block * TILE_M).position(r - tile_rows[0]) for r in tile_rows
-        }
+        rows = {TileRows(group, 0, m_block * TILE_M).position(r - tile_rows[0]) for r in tile_rows}
         blocks = range((mask.seqlen_k + TILE_N - 1) // TILE_N)
 
         def seen(block, rows=rows):

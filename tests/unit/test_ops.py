@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import flash_attn_func, flash_attn_varlen_func, simulator
-from hopper_attention.problem.values import Inputs, Options
-from hopper_attention.torch_ops import dtensor, schema
+from hopper_attention.problem.values import Inputs, Options, ResultsAndGradients
+from hopper_attention.torch_ops import dtensor
 from hopper_attention.torch_ops.attention import forward
 
 FORWARD = torch.ops.hopper_attention.forward.default
@@ -87,7 +87,7 @@ def test_schemas_are_the_tuples():
     names = [argument.name for argument in FORWARD._schema.arguments]
     assert tuple(names) == Inputs._fields + Options._fields
     names = [argument.name for argument in BACKWARD._schema.arguments]
-    assert tuple(names) == schema.Results._fields + Inputs._fields + Options._fields
+    assert tuple(names) == ResultsAndGradients._fields + Inputs._fields + Options._fields
 
 
 def attention_loss(q, k, v, sink=None, causal=True):

@@ -53,6 +53,8 @@ def test_groups_and_tensors_of_arguments():
 
 def test_every_argument_has_a_gradient_or_none():
     assert CACHE.gradients(Cache("gradient")) == ("gradient", *[None] * 7)
+    with pytest.raises(AssertionError, match="no group"):
+        CACHE.gradients(("gradient", None))
 
 
 @pytest.mark.parametrize(
@@ -74,11 +76,13 @@ def test_kernel_arguments_are_found_by_name(monkeypatch):
     pages, table = torch.zeros(2), torch.ones(3)
     values = {"scale": 0.5, "pages": pages, "table": table, "sink": None, "of_another": 1}
     try:
-        bound = bind("k", values)
-        assert bound.tensors == [pages]
-        assert bound.scalars == [table.data_ptr(), 0, 0.5]
-        assert bound.pointees == [table]
+        found = bind("k", values)
+        assert found.tensors == [pages]
+        assert found.scalars == [table.data_ptr(), 0, 0.5]
+        assert found.pointees == [table]
         with pytest.raises(KeyError, match="scale"):
             bind("k", {"pages": pages, "table": table, "sink": None})
+        with pytest.raises(AssertionError, match="k: pages is None, not a tensor"):
+            bind("k", {**values, "pages": None})
     finally:
         manifest.arguments.cache_clear()

@@ -88,7 +88,7 @@ COUNTER, MAX_BLOCKS = "tile_counter", "max_blocks"
 def arguments(instance: str) -> tuple[tuple[str, bool], ...]:
     """Return the instance's arguments in order: the name, and whether it is a tensor.
 
-    An address is none.  Those that the launch adds are left out.
+    An address counts as a scalar.  Arguments that the launch adds are left out.
     """
     found = instances()[instance].arguments
     named = ((argument["name"], argument["kind"] == "tensor") for argument in found)

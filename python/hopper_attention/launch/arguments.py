@@ -16,7 +16,7 @@ from hopper_attention.problem.values import Inputs
 Value = Tensor | float | int | None
 
 
-class Bound(NamedTuple):
+class KernelArguments(NamedTuple):
     """A kernel's arguments as `runtime.launch` takes them."""
 
     tensors: list[Tensor]
@@ -25,24 +25,24 @@ class Bound(NamedTuple):
     """The tensors whose addresses are among the scalars."""
 
 
-def bind(instance: str, values: Mapping[str, Value]) -> Bound:
+def bind(instance: str, values: Mapping[str, Value]) -> KernelArguments:
     """Return the instance's arguments, found by their names among `values`.
 
     An argument that is an address takes a tensor, or None for 0.  `values` may have more names
     than this instance has arguments: one call's values serve all of its kernels.
     """
-    bound = Bound([], [], [])
+    found = KernelArguments([], [], [])
     for name, is_tensor in manifest.arguments(instance):
         value = values[name]
-        if isinstance(value, Tensor):
-            if is_tensor:
-                bound.tensors.append(value)
-            else:
-                bound.scalars.append(value.data_ptr())
-                bound.pointees.append(value)
+        if is_tensor:
+            assert isinstance(value, Tensor), f"{instance}: {name} is {value!r}, not a tensor"
+            found.tensors.append(value)
+        elif isinstance(value, Tensor):
+            found.scalars.append(value.data_ptr())
+            found.pointees.append(value)
         else:
-            bound.scalars.append(0 if value is None else value)
-    return bound
+            found.scalars.append(0 if value is None else value)
+    return found
 
 
 def launch(

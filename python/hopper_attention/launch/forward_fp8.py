@@ -180,10 +180,13 @@ def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Fp8Options) -> tuple
     of_queries: dict[str, Any] = {"lengths": inputs.queries, "max_seqlen": bound_q}
     of_keys: dict[str, Any] = {"lengths": inputs.keys, "max_seqlen": bound_k}
     arranged = _arranges(plan, inputs)
-    request = QuantizationRequest.of
-    q8 = quantize(q, request(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries))
-    k8 = quantize(k, request(k, recipe, hadamard=hadamard, **of_keys))
-    v8 = quantize(v, request(v, recipe, octaves=True, arranged=arranged, **of_keys))
+
+    def quantized(x: Tensor, **how: Any) -> Quantized:
+        return quantize(x, QuantizationRequest.of(x, recipe, **how))
+
+    q8 = quantized(q, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
+    k8 = quantized(k, hadamard=hadamard, **of_keys)
+    v8 = quantized(v, octaves=True, arranged=arranged, **of_keys)
     scaling = Scaling(
         q8.descale, k8.descale, v8.descale, bound_q, bound_k,
         columns=v8.values if arranged else None,

@@ -39,9 +39,9 @@ def launch(
 ) -> None:
     """Run one kernel instance on the current stream of the tensors' device, or simulate it.
 
-    `scalars` are in the order of `scalar_names`; `pointees` are the tensors whose addresses are
-    among them.  A persistent kernel has a block on every SM but `sm_margin` of them; one without a
-    counter has a block for every tile, or only as many as run together on that many SMs.
+    `scalars` are in the order of `manifest.arguments`; `pointees` are the tensors whose addresses
+    are among them.  A persistent kernel has a block on every SM but `sm_margin` of them; one
+    without a counter has a block for every tile, or only as many as run together on that many SMs.
     `described` are the tensors' addresses, shapes and strides, where the caller knows them.
     """
     if described is None:

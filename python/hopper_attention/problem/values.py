@@ -191,7 +191,8 @@ class Inputs(NamedTuple):
     """The tensors of one call; `learnable_sink` is float32.
 
     Public functions, operators and kernels have arguments of these names; an operator takes them
-    in this order (torch_ops/schema.py).
+    in this order (torch_ops/schema.py).  What PyTorch wants for every tensor, its gradient or its
+    place on a device mesh, is kept in an `Inputs` as well.
     """
 
     q: Tensor
@@ -212,6 +213,7 @@ class Inputs(NamedTuple):
         queries: Lengths = DENSE,
         keys: Lengths = DENSE,
     ) -> Inputs:
+        """Return the inputs whose sequences lie as `queries` and `keys` say."""
         index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
         return Inputs(q, k, v, sink, *index)
 
@@ -224,14 +226,11 @@ class Inputs(NamedTuple):
         return Lengths(self.cu_seqlens_k, self.seqused_k)
 
     @property
-    def index_tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that say where sequences lie."""
-        return self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k
-
-    @property
     def varlen(self) -> bool:
-        """True if sequences are not whole batch entries."""
-        return any(tensor is not None for tensor in self.index_tensors)
+        """True if sequences are not whole batch entries (INDEX_TENSORS; every call asks)."""
+        return not (
+            self.cu_seqlens_q is self.cu_seqlens_k is self.seqused_q is self.seqused_k is None
+        )
 
     @property
     def packed(self) -> tuple[bool, bool]:
@@ -245,13 +244,34 @@ class Inputs(NamedTuple):
         return self.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+"""Fields of `Inputs` that say where sequences lie: an element a sequence, and no heads."""
+
+
 class Gradients(NamedTuple):
-    """Gradients of the inputs of these names; the operator's is empty where there are no sinks."""
+    """Gradients of q, k, v and the sinks.
+
+    Without sinks `dsink` is None; the operator returns an empty tensor in its place.
+    """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dsink: Tensor | None
+
+    @property
+    def of_inputs(self) -> Inputs:
+        """The gradients in the places of what they are gradients of; index tensors have none."""
+        return Inputs(self.dq, self.dk, self.dv, learnable_sink=self.dsink)
+
+
+class ResultsAndGradients(NamedTuple):
+    """Forward's results and their gradients, as the operator for backward takes them."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
 
 
 class Descales(NamedTuple):

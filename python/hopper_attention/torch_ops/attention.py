@@ -19,7 +19,7 @@ from hopper_attention.dispatch.plan import prepare
 from hopper_attention.launch import backward, forward
 from hopper_attention.problem import checks, memory, values
 from hopper_attention.problem.checks import check_shapes_of
-from hopper_attention.problem.values import Inputs, Lengths, Options, result_shapes
+from hopper_attention.problem.values import Gradients, Inputs, Lengths, Options, result_shapes
 from hopper_attention.torch_ops import autograd, dtensor
 from hopper_attention.torch_ops.eager import needs_dispatcher
 from hopper_attention.torch_ops.schema import BACKWARD, FORWARD
@@ -112,7 +112,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def fake_results(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out and lse without data."""
+    """Return out and lse without data."""
     q, (packed, _) = inputs.q, inputs.packed
     out_shape, lse_shape = result_shapes(q.shape, inputs.v.shape, packed)
     return q.new_empty(out_shape, dtype=dtype), q.new_empty(lse_shape, dtype=torch.float32)
@@ -141,16 +141,18 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 def gradients(
     saved: tuple[Tensor, ...], options: Options, dout: Tensor | None, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Return gradients of `Inputs`, as one; `saved` are forward's results, then its inputs."""
+) -> Inputs:
+    """Return an `Inputs` of gradients; `saved` are forward's results, then its inputs."""
     out, lse, *tensors = saved
     inputs = Inputs(*tensors)
     if dout is None and dlse is None:
         return Inputs(*(None for _ in tensors))  # type: ignore[arg-type]
     dout = torch.zeros_like(out) if dout is None else dout
     found = torch.ops.hopper_attention.backward(dout, dlse, out, lse, *inputs, *options)
-    dq, dk, dv, dsink = found
-    return Inputs(dq, dk, dv, None if inputs.learnable_sink is None else dsink)
+    gradients = Gradients(*found)
+    if inputs.learnable_sink is None:
+        gradients = gradients._replace(dsink=None)
+    return gradients.of_inputs
 
 
 def _refuse_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:

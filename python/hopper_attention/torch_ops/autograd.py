@@ -11,7 +11,7 @@ from torch import Tensor
 from hopper_attention.dispatch import target
 from hopper_attention.dispatch.plan import Plan
 from hopper_attention.launch import backward
-from hopper_attention.problem.values import Inputs
+from hopper_attention.problem.values import Gradients, Inputs
 from hopper_attention.torch_ops.eager import needs_dispatcher
 
 
@@ -48,11 +48,13 @@ class Attention(torch.autograd.Function):
         # create_graph: only the operator refuses second derivatives.
         if torch.is_grad_enabled() or needs_dispatcher(inputs):
             with target.restored(ctx.plan.target.kernels):
-                found = torch.ops.hopper_attention.backward(
-                    dout, dlse, out, lse, *inputs, *ctx.plan.options
+                found = Gradients(
+                    *torch.ops.hopper_attention.backward(
+                        dout, dlse, out, lse, *inputs, *ctx.plan.options
+                    )
                 )
         else:
             found = backward.run(ctx.plan, inputs, out, lse, dout, dlse)
-        gradients = (None, None, *Inputs(*found))
+        gradients = (None, None, *found.of_inputs)
         needed = zip(gradients, ctx.needs_input_grad, strict=True)
         return tuple(gradient if need else None for gradient, need in needed)

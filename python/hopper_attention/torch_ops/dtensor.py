@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hopper_attention.problem.values import Gradients, Inputs
+from hopper_attention.problem.values import INDEX_TENSORS, Gradients, Inputs
 from hopper_attention.torch_ops.schema import BACKWARD, FORWARD, Signature
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 Sharding = tuple[list["Placement"], list["Placement | None"]]
 """Placements of the results and of the arguments along one mesh dimension; None: no tensor."""
-INDEX = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-"""Tensors that have an element a sequence, and no heads."""
 
 
 def register() -> bool:
@@ -89,7 +87,7 @@ def _shardings(
             spec = tensors.get(name)
             if spec is None:
                 return None
-            return place_index if name in INDEX else place(spec.ndim)
+            return place_index if name in INDEX_TENSORS else place(spec.ndim)
 
         return [place(dims) for dims in results], [placement(name) for name in signature.types]
 

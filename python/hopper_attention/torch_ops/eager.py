@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as autograd_profiler
 from torch.compiler import is_compiling
 
-from hopper_attention.problem.values import Inputs
+from hopper_attention.problem.values import INDEX_TENSORS, Inputs
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = DispatchKey.PreDispatch
@@ -26,7 +26,7 @@ def needs_dispatcher(inputs: Inputs) -> bool:
 
     Views that only the dispatcher resolves and tensors without data belong there, too.
     """
-    q, k, v, sink, *index = inputs
+    q, k, v, sink, *_ = inputs
     return (
         is_compiling()
         or not (type(q) is type(k) is type(v) is Tensor)
@@ -41,5 +41,10 @@ def needs_dispatcher(inputs: Inputs) -> bool:
         or k.is_neg()
         or v.is_neg()
         or (sink is not None and type(sink) not in _PLAIN)
-        or any(type(x) is not Tensor for x in index if isinstance(x, Tensor))
+        or (inputs.varlen and not _plain_lengths(inputs))
     )
+
+
+def _plain_lengths(inputs: Inputs) -> bool:
+    tensors = (getattr(inputs, name) for name in INDEX_TENSORS)
+    return all(type(x) is Tensor for x in tensors if isinstance(x, Tensor))

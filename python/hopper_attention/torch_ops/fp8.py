@@ -222,8 +222,8 @@ def attend(
     check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = checks.resolve_sink(learnable_sink, q)
     inputs = Inputs.of(q, k, v, sink, *lengths)
-    given = {**inputs._asdict(), **descales._asdict()}
-    for name, tensor in given.items():
+    floats = {"q": q, "k": k, "v": v, "learnable_sink": sink, **descales._asdict()}
+    for name, tensor in floats.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} requires grad: use attention_fp8 to train")
     if options.pack_gqa:

@@ -1,7 +1,7 @@
 """The arguments of operators, derived from the tuples that describe a call.
 
 An operator takes the fields of some NamedTuples, one after another.  Their names and annotations
-are the schema's; nobody counts arguments or knows one by its position.
+are the schema's; from them follow the number and the places of arguments and of gradients.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import types
 import typing
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopper_attention.problem.quantization import Fp8Options
-from hopper_attention.problem.values import Bound, Descales, Inputs, Options, SequenceBounds
+from hopper_attention.problem.values import (
+    Bound,
+    Descales,
+    Inputs,
+    Options,
+    ResultsAndGradients,
+    SequenceBounds,
+)
 
 TYPES = {
     Tensor: "Tensor",
@@ -45,15 +52,17 @@ class Signature:
         return ", ".join(f"{kind} {name}" for name, kind in self.types.items())
 
     def groups_of(self, arguments: Iterable[Any]) -> Any:
-        """Return the operator's arguments as a tuple of groups."""
+        """Return the operator's arguments, all of which PyTorch passes, as a tuple of groups."""
         remaining = iter(arguments)
         return tuple(group(*islice(remaining, len(group._fields))) for group in self.groups)
 
-    def gradients(self, found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return a gradient for every argument: `found` for its group, None for the others."""
-        none = ((None,) * len(group._fields) for group in self.groups)
-        groups = (found if type(found) is group else rest for group, rest in zip(self.groups, none))
-        return tuple(gradient for group in groups for gradient in group)
+    def gradients(self, found: Any) -> tuple[Tensor | None, ...]:
+        """Return a gradient for every argument: those of `found`, one of the groups, and None."""
+        assert type(found) in self.groups, f"{type(found)} is no group of the operator's"
+        gradients: list[Tensor | None] = []
+        for group in self.groups:
+            gradients += found if type(found) is group else [None] * len(group._fields)
+        return tuple(gradients)
 
     def tensors(self, arguments: Iterable[Any]) -> dict[str, Any]:
         """Return the arguments that are tensors by name, those that are absent included."""
@@ -75,16 +84,7 @@ def _type(hint: Any) -> str:
     raise TypeError(f"{hint} has no type in a schema")
 
 
-class Results(NamedTuple):
-    """Results of forward, behind their gradients."""
-
-    dout: Tensor
-    dlse: Tensor | None
-    out: Tensor
-    lse: Tensor
-
-
 FORWARD = Signature(Inputs, Options)
-BACKWARD = Signature(Results, Inputs, Options)
+BACKWARD = Signature(ResultsAndGradients, Inputs, Options)
 ATTENTION_FP8 = Signature(Inputs, Options, Fp8Options)
 FORWARD_FP8 = Signature(Inputs, Descales, Options, SequenceBounds)
