@@ -152,7 +152,7 @@ def exact(operands):
     return [x.values.double() * spread(x.descale, x.values).double() for x in operands]
 
 
-def exp2_f16x2(x):
+def exp2_in_f16x2(x):
     """The kernels compute 2^x so where they do without MUFU: bits of halves, and a parabola."""
     line = ((x + 15) * 1024).clamp(0, 32 * 1024 - 1).round().to(torch.int16)
     mantissa = (line & 1023 | 0x3C00).view(torch.float16).double()
@@ -194,7 +194,7 @@ def model(operands, call: Options, config, sink=None):
         wide = p * below
         if config["head_dim"] <= 128:
             in_f16x2 = torch.arange(keys.start, keys.stop, device=q.device) // 16 % 2 == 1
-            p = torch.where(in_f16x2, exp2_f16x2(p.log2()), p)
+            p = torch.where(in_f16x2, exp2_in_f16x2(p.log2()), p)
             wide = torch.where(in_f16x2, (p * below.half().double()).half().double(), wide)
         weights = wide.float().to(torch.float8_e4m3fn).double() / 2**HEADROOM / below
         out = out * shrink.transpose(1, 2)[..., None] + torch.einsum(

@@ -15,7 +15,7 @@ from hopper_attention import (
 )
 from hopper_attention.dispatch import instances
 from hopper_attention.launch import backward
-from hopper_attention.problem.values import UNBOUNDED, Inputs, Lengths, Mask
+from hopper_attention.problem.values import UNBOUNDED, Gradients, Inputs, Lengths, Mask
 from hopper_attention.torch_ops.autograd import Attention
 
 MASKS = {
@@ -49,9 +49,10 @@ def exact(monkeypatch):
         def run_backward(_plan, inputs, out, lse, dout, dlse):
             q, k, v, sink, *_ = inputs
             lengths = {"queries": inputs.queries, "keys": inputs.keys}
-            return reference.gradients(
+            found = reference.gradients(
                 q, k, v, dout, dlse, out=out, lse=lse, sink=sink, **lengths, **problem
             )
+            return Gradients(*found)
 
         monkeypatch.setattr(backward, "run", run_backward)
         return Attention.apply(None, run_forward, *Inputs.of(*inputs))

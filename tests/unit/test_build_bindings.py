@@ -48,7 +48,7 @@ def launches():
     _simulator.set_launch_handler(None)
 
 
-def launch(arguments, scalars=(0.125, 0, 0, 0, 132), name=NAME, device=0, module=_simulator):
+def launch(arguments, scalars=(0.125, 0, 0, 1, 0, 0, 132), name=NAME, device=0, module=_simulator):
     module.launch(name, device, 0, arguments, list(scalars))
 
 
@@ -113,17 +113,17 @@ def test_without_a_handler(arguments):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"shape": (2, 203, 128)}, ValueError, "mQ: expected 4 dimensions, got 3 extents"),
-        ({"shape": (2, 203, 4, 60)}, ValueError, r"mQ, shape\[3\]: 60 .* multiple of 8"),
-        ({"shape": (2, 2**31, 4, 128)}, ValueError, r"mQ, shape\[1\]: 2147483648 .* 32 bits"),
-        ({"shape": (2, 2**70, 4, 128)}, ValueError, r"mQ, shape\[1\]: does not fit 64 bits"),
-        ({"shape": (2, -1, 4, 128)}, ValueError, r"mQ, shape\[1\]: negative"),
-        ({"shape": (2, 1.5, 4, 128)}, TypeError, r"mQ, shape\[1\]: expected an integer, not float"),
-        ({"shape": 2}, TypeError, "mQ, shape must be a list or tuple, not int"),
-        ({"strides": (103936, 512, 129, 1)}, ValueError, r"mQ, strides\[2\]: 129 .* multiple of 8"),
-        ({"strides": (103936, 512, 128, 2)}, ValueError, r"mQ, strides\[3\]: 2, .* compiled for 1"),
-        ({"address": 2}, ValueError, "mQ: address is not aligned to 16 bytes"),
-        ({"address": None}, TypeError, "mQ: address must be an int"),
+        ({"shape": (2, 203, 128)}, ValueError, "q: expected 4 dimensions, got 3 extents"),
+        ({"shape": (2, 203, 4, 60)}, ValueError, r"q, shape\[3\]: 60 .* multiple of 8"),
+        ({"shape": (2, 2**31, 4, 128)}, ValueError, r"q, shape\[1\]: 2147483648 .* 32 bits"),
+        ({"shape": (2, 2**70, 4, 128)}, ValueError, r"q, shape\[1\]: does not fit 64 bits"),
+        ({"shape": (2, -1, 4, 128)}, ValueError, r"q, shape\[1\]: negative"),
+        ({"shape": (2, 1.5, 4, 128)}, TypeError, r"q, shape\[1\]: expected an integer, not float"),
+        ({"shape": 2}, TypeError, "q, shape must be a list or tuple, not int"),
+        ({"strides": (103936, 512, 129, 1)}, ValueError, r"q, strides\[2\]: 129 .* multiple of 8"),
+        ({"strides": (103936, 512, 128, 2)}, ValueError, r"q, strides\[3\]: 2, .* compiled for 1"),
+        ({"address": 2}, ValueError, "q: address is not aligned to 16 bytes"),
+        ({"address": None}, TypeError, "q: address must be an int"),
     ],
 )
 def test_refuses_tensors_before_launching(tensors, arguments, launches, changes, error, message):
@@ -136,14 +136,18 @@ def test_refuses_tensors_before_launching(tensors, arguments, launches, changes,
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"scalars": ("x", 0, 0, 0, 132)}, TypeError, "softmax_scale: expected a number, not str"),
         (
-            {"scalars": (1.0, 0.5, 0, 0, 132)},
+            {"scalars": ("x", 0, 0, 1, 0, 0, 132)},
+            TypeError,
+            "softmax_scale: expected a number, not str",
+        ),
+        (
+            {"scalars": (1.0, 0.5, 0, 1, 0, 0, 132)},
             TypeError,
             "learnable_sink: expected an integer, not float",
         ),
-        ({"scalars": ()}, TypeError, "expected 5 scalars, got 0"),
-        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 5 scalars, got 3"),
+        ({"scalars": ()}, TypeError, "expected 7 scalars, got 0"),
+        ({"scalars": (1.0, 0, 0)}, TypeError, "expected 7 scalars, got 3"),
         ({"name": "nothing"}, KeyError, "no instance 'nothing'"),
         ({"device": -1}, RuntimeError, "invalid device"),
         ({"device": 64}, RuntimeError, "invalid device"),
@@ -177,7 +181,7 @@ def test_strides_beyond_32_bits(tensors, arguments, launches):
 def test_launch_limits_are_a_gpus(tensors, arguments):
     arguments[0] = tensors[0].argument(shape=(2, 0, 4, 128))
     arguments[3] = tensors[3].argument(shape=(2, 0, 4, 128))
-    with pytest.raises(RuntimeError, match=rf"{NAME} on device 0: .*mQ \(2, 0, 4, 128\), mK"):
+    with pytest.raises(RuntimeError, match=rf"{NAME} on device 0: .*q \(2, 0, 4, 128\), k"):
         launch(arguments)
 
 

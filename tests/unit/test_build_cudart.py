@@ -24,7 +24,7 @@ arguments = [tensor.argument() for tensor in tensors]
 
 def launch(device, stream=0):
     try:
-        _cuda.launch(NAME, device, stream, arguments, [0.125, 0, 0, 0, 132])
+        _cuda.launch(NAME, device, stream, arguments, [0.125, 0, 0, 1, 0, 0, 132])
     except RuntimeError as error:
         print(error, flush=True)
 
@@ -91,7 +91,7 @@ def test_other_device_is_made_current_and_restored(report):
 
 
 def test_errors_name_instance_device_and_shapes(report):
-    error = "fwd_bf16_d128_causal on device {}: {} (mQ (1, 64, 2, 128), mK (1, 64, 2, 128), "
+    error = "fwd_bf16_d128_causal on device {}: {} (q (1, 64, 2, 128), k (1, 64, 2, 128), "
     invalid = error.format(2, "cudaErrorInvalidDevice: invalid device ordinal")
     assert report["no device"][0] == "set device 2"
     assert report["no device"][1].startswith(invalid)
