@@ -1,4 +1,8 @@
-"""The order in which thread blocks of one launch add to dQ: counters in global memory."""
+"""The order in which thread blocks of one launch add to dQ: counters in global memory.
+
+Key blocks wait in ascending order, in `order_dq_adds` of hopper/backward/common.py and in `add_dq`
+of ampere/backward.py.
+"""
 
 from dataclasses import dataclass
 

@@ -79,7 +79,7 @@ class ForwardCounts(NamedTuple):
     qheads_per_tile: Int32
     """Query heads that share a tile."""
     output_type: Int32
-    """The place of the result's dtype among those that the kernel stores."""
+    """The number of the result's dtype among those that the kernel stores."""
 
 
 class TileQueueArguments(NamedTuple):

@@ -73,7 +73,7 @@ class VarlenScheduler:
     """Rows of queries in all, used or not."""
     tile_m: cutlass.Constexpr
     group: Any = 1
-    """Rows a query; the heads are then groups of heads (`sequence.Rows`)."""
+    """Rows a query; the heads are then groups of heads (`sequence.TileRows`)."""
 
     @property
     def tiles(self):

@@ -45,7 +45,7 @@ class DqBarrier(IntEnum):
 
     Between the warp that waits for lower key blocks, in global memory, and the consumers.  Each
     consumer has its own MAY_ADD: the two of kernel_wide.py add dQ of a row block in different
-    steps, and one that waited for the other there could be waited for at another barrier of both.
+    steps, and with one barrier for both each could wait for the other for ever.
     """
 
     MAY_ADD = 4

@@ -69,7 +69,7 @@ class ForwardConfig:
 
     @property
     def packs_heads(self) -> bool:
-        """True if heads of a group may share tiles (`sequence.Rows`)."""
+        """True if heads of a group may share tiles (`sequence.TileRows`)."""
         return self.varlen
 
     @property

@@ -23,7 +23,7 @@ class Problem:
     """EqualLengths or Lengths, by `ForwardConfig.varlen`."""
     keys: Any
     group: Any
-    """Query heads whose rows share a tile (`Rows`): 1, or all of a key head."""
+    """Query heads whose rows share a tile (`TileRows`): 1, or all of a key head."""
     tiles_per_kvhead: Int32
     """Tiles of the same positions that read the same keys: the others of the group."""
     scale_log2: Float32

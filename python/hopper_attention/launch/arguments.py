@@ -53,7 +53,7 @@ def launch(
 
 
 def clear_unused(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
-    """Rows of no sequence: on a GPU only where asked for, since it costs a pass over out."""
+    """Clear rows of no sequence; on a GPU only with seqused_q, since it costs a pass over out."""
     if inputs.varlen and (inputs.seqused_q is not None or not inputs.q.is_cuda):
         out.zero_()
         lse.fill_(-torch.inf)

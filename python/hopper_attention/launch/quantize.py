@@ -169,7 +169,7 @@ def _run_kernels(executor: Executor, problem: _Problem, request: QuantizationReq
         "descale": table.of_heads(descale),
         "mean": _means(executor, problem) if request.centered else None,
         "signs": _scaled_signs(x.device, head_dim) if request.hadamard else None,
-        "rotation_size": head_dim & -head_dim if request.hadamard else 1,
+        "rotation_size": rotation_size(head_dim) if request.hadamard else 1,
         "amax": amax,
         "amax_stride": table.amax_stride,
         "block_rows": recipe.rows or 0,
@@ -241,7 +241,7 @@ def _means(executor: Executor, problem: _Problem) -> Tensor:
     x = problem.rows
     batch, seqlen, heads, head_dim = x.shape
     chunks = -(-seqlen // SUM_ROWS)
-    if problem.lengths.cu_seqlens is not None:  # as arranged columns
+    if problem.lengths.cu_seqlens is not None:  # sequences start as in `columns_of`
         chunks = seqlen // SUM_ROWS + problem.sequences
     sums = x.new_empty((batch, chunks, heads, head_dim), dtype=torch.float32)
     means = x.new_empty((problem.sequences, heads, head_dim), dtype=torch.float32)
@@ -290,14 +290,18 @@ def _loadable_columns(v: Tensor) -> Tensor | None:
         return None
 
 
+def rotation_size(head_dim: int) -> int:
+    """Return how many columns are rotated together: the largest power of two in the head dim."""
+    return head_dim & -head_dim
+
+
 _scaled: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def _scaled_signs(device: torch.device, head_dim: int) -> Tensor:
-    """`signs` / sqrt(n), float32.
+    """Return `signs` / sqrt(rotation_size), float32.
 
-    It is kept, unless it belongs to a graph that is being captured or is no real tensor: the call
-    that makes a fake one fails later.
+    It is kept, unless it belongs to a graph that is being captured, or was made while tracing.
     """
     on_gpu = device.type == "cuda"
     key = (device, runtime.current_stream(device.index) if on_gpu else 0, head_dim)
@@ -307,7 +311,7 @@ def _scaled_signs(device: torch.device, head_dim: int) -> Tensor:
     place = torch.arange(WORD, device=device)
     words = [torch.full((WORD,), word, device=device) for word in _sign_words(head_dim)]
     bits = torch.cat([word >> place & 1 for word in words])[:head_dim]
-    table = (1 - 2 * bits).float() / (head_dim & -head_dim) ** 0.5
+    table = (1 - 2 * bits).float() / rotation_size(head_dim) ** 0.5
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if not capturing and type(table) is Tensor:
         _scaled[key] = table

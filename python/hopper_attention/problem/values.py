@@ -63,7 +63,7 @@ DENSE = Lengths()
 Bound = Annotated[int, torch.SymInt]
 """An upper bound of lengths; compilers may keep it symbolic."""
 NO_WINDOW = (-1, -1)
-"""The functions' default: what is given instead is looked at, as (-1.0, -1) equals it."""
+"""The functions' default, known by identity: (-1.0, -1) equals it and is refused all the same."""
 
 
 class Options(NamedTuple):
@@ -130,7 +130,7 @@ class Options(NamedTuple):
         )
 
     def checked(self) -> Options:
-        """Raises what `of` does."""
+        """Return an operator's options checked as `of` does; raise what it raises."""
         scale, causal, left, right, chunk, softcap, longest, *rest = self
         longest = bound("max_seqlen_q", longest)
         return Options.of(scale, causal, (left, right), chunk, softcap, longest, *rest)
@@ -148,7 +148,7 @@ LONG = 1024
 
 
 def packing_bound(max_seqlen_q: int | None) -> int:
-    """`Options.max_seqlen_q`: whatever is longer is the same to a plan, kept by its options."""
+    """Return `Options.max_seqlen_q`, at most LONG: a longer one would only make another plan."""
     if max_seqlen_q is None:
         return LONG
     if isinstance(max_seqlen_q, torch.SymInt):
@@ -191,8 +191,7 @@ class Inputs(NamedTuple):
     """The tensors of one call; `learnable_sink` is float32.
 
     Public functions, operators and kernels have arguments of these names; an operator takes them
-    in this order (torch_ops/schema.py).  What PyTorch wants for every tensor, its gradient or its
-    place on a device mesh, is kept in an `Inputs` as well.
+    in this order (torch_ops/schema.py).  Gradients, and DTensor's specs, come as an `Inputs` too.
     """
 
     q: Tensor
