@@ -213,6 +213,8 @@ class Inputs(NamedTuple):
         keys: Lengths = DENSE,
     ) -> Inputs:
         """Return the inputs whose sequences lie as `queries` and `keys` say."""
+        if queries is DENSE and keys is DENSE:
+            return Inputs(q, k, v, sink)  # a microsecond less for most calls
         index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
         return Inputs(q, k, v, sink, *index)
 
