@@ -19,6 +19,7 @@ from hopper_attention.sass.control_flow import ControlFlow
 from hopper_attention.sass.cubin import find_cubins
 from hopper_attention.sass.disassembler import Instruction
 from hopper_attention.sass.pipes import PIPES, count_pipes
+from hopper_attention.sass.scheduling import Run, longest_run, stall_counts
 
 needs_disassembler = pytest.mark.skipif(
     disassembler.find_nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel"
@@ -41,8 +42,10 @@ def assemble(text):
     return code
 
 
-def kernel_of(symbol, threads):
-    return report.Kernel(symbol, "SM90a", b"", 168, threads)
+def kernel_of(symbol, threads, stalls):
+    """A kernel of machine code that says nothing but how long each instruction stalls."""
+    words = [(stall << 105).to_bytes(16, "little") for stall in stalls]
+    return report.Kernel(symbol, "SM90a", b"".join(words), 168, threads)
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +145,27 @@ def test_main_loops_of_a_persistent_kernel_are_the_inner_ones():
         EXIT
         """
     )
-    row = report.row_of(kernel_of("k_0", 256), code, 1.0)
+    stalls = range(1, len(code) + 1)
+    row = report.row_of(kernel_of("k_0", 256, stalls), code, 1.0)
     assert row.name == "k"
     assert row.warpgroups == 2
     assert row.main_loop.instructions == 2
     assert [loop.instructions for loop in row.masked_loops] == [3]
+    assert (row.main_loop.stalls, row.masked_loops[0].stalls) == (5 + 6, 2 + 3 + 4)
+
+
+def test_stall_counts_are_four_of_an_instructions_bits():
+    image = b"".join(word.to_bytes(16, "little") for word in (0xF << 105, 1 << 109, 7 << 105 | 1))
+    assert stall_counts(image) == [15, 0, 7]
+
+
+def test_longest_run_is_the_slowest_one():
+    """Four exponentials take as long as sixteen conversions; whatever is between ends a run."""
+    code = assemble("MUFU.EX2\n" * 4 + "FADD\n" + "F2FP.BF16.F32.PACK_AB\n" * 15 + "MUFU.EX2")
+    assert longest_run(code) == Run("mufu", 4)
+    assert longest_run(code).clocks == 32
+    assert longest_run(code[5:]) == Run("cvt", 15)
+    assert longest_run([]).clocks == 0
 
 
 # ---------------------------------------------------------------- instructions and model
@@ -245,6 +264,8 @@ def test_every_attention_instance_has_main_loops(rows):
         for loop in row.loops.values():
             assert "unknown" not in loop.pipes
             assert sum(loop.pipes.values()) == loop.instructions
+            assert loop.instructions <= loop.stalls < 15 * loop.instructions
+            assert 0 < loop.longest_run <= loop.clocks[loop.longest_run_pipe] // row.warpgroups
             if row.name not in ampere:  # its matrix instructions are not modelled
                 assert 0 < loop.tflops < (2000 if row.name in fp8 else 1000)
 
@@ -335,31 +356,57 @@ def test_main_loops_stay_within_the_budget(root, rows):
 # ---------------------------------------------------------------- budget, comparison, bad input
 
 
-def loop_of(instructions):
+def loop_of(instructions, stall=2):
     code = [Instruction("FADD", (), "")] * (instructions - 2)
     code.insert(0, Instruction("HGMMA.64x64x16.F32.BF16", ("R0", "gdesc[UR4]", "R0"), ""))
-    return report.row_of(kernel_of("k", 128), [*code, Instruction("BRA", ("0x0",), "@P0")], 1.0)
+    code.append(Instruction("BRA", ("0x0",), "@P0"))
+    return report.row_of(kernel_of("k", 128, [stall] * instructions), code, 1.0)
+
+
+def figures(instructions, stalls=None, longest_run=None):
+    """What `loop_of` of so many instructions has."""
+    stalls = 2 * instructions if stalls is None else stalls
+    longest_run = instructions - 2 if longest_run is None else longest_run
+    return {"instructions": instructions, "stalls": stalls, "longest_run": longest_run}
+
+
+def budget(loops, reason):
+    return report.Budget({name: figures(count) for name, count in loops.items()}, reason)
 
 
 def test_budget_allows_two_percent():
-    budgets = {"k": report.Budget({"main": 100}, "measured")}
+    budgets = {"k": report.Budget({"main": figures(100, 300, 120)}, "measured")}
     assert report.over_budget([loop_of(102)], budgets) == []
     (fault,) = report.over_budget([loop_of(103)], budgets)
     assert "103 instructions, +3.0% of its budget 100" in fault
+    (fault,) = report.over_budget([loop_of(100, stall=4)], budgets)
+    assert "400 clocks of stall counts, +33.3% of its budget 300" in fault
+    short = {"k": report.Budget({"main": figures(100, 300, 90)}, "measured")}
+    (fault,) = report.over_budget([loop_of(100)], short)
+    assert "98 clocks in its longest run of one pipe, +8.9% of its budget 90" in fault
     assert report.over_budget([loop_of(9)], {}) == ["k: the main loop has no budget"]
 
 
 def test_budget_keeps_reasons_of_what_did_not_change(tmp_path):
-    old = {"k": report.Budget({"main": 100}, "first"), "other": report.Budget({"main": 1}, "kept")}
+    old = {"k": budget({"main": 100}, "first"), "other": budget({"main": 3}, "kept")}
     assert report.updated_budget([loop_of(100)], old, "second") == old
     new = report.updated_budget([loop_of(90)], old, "second")
-    assert new["k"] == report.Budget({"main": 90}, "second")
+    assert new["k"] == budget({"main": 90}, "second")
     file = tmp_path / "budget.json"
     report.write_budget(file, new)
     assert report.read_budget(file) == new
 
 
-@pytest.mark.parametrize("text", ["[]", "{}}", '{"k": 1}', '{"k": {"loops": {}}}'])
+def test_budget_of_an_older_version(tmp_path):
+    file = tmp_path / "budget.json"
+    file.write_text('{"k": {"loops": {"main": {"instructions": 1}}, "reason": "old"}}')
+    with pytest.raises(UserError, match="needs instructions, stalls, longest_run"):
+        report.read_budget(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}}", '{"k": 1}', '{"k": {"loops": {}}}', '{"k": {"loops": [], "reason": ""}}']
+)
 def test_not_a_budget(tmp_path, text):
     file = tmp_path / "budget.json"
     file.write_text(text)
@@ -377,7 +424,7 @@ def test_a_budget_of_which_nothing_was_compiled_stays_as_it_is(root, tmp_path):
 
 def test_budget_needs_reasons(tmp_path):
     file = tmp_path / "budget.json"
-    file.write_text('{"k": {"loops": {"main": 1}, "reason": " "}}')
+    report.write_budget(file, {"k": budget({"main": 3}, " ")})
     with pytest.raises(UserError, match="k has no reason"):
         report.read_budget(file)
 
@@ -450,8 +497,8 @@ def test_command_line(root, tmp_path):
     assert all(change["before"] == change["after"] for change in json.loads(done.stdout))
 
     tight = tmp_path / "budget.json"
-    entries = {row["name"]: {"loops": {"main": 1, "masked": 1}, "reason": "tight"} for row in rows}
-    tight.write_text(json.dumps(entries))
+    names = [row["name"] for row in rows]
+    report.write_budget(tight, {name: budget({"main": 3, "masked": 3}, "tight") for name in names})
     done = run(app, ["sass", "fwd_bf16_d64", "--budget", str(tight)])
     assert done.exit_code == 1
     assert "over budget: fwd_bf16_d64" in done.stderr

@@ -94,12 +94,15 @@ def _instructions(rows: Sequence[Row]) -> Table:
 def _clocks(rows: Sequence[Row], clock_ghz: float) -> Table:
     title = f"Predicted clocks of an SM and pass; TFLOP/s at {clock_ghz} GHz\n"
     title += "EX2: before, between and after the waits for WGMMA"
-    table = _table(title, *CLOCK_UNITS, "bound", "TFLOP/s", "EX2")
+    title += "\nstall: the sum of stall counts; run: the longest of one pipe; both for one warp"
+    table = _table(title, *CLOCK_UNITS, "bound", "TFLOP/s", "stall", "run", "EX2")
     for row in rows:
         for name, loop in row.loops.items():
             clocks = [str(loop.clocks[unit]) for unit in CLOCK_UNITS]
             ex2 = "/".join(map(str, loop.ex2))
-            table.add_row(_label(row, name), *clocks, loop.bound, f"{loop.tflops:.0f}", ex2)
+            run = f"{loop.longest_run} {loop.longest_run_pipe}"
+            figures = (loop.bound, f"{loop.tflops:.0f}", str(loop.stalls), run, ex2)
+            table.add_row(_label(row, name), *clocks, *figures)
     return table
 
 
@@ -117,8 +120,8 @@ def _label(row: Row, loop: str) -> str:
 
 
 def _difference(pairs: Sequence[tuple[str, str, MainLoop, MainLoop]]) -> Table:
-    title = "Main loops: instructions before and after"
-    table = _table(title, "loop", "before", "after", "change", "clocks", "TFLOP/s")
+    title = "Main loops: instructions before and after; stall: change of the sum of stall counts"
+    table = _table(title, "loop", "before", "after", "change", "stall", "clocks", "TFLOP/s")
     table.add_column("by pipe")
     for name, loop, old, new in pairs:
         pipes = {
@@ -132,6 +135,7 @@ def _difference(pairs: Sequence[tuple[str, str, MainLoop, MainLoop]]) -> Table:
             str(old.instructions),
             str(new.instructions),
             f"{change:+.1%}" if change else "=",
+            f"{new.stalls - old.stalls:+d}",
             f"{max(new.clocks.values()) - max(old.clocks.values()):+d}",
             f"{new.tflops - old.tflops:+.0f}",
             " ".join(f"{pipe} {count:+d}" for pipe, count in pipes.items() if count),

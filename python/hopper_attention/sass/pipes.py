@@ -44,7 +44,11 @@ UNKNOWN = "unknown"
 _PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes}
 
 
+def pipe_of(instruction: Instruction) -> str:
+    return _PIPE_OF.get(instruction.name, UNKNOWN)
+
+
 def count_pipes(code: Iterable[Instruction]) -> dict[str, int]:
     """Instructions by pipe, every pipe present; `unknown` only where there are such."""
-    counts = Counter(_PIPE_OF.get(instruction.name, UNKNOWN) for instruction in code)
+    counts = Counter(map(pipe_of, code))
     return {pipe: counts[pipe] for pipe in (*PIPES, UNKNOWN) if pipe in PIPES or counts[pipe]}

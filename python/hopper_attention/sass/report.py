@@ -17,6 +17,7 @@ from hopper_attention.sass.control_flow import ControlFlow, Loop
 from hopper_attention.sass.cubin import Kernel, find_cubins
 from hopper_attention.sass.disassembler import Instruction, disassemble_together
 from hopper_attention.sass.pipes import count_pipes
+from hopper_attention.sass.scheduling import longest_run, stall_counts
 
 TOLERANCE = 1.02
 """How much longer than its budget a main loop may be."""
@@ -32,6 +33,11 @@ class MainLoop:
     """Issue slots of every pass; a wait that does not spin counts once."""
     skippable: int
     """Instructions that branches go around: a pass may issue them as well."""
+    stalls: int
+    """The sum of their stall counts: a warp that waits for nothing else takes so many clocks."""
+    longest_run: int
+    """Clocks of the longest run of successive instructions of one pipe."""
+    longest_run_pipe: str
     pipes: dict[str, int]
     waits: int
     """WARPGROUP.DEPBAR: more than the source's means that ptxas serialised WGMMA."""
@@ -133,7 +139,7 @@ def row_of(kernel: Kernel, code: Sequence[Instruction], clock_ghz: float) -> Row
         if count_pipes(code[i] for i in flow.instructions(loop))["tensor"]
     ]
     loops = [
-        _main_loop(code, flow, loop, warpgroups, clock_ghz)
+        _main_loop(kernel, code, flow, loop, clock_ghz)
         for loop in with_gemms
         if not any(inner.header in loop.blocks for inner in with_gemms if inner is not loop)
     ]
@@ -156,10 +162,12 @@ def _consumers(kernel: Kernel, code: Iterable[Instruction]) -> int:
 
 
 def _main_loop(
-    kernel: Sequence[Instruction], flow: ControlFlow, loop: Loop, warpgroups: int, clock_ghz: float
+    kernel: Kernel, all_code: Sequence[Instruction], flow: ControlFlow, loop: Loop, clock_ghz: float
 ) -> MainLoop:
-    skippable = flow.skippable_of(loop)
-    code = [kernel[i] for i in flow.pass_of(loop) if i not in skippable]
+    skippable, stalls = flow.skippable_of(loop), stall_counts(kernel.code)
+    one_pass = [i for i in flow.pass_of(loop) if i not in skippable]
+    code = [all_code[i] for i in one_pass]
+    run = longest_run(code)
     marks = [mark for mark in map(_mark, code) if mark]
     segments, arrived = [0], None
     for mark in marks:
@@ -173,12 +181,15 @@ def _main_loop(
     return MainLoop(
         instructions=len(code),
         skippable=len(skippable),
+        stalls=sum(stalls[i] for i in one_pass),
+        longest_run=run.clocks,
+        longest_run_pipe=run.pipe,
         pipes=count_pipes(code),
         waits=len(segments) - 1,
         ex2=segments,
         ex2_before_arrive=arrived,
         schedule=[mark if count == 1 else f"{count} {mark}" for mark, count in runs],
-        **asdict(model.predict(code, warpgroups, clock_ghz)),
+        **asdict(model.predict(code, _consumers(kernel, all_code), clock_ghz)),
     )
 
 
@@ -222,20 +233,40 @@ def growth(
 
 @dataclass(frozen=True)
 class Budget:
-    """Committed issue slots of one instance's loops, and why they are what they are."""
+    """Committed figures of one instance's loops, and why they are what they are."""
 
-    loops: dict[str, int]
+    loops: dict[str, dict[str, int]]
+    """Loop -> BUDGETED field of `MainLoop` -> its value."""
     reason: str
+
+
+BUDGETED = {
+    "instructions": "instructions",
+    "stalls": "clocks of stall counts",
+    "longest_run": "clocks in its longest run of one pipe",
+}
+"""Field of `MainLoop` -> what it counts."""
+
+
+def _figures(loop: MainLoop) -> dict[str, int]:
+    return {field: getattr(loop, field) for field in BUDGETED}
 
 
 def read_budget(path: Path) -> dict[str, Budget]:
     """Raises UserError for a file that is not a budget, and for an entry without a reason."""
     try:
         budgets = {name: Budget(**entry) for name, entry in json.loads(path.read_text()).items()}
+        complete = all(
+            set(figures) == set(BUDGETED)
+            for budget in budgets.values()
+            for figures in budget.loops.values()
+        )
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}") from None
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is not a budget: {{instance: {{loops, reason}}}}") from None
+    if not complete:
+        raise UserError(f"{path}: every loop needs {', '.join(BUDGETED)}")
     for name, budget in budgets.items():
         if not budget.reason.strip():
             raise UserError(f"{path}: the budget of {name} has no reason")
@@ -250,11 +281,14 @@ def over_budget(rows: Iterable[Row], budgets: dict[str, Budget]) -> list[str]:
         for name, loop in row.loops.items():
             if name not in allowed:
                 faults.append(f"{row.name}: the {name} loop has no budget")
-            elif loop.instructions > TOLERANCE * allowed[name]:
-                faults.append(
-                    f"{row.name}: the {name} loop has {loop.instructions} instructions, "
-                    f"{loop.instructions / allowed[name] - 1:+.1%} of its budget {allowed[name]}"
-                )
+                continue
+            for field, figure in _figures(loop).items():
+                most = allowed[name][field]
+                if figure > TOLERANCE * most:
+                    faults.append(
+                        f"{row.name}: the {name} loop has {figure} {BUDGETED[field]}, "
+                        f"{figure / most - 1:+.1%} of its budget {most}"
+                    )
     return faults
 
 
@@ -264,12 +298,14 @@ def updated_budget(
     """`budgets` with the rows' present figures; `reason` for those that changed."""
     updated = dict(budgets)
     for row in rows:
-        loops = {name: loop.instructions for name, loop in row.loops.items()}
+        loops = {name: _figures(loop) for name, loop in row.loops.items()}
         if loops and (row.name not in budgets or budgets[row.name].loops != loops):
             updated[row.name] = Budget(loops, reason)
     return dict(sorted(updated.items()))
 
 
 def write_budget(path: Path, budgets: dict[str, Budget]) -> None:
-    entries = {name: asdict(budget) for name, budget in budgets.items()}
-    files.replace(path, json.dumps(entries, indent=1) + "\n")
+    """Write a line for each instance, so that a difference between versions shows which changed."""
+    entries = {name: json.dumps(asdict(budget)) for name, budget in budgets.items()}
+    lines = ",\n".join(f"{json.dumps(name)}: {entry}" for name, entry in entries.items())
+    files.replace(path, f"{{\n{lines}\n}}\n")
