@@ -207,6 +207,38 @@ def test_conversions_of_f32(body):
     assert run(body, inputs.view(np.uint32))[:, 0].tolist() == expected
 
 
+def clamped(x: int, name: str) -> int:
+    """The bits of a 32-bit integer, saturated to a narrower type."""
+    bits = int(name[1:])
+    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if name[0] == "s" else (0, 2**bits - 1)
+    return min(max(signed(x), least), most) & (2**bits - 1)
+
+
+@pytest.mark.parametrize("name", ["u16", "s16", "u8", "s8", "u4", "s4", "u2", "s2"])
+def test_pack_saturates_two_integers_below_a_third(name):
+    """ptxas makes one F2IP of cvt.rni.s32.f32 twice and cvt.pack.sat.u8: P as codes of e4m3."""
+    bits, inputs = int(name[1:]), integers(3)
+    small = RNG.integers(-300, 300, (16, 2)).astype(np.int32).view(np.uint32)
+    inputs[:16, :2] = small
+    third = "" if bits == 16 else ", %a2"
+    body = f"cvt.pack.sat.{name}.s32{'' if bits == 16 else '.b32'} %d0, %a0, %a1{third};"
+    expected = [
+        (0 if bits == 16 else int(c) << 2 * bits & 0xFFFFFFFF)
+        | clamped(int(a), name) << bits
+        | clamped(int(b), name)
+        for a, b, c in inputs
+    ]
+    assert run(body, inputs)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "modifiers", ["u8.s32.b32", "sat.u8.u32.b32", "sat.u16.s32.b32", "sat.u8.s32"]
+)
+def test_pack_refuses_what_ptx_lacks(modifiers):
+    with pytest.raises(simulator.SimulatorError, match="cvt"):
+        run(f"cvt.pack.{modifiers} %d0, %a0, %a1, %a2;", integers(3))
+
+
 def test_widening_conversions_are_exact():
     values = RNG.integers(0, 2**16, 32).astype(np.uint32)
     body = "mov.b32 {%rs1, %rs2}, %a0; cvt.f32.bf16 %d0, %rs1; cvt.f32.f16 %d1, %rs1;"

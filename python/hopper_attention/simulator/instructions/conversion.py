@@ -45,15 +45,50 @@ def to_integer(x: np.ndarray, mode: str, dtype: type) -> np.ndarray:
     return np.where(result >= limits.max, dtype(limits.max), clipped)
 
 
+@helper
+def saturated_pair(
+    high: np.ndarray, low: np.ndarray, below: np.ndarray | int, name: str
+) -> np.ndarray:
+    """Put two integers, clamped to the format `name`, below the lower bits of `below`."""
+    signed, bits = name[0] == "s", int(name[1:])
+    least, most = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    mask = (1 << bits) - 1
+    first, second = (np.clip(x, least, most).astype(np.int64) & mask for x in (high, low))
+    both = (first << bits | second).astype(np.uint64)
+    above = np.asarray(below).astype(np.uint64) << np.uint64(2 * bits)
+    return (both | above).astype(np.uint32)
+
+
 _DTYPE = {
     "u8": "uint8", "s8": "int8", "u16": "uint16", "s16": "int16", "u32": "uint32", "s32": "int32",
     "u64": "uint64", "s64": "int64",
 }  # fmt: skip
 
 
+_PACKS = {f"cvt.pack.sat.{name}.s32": name for name in ("u16", "s16")}
+_PACKS_BELOW = {
+    f"cvt.pack.sat.{name}.s32.b32": name for name in ("u8", "s8", "u4", "s4", "u2", "s2")
+}
+"""Opcode -> type; a third operand fills the bits above the two numbers."""
+
+
+def _pack(instruction: Instruction) -> list[Operation]:
+    opcode = instruction.opcode
+    if opcode in _PACKS:
+        return simple(
+            instruction, f"saturated_pair({{0}}, {{1}}, 0, {_PACKS[opcode]!r})", "U", "II"
+        )
+    if opcode in _PACKS_BELOW:
+        text = f"saturated_pair({{0}}, {{1}}, {{2}}, {_PACKS_BELOW[opcode]!r})"
+        return simple(instruction, text, "U", "IIU")
+    raise instruction.unknown(opcode)
+
+
 @pure("cvt")
 def _cvt(instruction: Instruction) -> list[Operation]:
     parts = instruction.parts
+    if parts[1] == "pack":
+        return _pack(instruction)
     to, source = parts[-2], parts[-1]
     modifiers = set(parts[1:-2])
     if to in ("bf16x2", "f16x2") and source == "f32" and modifiers <= {"rn", "ftz"}:

@@ -63,8 +63,9 @@ def _checked(function, names: tuple[str, ...], modifiers: str | None):
 
 
 def helper(function):
-    """Make a function callable from generated code under its own name."""
-    HELPERS[function.__name__] = function
+    """Make a function callable from generated code under its own name, which only one may have."""
+    name = function.__name__
+    assert HELPERS.setdefault(name, function) is function, f"two helpers are called {name}"
     return function
 
 
