@@ -8,7 +8,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,8 +25,9 @@ from hopper_attention.bench.data.workloads import Problem, unmasked_pairs
 from hopper_attention.bench.measure import baselines, environment, overhead, protocol
 from hopper_attention.bench.measure.correctness import judge
 from hopper_attention.bench.measure.inputs import Inputs
-from hopper_attention.bench.measure.protocol import Protocol, measure
+from hopper_attention.bench.measure.protocol import Protocol, Samples, measure
 from hopper_attention.bench.measure.runner import Prepared, Unsupported, run_problem
+from hopper_attention.bench.measure.sampling import Sampler, State
 from hopper_attention.bench.report import ledger, report
 from hopper_attention.bench.report.compare import compare
 from hopper_attention.dispatch import manifest, plan
@@ -157,6 +160,10 @@ class FakeTimer:
         self.now += 1.0
         return self.now
 
+    def state(self):
+        """Clocks and power since the last question: once a call, and something before each."""
+        return State([1000 + int(self.now)], [100.0 + self.now])
+
     def kernels(self, call):
         call()
         self.now += 1.0
@@ -171,7 +178,56 @@ def test_burst_takes_turns_and_idles():
     timer = FakeTimer()
     samples = measure(CALLS, "burst", PROTOCOL, timer)
     assert timer.events == ["a", "b", "idle 0.25", "a", "b", "idle 0.25", "a", "b"]
-    assert samples == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert samples == {
+        "a": Samples([3.0, 5.0], [1003, 1005], [103.0, 105.0]),
+        "b": Samples([4.0, 6.0], [1004, 1006], [104.0, 106.0]),
+    }
+
+
+class FakeNvml(ModuleType):
+    """A GPU whose clock falls by 1 MHz with every question."""
+
+    NVML_CLOCK_SM = 1
+
+    def __init__(self):
+        super().__init__("pynvml")
+        self.mhz, self.asked = 1980, threading.Event()
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-7"
+        return self
+
+    def nvmlDeviceGetClockInfo(self, device, kind):
+        assert (device, kind) == (self, self.NVML_CLOCK_SM)
+        self.mhz -= 1
+        return self.mhz
+
+    def nvmlDeviceGetPowerUsage(self, device):
+        if self.mhz <= 1977:
+            self.asked.set()
+        return 650_500
+
+
+def test_clocks_and_power_are_sampled_until_closed(monkeypatch):
+    nvml = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    sampler = Sampler("GPU-7")
+    assert sampler.reason == ""
+    assert nvml.asked.wait(timeout=60)
+    sampler.close()
+    state = sampler.taken()
+    assert state.sm_mhz[:2] == [1979, 1978] and set(state.power_w) == {650.5}
+    assert 1979 not in sampler.taken().sm_mhz, "what was handed out is gone"
+
+
+@pytest.mark.parametrize("missing", [None, ModuleType("pynvml")], ids=["package", "library"])
+def test_without_nvml_there_are_no_samples_and_a_reason(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, "pynvml", missing)
+    sampler = Sampler("GPU-7")
+    assert sampler.taken() == State([], []) and "Error" in sampler.reason
 
 
 def test_sustained_loads_first_and_does_not_idle():
@@ -528,6 +584,21 @@ def test_rows_without_flop_are_judged_by_bytes():
     assert moved.memory_bound
     assert run.fraction(moved) == pytest.approx(0.25, rel=0.02)
     assert "1.00 TB/s" in report.markdown([run], {}) or "0.99 TB/s" in report.markdown([run], {})
+
+
+def test_fp8_is_compared_with_cublas_fp8_and_cudnn():
+    """Twice cuBLAS's rate in bf16 is no merit where its FP8 runs at 1.8 times that."""
+    bf16 = row(f"baseline/{CUBLAS_BF16}", CUBLAS_BF16, flop=100)
+    fp8 = row(f"baseline/{results.CUBLAS_FP8}", results.CUBLAS_FP8, flop=180)
+    ours, theirs = (row("fp8/forward_fp8_d128_b1_s1024", peer) for peer in (OURS, "cuDNN FP8"))
+    run = dataclasses.replace(fabricated(), rows=[bf16, fp8, ours, theirs])
+    assert run.fraction(ours) == pytest.approx(ours.tflops / fp8.tflops)
+    assert run.fraction(fp8) == 1.0
+    speedup = theirs.milliseconds.median / ours.milliseconds.median
+    assert run.beside_cudnn(ours) == pytest.approx(speedup)
+    assert run.beside_cudnn(bf16) is None
+    page = report.markdown([run], {})
+    assert "ours / cuDNN" in page and f"| {speedup:.2f} |" in page
 
 
 def test_committed_ledger_and_page_are_current(root):

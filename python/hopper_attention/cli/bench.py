@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +56,10 @@ def run(
     mode: Annotated[
         list[str] | None, typer.Option(help="burst or sustained; both by default.")
     ] = None,
-    load_seconds: Annotated[float, typer.Option(min=0, help="Of load before `sustained`.")] = 5.0,
+    load_seconds: Annotated[
+        float,
+        typer.Option(min=5, help="Of load before `sustained`: power must be steady."),
+    ] = 5.0,
     idle_seconds: Annotated[
         float, typer.Option(min=0, help="Without work before a round of `burst`.")
     ] = 0.5,
@@ -170,7 +174,8 @@ def _measure(
 def _summary(result: Run) -> Table:
     mode = result.protocol["modes"][-1]
     table = Table(title=f"{result.device.get('name', '')}, {mode}", box=None)
-    for column in ("problem", "peer", "ms", "±", "TFLOP/s", "TB/s", "of cuBLAS, copy"):
+    figures = ("ms", "±", "TFLOP/s", "TB/s", "of cuBLAS, copy", "of cuDNN", "MHz", "W")
+    for column in ("problem", "peer", *figures):
         table.add_column(column, justify="left" if column in ("problem", "peer") else "right")
     for row in result.rows:
         if row.mode == mode and row.status in ("ok", "wrong"):
@@ -180,14 +185,17 @@ def _summary(result: Run) -> Table:
 
 def _figures(result: Run, row: Row) -> list[str]:
     if row.status == "wrong":
-        return ["[red]wrong[/]", "", "", "", ""]
-    time, fraction = row.milliseconds, result.fraction(row)
+        return ["[red]wrong[/]", *[""] * 7]
+    time, fraction, beside = row.milliseconds, result.fraction(row), result.beside_cudnn(row)
     return [
         f"{time.median:.3f}",
         f"{time.spread:.1%}",
         f"{row.tflops:.0f}" if row.flop else "",
         f"{row.terabytes_per_second:.2f}" if row.bytes else "",
         "" if fraction is None else f"{fraction:.2f}",
+        "" if beside is None else f"{beside:.2f}",
+        f"{median(row.sm_mhz):.0f}" if row.sm_mhz else "",
+        f"{median(row.power_w):.0f}" if row.power_w else "",
     ]
 
 

@@ -7,11 +7,13 @@
     versions   package -> version
     protocol   repeats, warmup, flush_mib, load_seconds, idle_seconds, modes
     rows       problem, workload, peer, mode, status, reason, instance, kernels, flop, bytes,
-               samples_ms, error
+               samples_ms, sm_mhz, power_w, error
 
 `mode` is "burst" (the GPU idle before every round) or "sustained" (after seconds of load); `status`
 is "ok", "wrong" (FP64 disagrees: not timed), "skipped" or "failed", the last three with a `reason`.
 `error` holds maximum and rms against FP64 on sampled rows, and PyTorch's in the same dtype.
+`sm_mhz` and `power_w` were sampled while the row was timed; the device's `sm_mhz` is that of an
+idle GPU, before the run.  Results until 2026-11-27 have neither.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ QUANTISATION = "quantize"
 """The workload of the kernels around FP8 attention."""
 
 OURS = "hopper-attention"
+CUDNN = ("torch cuDNN", "cuDNN FP8")
 
 
 def is_decode(problem: str) -> bool:
@@ -63,6 +66,8 @@ class Row:
     flop: int = 0
     bytes: int = 0
     samples_ms: list[float] = field(default_factory=list)
+    sm_mhz: list[int] = field(default_factory=list)
+    power_w: list[float] = field(default_factory=list)
     error: dict[str, float] = field(default_factory=dict)
     """maximum, rms, pytorch_maximum, pytorch_rms."""
 
@@ -79,6 +84,10 @@ class Row:
     @property
     def is_decode(self) -> bool:
         return is_decode(self.problem)
+
+    @property
+    def is_fp8(self) -> bool:
+        return "_fp8_" in self.problem or self.peer == CUBLAS_FP8
 
     @property
     def memory_bound(self) -> bool:
@@ -107,6 +116,10 @@ class Run:
     protocol: dict[str, Any]
     rows: list[Row]
 
+    def cublas(self, row: Row) -> Row | None:
+        """The baseline of the row's precision, in its mode."""
+        return self.baseline(CUBLAS_FP8 if row.is_fp8 else CUBLAS_BF16, row.mode)
+
     def baseline(self, peer: str, mode: str) -> Row | None:
         for row in self.rows:
             if (row.peer, row.mode, row.status) == (peer, mode, "ok"):
@@ -114,12 +127,23 @@ class Run:
         return None
 
     def fraction(self, row: Row) -> float | None:
-        """The fraction of cuBLAS's rate in bf16, or of the copy's; None without that baseline."""
+        """The fraction of cuBLAS's rate in the same precision, or of the copy's.
+
+        None without that baseline.
+        """
         if row.memory_bound:
             copy = self.baseline(DEVICE_COPY, row.mode)
             return row.terabytes_per_second / copy.terabytes_per_second if copy else None
-        cublas = self.baseline(CUBLAS_BF16, row.mode)
+        cublas = self.cublas(row)
         return row.tflops / cublas.tflops if cublas else None
+
+    def beside_cudnn(self, row: Row) -> float | None:
+        """How many times as fast as cuDNN, in the same run; None where it did not run."""
+        for other in self.rows:
+            if other.peer in CUDNN and (other.problem, other.mode) == (row.problem, row.mode):
+                if other.status == "ok" and row.status == "ok":
+                    return other.milliseconds.median / row.milliseconds.median
+        return None
 
 
 def load(path: Path) -> Run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -30,10 +29,12 @@ def baseline_rows(protocol: Protocol, timer: Timer) -> Iterator[Row]:
             modes = protocol.modes
             yield from (Row(_problem(name), BASELINE, name, m, "failed", reason) for m in modes)
     for mode in protocol.modes:
-        for name, samples in measure(calls, mode, protocol, timer).items():
+        for name, taken in measure(calls, mode, protocol, timer).items():
             flop, moved = work[name]
-            row = Row(_problem(name), BASELINE, name, mode, "ok", samples_ms=samples)
-            yield replace(row, flop=flop, bytes=moved)
+            yield Row(
+                _problem(name), BASELINE, name, mode, "ok", samples_ms=taken.milliseconds,
+                sm_mhz=taken.sm_mhz, power_w=taken.power_w, flop=flop, bytes=moved,
+            )  # fmt: skip
 
 
 def _problem(name: str) -> str:

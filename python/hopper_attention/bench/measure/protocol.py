@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from typing import Protocol as Interface
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from hopper_attention.bench.data.results import MODES
+from hopper_attention.bench.measure.sampling import Sampler, State
 from hopper_attention.launch import runtime
 
 Call = Callable[[], Any]
@@ -51,11 +52,17 @@ class Timer(Interface):
         """Milliseconds of each instance of ours that the call launches."""
         ...
 
+    def state(self) -> State:
+        """Clocks and power since the last time it was asked."""
+        ...
+
 
 class CudaTimer:
     """On the current device and stream."""
 
     def __init__(self, flush_mib: int):
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.sampler = Sampler(f"GPU-{properties.uuid}")
         self.flush = torch.empty(flush_mib << 20, dtype=torch.uint8, device="cuda")
         self.matrices = [
             torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2)
@@ -81,6 +88,9 @@ class CudaTimer:
         stop.synchronize()
         return start.elapsed_time(stop)
 
+    def state(self) -> State:
+        return self.sampler.taken()
+
     def kernels(self, call: Call) -> dict[str, float]:
         launches: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         launch = runtime._cuda.launch
@@ -102,19 +112,32 @@ class CudaTimer:
         return times
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Everything that was taken of one call, round after round."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    sm_mhz: list[int] = field(default_factory=list)
+    power_w: list[float] = field(default_factory=list)
+
+
 def measure(
     calls: Mapping[str, Call], mode: str, protocol: Protocol, timer: Timer
-) -> dict[str, list[float]]:
-    """Milliseconds of every call, `protocol.repeats` each, taken in turn."""
+) -> dict[str, Samples]:
+    """Time every call `protocol.repeats` times, in turn; clocks and power while it is timed."""
     assert mode in MODES, mode
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples = {name: Samples() for name in calls}
     if mode == "sustained":
         timer.load(protocol.load_seconds)
     for round_ in range(-protocol.warmup, protocol.repeats):
         if mode == "burst" and round_ >= 0:
             timer.idle(protocol.idle_seconds)
         for name, call in calls.items():
+            timer.state()  # of what was before
             duration = timer.milliseconds(call)
+            state = timer.state()
             if round_ >= 0:
-                samples[name].append(duration)
+                samples[name].milliseconds.append(duration)
+                samples[name].sm_mhz.extend(state.sm_mhz)
+                samples[name].power_w.extend(state.power_w)
     return samples

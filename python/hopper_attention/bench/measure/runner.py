@@ -121,7 +121,11 @@ def _time(
         yield from (replace(r, mode=mode, reason=one_line(fault)) for r in checked.values())
         return
     for name, row in checked.items():
-        yield replace(row, mode=mode, status="ok", reason="", samples_ms=samples[name])
+        taken = samples[name]
+        yield replace(
+            row, mode=mode, status="ok", reason="", samples_ms=taken.milliseconds,
+            sm_mhz=taken.sm_mhz, power_w=taken.power_w,
+        )  # fmt: skip
 
 
 def one_line(fault: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hopper_attention.bench.data.results import BASELINE, CUBLAS_BF16, OURS, QUANTISATION, Row, Run
+from hopper_attention.bench.data.results import BASELINE, OURS, QUANTISATION, Row, Run
 from hopper_attention.bench.data.workloads import INSTANCES
 from hopper_attention.errors import UserError
 
@@ -91,7 +91,7 @@ def _draw(axis: Axes, title: str, rows: Sequence[Row], run: Run) -> None:
             label=peer,
         )
         axis.bar_label(bars, fmt="%.2f" if memory_bound else "%.0f", fontsize=5)
-    baseline = run.baseline(CUBLAS_BF16, rows[0].mode)
+    baseline = run.cublas(rows[0])
     if baseline is not None and not memory_bound:
         axis.axhline(baseline.tflops, color="grey", linewidth=0.8, linestyle="--")
     axis.set_title(title, fontsize="small")

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hopper_attention.bench.data.results import BASELINE, BASELINES, MODES, Row, Run, is_decode
+from hopper_attention.bench.data.results import (
+    BASELINE,
+    BASELINES,
+    MODES,
+    OURS,
+    Row,
+    Run,
+    is_decode,
+)
 from hopper_attention.bench.report.ledger import Entry, Ledger
 
 HEADER = """\
@@ -81,10 +89,12 @@ def _workload(own: Sequence[Shown], workload: str) -> list[str]:
         body = [
             [f"`{problem.partition('/')[2]}`"]
             + [_cell(cells.get((problem, peer))) for peer in peers]
+            + [_beside_cudnn(cells.get((problem, OURS)))]
             + [_commit_of_ours([cells.get((problem, peer)) for peer in peers])]
             for problem in problems
         ]
-        lines += [f"{mode.capitalize()}:", "", *_table([workload, *peers, "run"], body), ""]
+        header = [workload, *peers, "ours / cuDNN", "run"]
+        lines += [f"{mode.capitalize()}:", "", *_table(header, body), ""]
     idle = [row for row in rows if row.status in ("skipped", "failed")]
     skipped = dict.fromkeys((row.peer, row.status, row.reason) for row in idle)
     return lines + [f"- {peer}: {status}, {reason}" for peer, status, reason in skipped]
@@ -105,6 +115,11 @@ def _has_figures(rows: Iterable[Row], peer: str) -> bool:
 def _commit_of_ours(cells: Sequence[Shown | None]) -> str:
     ours = [cell for cell in cells if cell is not None and cell.row.instance]
     return ours[0].run.commit[:12] if ours else ""
+
+
+def _beside_cudnn(ours: Shown | None) -> str:
+    speedup = None if ours is None else ours.run.beside_cudnn(ours.row)
+    return "" if speedup is None else f"{speedup:.2f}"
 
 
 def _cell(shown: Shown | None) -> str:
