@@ -1,9 +1,9 @@
 """Two halves (IEEE, 16 bits) in one register, and their exponentials without MUFU.
 
-An instruction on a register of halves takes as long as one on a float32; MUFU takes eight times as
-long for one exponential.  `exp2_pair` is as exact as P in e4m3 needs it, where rounding errs by
-2.6 % (rms; 6.25 % at most): 0.31 % (rms; 0.53 % at most), exact for powers of two, and 0 below
-2^-15, where e4m3 has been 0 since 2^-10.
+An instruction on a register of halves serves two exponentials.  ptxas issues one every two clocks
+(its rate was not measured); MUFU takes eight clocks for one exponential.  `exp2_pair` is as exact
+as P in e4m3 needs it, where rounding errs by 2.6 % (rms; 6.25 % at most): 0.31 % (rms; 0.53 % at
+most), exact for powers of two, and 0 below 2^-15, where e4m3 has been 0 since 2^-10.
 
 With x = n + f, 0 <= f < 1, the integer (x + 15) 2^10 is, read as a half, 2^n (1 + f): the line that
 meets 2^x where f is 0 (Schraudolph, Neural Computation 11, 1999).  What is missing, 2^f / (1 + f),
