@@ -23,6 +23,12 @@ Two models of that, after each 32 values of k:
                   simulator's model (`simulator.Options.fp8_accumulator_bits`), bit for bit
     Cut.PRODUCTS  shift the products and the accumulator to the greatest exponent among them, cut
                   each, sum exactly, cut the sum: more pessimistic, and slower by a factor of 20
+
+**Codes** (`Arithmetic.codes`), which no kernel has yet.  The eight bits of an e4m3 number are, read
+as an integer, a line through its logarithm at every power of two: 8 (log2 p + 7).  Rounding that to
+an integer gives P without an exponential, off by up to 6 % between powers of two.  l is then the
+sum of P as the tensor core adds it, since there is no p: the errors cancel in O / l where values
+are alike.  What is below 2^-15 of the greatest score becomes 0.
 """
 
 from __future__ import annotations
@@ -47,6 +53,8 @@ STEP = 32
 """Values of k that one FP8 instruction sums."""
 P_EXPONENT = 8
 """P is at most 2^8."""
+CODE_OFFSET = -0.45
+"""The mean error of codes is 6e-4 of P then, and powers of two are exact."""
 LOG2_E = math.log2(math.e)
 ELEMENTS = 1 << 20
 """The number of a tile's scores that are computed at once, as caches hold so many."""
@@ -72,6 +80,7 @@ class Arithmetic:
         accumulator in the tensor core for all tiles ("plain"), rescaled in float32 when the maximum
         grows.
     p_dtype: P is rounded to it; None: not at all.
+    codes: P is the e4m3 number whose bits are 8 (log2 p + 7) + CODE_OFFSET, rounded.
     tile_n: keys of a tile.
     """
 
@@ -80,6 +89,7 @@ class Arithmetic:
     two_level: bool = True
     accumulate_every: int = 1
     p_dtype: torch.dtype | None = torch.float8_e4m3fn
+    codes: bool = False
     tile_n: int = 128
 
     def __post_init__(self) -> None:
@@ -87,6 +97,8 @@ class Arithmetic:
             raise ValueError(f"bits must be 2 to {FLOAT32_BITS} or None, got {self.bits}")
         if self.tile_n < 1 or self.tile_n % STEP:
             raise ValueError(f"tile_n must be a multiple of {STEP}, got {self.tile_n}")
+        if self.codes and self.p_dtype is not torch.float8_e4m3fn:
+            raise ValueError(f"codes are e4m3 numbers, p_dtype is {self.p_dtype}")
         if self.accumulate_every < 1:
             raise ValueError(f"accumulate_every must be at least 1, got {self.accumulate_every}")
 
@@ -95,6 +107,7 @@ HOPPER = Arithmetic()
 PLAIN = Arithmetic(two_level=False)
 EXACT = Arithmetic(bits=None, two_level=False)
 """Sums in float32; P is still rounded."""
+CODES = Arithmetic(codes=True)
 
 
 def attention(
@@ -117,6 +130,8 @@ def attention(
     lse = out.new_full((batch, heads, seqlen_q), -torch.inf)
     for b in range(batch):
         sequence = _Sequence.of(q, k, v, b, softmax_scale * LOG2_E)
+        if arithmetic.codes and bool((sequence.v_relative != 1).any()):
+            raise ValueError("codes: V must have one scale a head, as P cannot take its blocks'")
         for rows in sequence.blocks_of_queries(arithmetic.tile_n, mask):
             part = sequence.attend(rows, mask, arithmetic)
             out[b, rows], lse[b, :, rows] = part[0].transpose(0, 1), part[1]
@@ -259,32 +274,39 @@ class _State:
     row_max: Tensor
     row_sum: Tensor
     main: Tensor
-    """(heads, rows, dv), float32: what was flushed."""
+    """(heads, rows, dv), float32: what was flushed; with codes a column of row sums behind it."""
     partial: Tensor | None = None
-    """The tensor core's accumulator."""
-    """In `partial`."""
+    """The tensor core's accumulator, of as many columns."""
 
     @staticmethod
     def start(heads: int, rows: int, dv: int, arithmetic: Arithmetic) -> _State:
         least = torch.full((heads, rows, 1), -torch.inf)
-        return _State(arithmetic, least, torch.zeros_like(least), torch.zeros((heads, rows, dv)))
+        columns = dv + arithmetic.codes
+        return _State(
+            arithmetic, least, torch.zeros_like(least), torch.zeros((heads, rows, columns))
+        )
 
     def weights(self, scores: Tensor, v_relative: Tensor) -> Tensor:
         """P of a tile as the tensor core gets it; everything before is rescaled."""
         row_max = torch.maximum(self.row_max, scores.amax(dim=-1, keepdim=True))
         shown = torch.where(row_max == -torch.inf, 0.0, row_max)  # a row without keys so far
-        p = scores.sub_(shown - P_EXPONENT).exp2_()
+        exponents = scores.sub_(shown - P_EXPONENT)
         alpha = torch.exp2(self.row_max - shown)
-        self.row_sum = self.row_sum * alpha + p.sum(dim=-1, keepdim=True)
         self.main *= alpha
         if self.partial is not None:
             self.partial *= alpha
         self.row_max = row_max
+        if self.arithmetic.codes:
+            return coded(exponents)
+        p = exponents.exp2_()
+        self.row_sum = self.row_sum * alpha + p.sum(dim=-1, keepdim=True)
         dtype, p = self.arithmetic.p_dtype, p * v_relative
         return p if dtype is None else p.to(dtype).float()
 
     def add(self, p: Tensor, v: Tensor, tile: int) -> None:
         """p (heads, rows, keys) times v (heads_kv, keys, dv)."""
+        if self.arithmetic.codes:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         heads_kv, heads = len(v), len(p)
         total = None if self.partial is None else _grouped(self.partial, heads_kv)
         sums = gemm(_grouped(p, heads_kv), v, total, self.arithmetic)
@@ -299,10 +321,21 @@ class _State:
 
     def result(self) -> tuple[Tensor, Tensor]:
         self.flush()
-        empty = self.row_sum == 0
-        out = self.main / self.row_sum.masked_fill(empty, 1.0)
-        lse = (self.row_max - P_EXPONENT) / LOG2_E + self.row_sum.log()
+        sums, row_sum = self.main, self.row_sum
+        if self.arithmetic.codes:
+            sums, row_sum = sums[..., :-1], sums[..., -1:]
+            # Codes know no NaN: the maximum tells of it, and of an infinity.
+            lost = self.row_max.isnan() | (self.row_max == torch.inf)
+            row_sum = row_sum.masked_fill(lost, torch.nan)
+        out = sums / row_sum.masked_fill(row_sum == 0, 1.0)
+        lse = (self.row_max - P_EXPONENT) / LOG2_E + row_sum.log()
         return out, lse[..., 0]
+
+
+def coded(exponents: Tensor) -> Tensor:
+    """Return 2^exponents as e4m3 codes: -inf and whatever is small become 0."""
+    codes = (8 * (exponents + 7) + CODE_OFFSET).round().clamp(0, 255).to(torch.uint8)
+    return codes.view(torch.float8_e4m3fn).float()
 
 
 def _grouped(heads: Tensor, heads_kv: int) -> Tensor:
