@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 from hopper_attention import reference
 from hopper_attention.problem.values import CAUSAL, FULL, Mask
-from hopper_attention.quantize import Quantized, Recipe, quantize
+from hopper_attention.quantize import Quantized, Recipe, quantize, stated
 from hopper_attention.reference.fp8 import (
+    CODES,
     EXACT,
     HOPPER,
     PLAIN,
     Arithmetic,
     Cut,
     attention,
+    coded,
     cut,
     dequantized,
     exactly,
@@ -316,3 +318,44 @@ def test_p_is_cast_to_e4m3_below_its_greatest():
 def test_arithmetic_that_cannot_be(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Arithmetic(**bad)
+
+
+def test_codes_are_e4m3_numbers_near_the_exponential():
+    """Exact at powers of two, within 7.4 % between them, 0 below the format; -inf is 0."""
+    exponents = torch.arange(-6, 8, 1 / 64)
+    p = coded(exponents)
+    assert torch.equal(p, p.to(torch.float8_e4m3fn).float())
+    error = p / exponents.exp2() - 1
+    assert error.abs().max() < 0.074 and error.mean().abs() < 2e-3
+    assert (error[::64] == 0).all()
+    assert (coded(torch.tensor([-torch.inf, -8.0])) == 0).all()
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_codes_cost_little_where_weights_are_alike(two_level):
+    """Their errors cancel in O / l; the LSE is off by as much as their mean error at most."""
+    q, k, v = torch.randn(3, 1, 256, 2, 64)
+    operands = stated(q, Recipe.PER_HEAD), stated(k, Recipe.PER_HEAD), stated(v, Recipe.PER_HEAD)
+    exact, _ = reference.attention(q, k, v, softmax_scale=0.125, mask=FULL)
+    (out, lse), (coded_out, coded_lse) = (
+        attention(
+            *operands, softmax_scale=0.125, arithmetic=Arithmetic(codes=c, two_level=two_level)
+        )
+        for c in (False, True)
+    )
+    error, with_codes = ((x - exact).square().mean().sqrt() for x in (out, coded_out))
+    assert with_codes < 1.15 * error
+    assert (coded_lse - lse).abs().max() < 0.02
+
+
+def test_codes_keep_nan_and_refuse_block_scales():
+    q, k, v = torch.randn(3, 1, 128, 1, 64)
+    q[0, 3] = torch.nan
+    operands = stated(q, Recipe.BLOCK64), stated(k, Recipe.BLOCK64), stated(v, Recipe.PER_HEAD)
+    out, _ = attention(*operands, softmax_scale=0.125, arithmetic=CODES)
+    assert out[0, :64].isnan().all() and not out[0, 64:].isnan().any()
+    scaled = stated(v * torch.linspace(0.1, 4, 128)[:, None, None], Recipe.BLOCK64)
+    with pytest.raises(ValueError, match="one scale a head"):
+        attention(*operands[:2], scaled, softmax_scale=0.125, arithmetic=CODES)
+    with pytest.raises(ValueError, match="codes are e4m3"):
+        Arithmetic(codes=True, p_dtype=None)

@@ -26,9 +26,10 @@ Two models of that, after each 32 values of k:
 
 **Codes** (`Arithmetic.codes`), which no kernel has yet.  The eight bits of an e4m3 number are, read
 as an integer, a line through its logarithm at every power of two: 8 (log2 p + 7).  Rounding that to
-an integer gives P without an exponential, off by up to 6 % between powers of two.  l is then the
-sum of P as the tensor core adds it, since there is no p: the errors cancel in O / l where values
-are alike.  What is below 2^-15 of the greatest score becomes 0.
+an integer gives P without an exponential, off by 3.1 % (rms; 7.9 % at most; to the nearest number
+e4m3 is off by 2.6 and 6.25 %).  l is then the sum of P as the tensor core adds it, since there is
+no p: the errors cancel in O / l where values are alike.  What is below 2^-15 of the greatest score
+becomes 0.
 """
 
 from __future__ import annotations
