@@ -76,6 +76,7 @@ def sass(
     else:
         console.print(_instructions(rows))
         console.print(_clocks(rows, clock_ghz))
+        console.print(_schedules(rows))
     for fault in faults:
         typer.echo(f"over budget: {fault}", err=True)
     raise typer.Exit(1 if faults else 0)
@@ -92,17 +93,26 @@ def _instructions(rows: Sequence[Row]) -> Table:
 
 
 def _clocks(rows: Sequence[Row], clock_ghz: float) -> Table:
-    title = f"Predicted clocks of an SM and pass; TFLOP/s at {clock_ghz} GHz\n"
-    title += "EX2: before, between and after the waits for WGMMA"
-    title += "\nstall: the sum of stall counts; run: the longest of one pipe; both for one warp"
-    table = _table(title, *CLOCK_UNITS, "bound", "TFLOP/s", "stall", "run", "EX2")
+    title = f"Predicted clocks of an SM and pass; TFLOP/s at {clock_ghz} GHz"
+    table = _table(title, *CLOCK_UNITS, "bound", "TFLOP/s")
     for row in rows:
         for name, loop in row.loops.items():
             clocks = [str(loop.clocks[unit]) for unit in CLOCK_UNITS]
-            ex2 = "/".join(map(str, loop.ex2))
+            table.add_row(_label(row, name), *clocks, loop.bound, f"{loop.tflops:.0f}")
+    return table
+
+
+def _schedules(rows: Sequence[Row]) -> Table:
+    title = (
+        "Schedule of one warp: clocks of its stall counts, and of its longest run of one pipe;\n"
+    )
+    title += "EX2: before, between and after the waits for WGMMA"
+    table = _table(title, "stall", "run", "EX2")
+    for row in rows:
+        for name, loop in row.loops.items():
             run = f"{loop.longest_run} {loop.longest_run_pipe}"
-            figures = (loop.bound, f"{loop.tflops:.0f}", str(loop.stalls), run, ex2)
-            table.add_row(_label(row, name), *clocks, *figures)
+            ex2 = "/".join(map(str, loop.ex2))
+            table.add_row(_label(row, name), str(loop.stalls), run, ex2)
     return table
 
 
