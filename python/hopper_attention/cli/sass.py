@@ -103,11 +103,7 @@ def _clocks(rows: Sequence[Row], clock_ghz: float) -> Table:
 
 
 def _schedules(rows: Sequence[Row]) -> Table:
-    title = (
-        "Schedule of one warp: clocks of its stall counts, and of its longest run of one pipe;\n"
-    )
-    title += "EX2: before, between and after the waits for WGMMA"
-    table = _table(title, "stall", "run", "EX2")
+    table = _table("Schedule of one warp", "stall", "run", "EX2")
     for row in rows:
         for name, loop in row.loops.items():
             run = f"{loop.longest_run} {loop.longest_run_pipe}"
