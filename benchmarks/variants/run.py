@@ -96,7 +96,7 @@ def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) ->
 
 
 def time(found: Sequence[Candidate], rounds: int, timer: Timer) -> None:
-    """In turns, after a round that does not count."""
+    """Time them in turns, after a round that does not count."""
     for round_ in range(-1, rounds):
         for candidate in found:
             with using(candidate.variant):
@@ -106,7 +106,7 @@ def time(found: Sequence[Candidate], rounds: int, timer: Timer) -> None:
 
 
 def rows(problem: Problem, found: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """For the JSON, fastest first."""
+    """Return the rows of the JSON, fastest first."""
     return [
         {
             "problem": problem.name,

@@ -131,7 +131,7 @@ class Work:
     blocks: BlockRange
 
     def to_words(self) -> list[Int32]:
-        """To be kept in shared memory."""
+        """Return what `from_words` reads: integers to be kept in shared memory."""
         parts = (self.tile, self.queries, self.keys, self.blocks)
         return [self.number, *(Int32(value) for part in parts for value in vars(part).values())]
 

@@ -1,4 +1,4 @@
-"""In which order a block of keys visits its blocks of queries."""
+"""The order in which a block of keys visits its blocks of queries."""
 
 from dataclasses import dataclass
 from typing import Any

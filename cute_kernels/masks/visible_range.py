@@ -114,7 +114,7 @@ class BlockRange:
 
     @staticmethod
     def of(mask_range: MaskRange, m_block, tile_m: int, tile_n: int, group=1) -> "BlockRange":
-        """For the rows [m_block * tile_m, (m_block + 1) * tile_m), `group` of them a query."""
+        """Return the range for rows from m_block * tile_m on, `group` of them a query."""
         first_row = m_block * tile_m
         top = first_row // group
         bottom = minimum((first_row + tile_m - 1) // group, mask_range.seqlen_q - 1)

@@ -106,7 +106,7 @@ class Values:
         block: Block,
         thread: Int32,
     ):
-        """To shared memory; what is behind the last row becomes 0."""
+        """Store to shared memory; what is behind the last row becomes 0."""
         pair, lane = thread // LANES, thread % LANES
         exists = Int32(0xFFFF) if 2 * pair + 1 < block.rows else Int32(0xFF)
         exists = exists if 2 * pair < block.rows else Int32(0)

@@ -186,7 +186,7 @@ class BackwardCommon:
         num_sequences: Int32,
         dq_semaphore: Int64,
     ) -> Launch:
-        """On the host: descriptors, the problem, the order of the blocks."""
+        """Make descriptors, the problem and the order of the blocks, on the host."""
         cfg = self.cfg
         _, seqlen_q, heads, _ = operands.q.shape
         entries, seqlen_k, heads_kv, _ = operands.k.shape

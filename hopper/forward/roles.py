@@ -79,7 +79,7 @@ class Work:
     rows: TileRows
 
     def to_words(self) -> list[Int32]:
-        """For the queue; `m_block` first."""
+        """Return what the queue hands on, `m_block` first."""
         parts = (self.tile, self.queries, self.keys, self.blocks)
         return [Int32(value) for part in parts for value in vars(part).values()]
 

@@ -52,11 +52,11 @@ class PingPong:
         return ping_pong
 
     def wait(self) -> None:
-        """Before the GEMMs are issued."""
+        """Wait until this consumer may issue its GEMMs."""
         cute.arch.barrier(barrier_id=self.own, number_of_threads=256)
 
     def signal(self) -> None:
-        """When they are."""
+        """Let the following consumer issue its GEMMs, when these are issued."""
         cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=256)
 
 

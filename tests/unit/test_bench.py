@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -188,10 +188,12 @@ class FakeNvml(ModuleType):
     """A GPU whose clock falls by 1 MHz with every question."""
 
     NVML_CLOCK_SM = 1
+    NVML_FI_DEV_POWER_INSTANT = 186
+    NVML_SUCCESS = 0
 
-    def __init__(self):
+    def __init__(self, status=0):
         super().__init__("pynvml")
-        self.mhz, self.asked = 1980, threading.Event()
+        self.mhz, self.status, self.asked = 1981, status, threading.Event()
 
     def nvmlInit(self):
         pass
@@ -205,10 +207,11 @@ class FakeNvml(ModuleType):
         self.mhz -= 1
         return self.mhz
 
-    def nvmlDeviceGetPowerUsage(self, device):
+    def nvmlDeviceGetFieldValues(self, device, fields):
+        assert fields == [self.NVML_FI_DEV_POWER_INSTANT]
         if self.mhz <= 1977:
             self.asked.set()
-        return 650_500
+        return [SimpleNamespace(nvmlReturn=self.status, value=SimpleNamespace(uiVal=650_500))]
 
 
 def test_clocks_and_power_are_sampled_until_closed(monkeypatch):
@@ -223,7 +226,9 @@ def test_clocks_and_power_are_sampled_until_closed(monkeypatch):
     assert 1979 not in sampler.taken().sm_mhz, "what was handed out is gone"
 
 
-@pytest.mark.parametrize("missing", [None, ModuleType("pynvml")], ids=["package", "library"])
+@pytest.mark.parametrize(
+    "missing", [None, ModuleType("pynvml"), FakeNvml(status=3)], ids=["package", "library", "power"]
+)
 def test_without_nvml_there_are_no_samples_and_a_reason(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, "pynvml", missing)
     sampler = Sampler("GPU-7")

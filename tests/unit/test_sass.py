@@ -287,7 +287,7 @@ def test_forward_loops_are_within_the_model(rows):
 
 @needs_disassembler
 def test_ampere_loops_have_their_products_and_no_more(rows):
-    """For every warp: a loop with masks, one without; ldmatrix.x4 for Q, K, V and nothing twice."""
+    """Every warp has a loop with masks, one without; ldmatrix.x4 for Q, K, V and nothing twice."""
     configs = configs_of("ampere_forward")
     for row in (row for row in rows if row.name in configs):
         config = configs[row.name]
@@ -364,7 +364,7 @@ def loop_of(instructions, stall=2):
 
 
 def figures(instructions, stalls=None, longest_run=None):
-    """What `loop_of` of so many instructions has."""
+    """Return the figures of a `loop_of` so many instructions."""
     stalls = 2 * instructions if stalls is None else stalls
     longest_run = instructions - 2 if longest_run is None else longest_run
     return {"instructions": instructions, "stalls": stalls, "longest_run": longest_run}

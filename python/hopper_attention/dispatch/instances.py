@@ -1,4 +1,4 @@
-"""From a problem to the name of the compiled instance that solves it.
+"""The choice of the compiled instance that solves a problem.
 
 A build may have compiled only a part of what the lists of instances have: `NotCompiled`.
 """
@@ -169,13 +169,13 @@ def column_sums_instance(dtype: str) -> str:
 
 @functools.cache
 def column_means_instance() -> str:
-    """From the sums of `column_sums_instance`."""
+    """Return the kernel that makes means of the sums of `column_sums_instance`."""
     return _helper_instance("quantize_means", {})
 
 
 @functools.cache
 def arrange_instance(by_columns: bool) -> str:
-    """For V whose columns, else whose rows, lie together."""
+    """Return the kernel for V whose columns, else whose rows, lie together."""
     return _helper_instance("arrange", {"by_columns": by_columns})
 
 

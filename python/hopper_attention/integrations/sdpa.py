@@ -191,7 +191,7 @@ def _transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _laid_out_like(tensors: tuple[Tensor, ...], models: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """With the strides that PyTorch's own kernels give gradients; compiled graphs rely on it."""
+    """Return them with the strides of PyTorch's own gradients, on which compiled graphs rely."""
     pairs = [(t, torch.empty_like(model)) for t, model in zip(tensors, models, strict=True)]
     return tuple(t if t.stride() == like.stride() else like.copy_(t) for t, like in pairs)
 

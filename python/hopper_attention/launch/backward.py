@@ -84,9 +84,10 @@ def workspace_bytes(
 def run(
     plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> Gradients:
-    """On whatever q's device has; `out` and `lse` may belong to more keys than `inputs` holds.
+    """Return gradients, on whatever q's device has.
 
-    Then these are the gradients' shares of the keys at hand, as ring attention needs them.
+    `out` and `lse` may belong to more keys than `inputs` holds: then these are the gradients'
+    shares of the keys at hand, as ring attention needs them.
     """
     executor = plan.executor_for(inputs.q)
     _check_results(plan, inputs, out, lse, dout, dlse)

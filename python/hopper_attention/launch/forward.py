@@ -66,7 +66,7 @@ def _run_plain(
 def _run_indexed(
     executor: target.Executor, plan: Plan, inputs: Inputs, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """With lengths, sinks, or the heads of a group in one tile."""
+    """Run a call with lengths, sinks, or the heads of a group in one tile."""
     q, k, v, *_ = inputs
     q, k, v = (memory.addressable(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     out, lse, stored = _results(plan, q, out)

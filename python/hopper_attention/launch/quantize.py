@@ -225,7 +225,7 @@ class _Table:
 
     @property
     def amax_stride(self) -> int:
-        """From sequence to sequence."""
+        """The distance from sequence to sequence, in elements."""
         rows, columns = self.amax_shape
         return columns if rows == self.sequences else 0
 

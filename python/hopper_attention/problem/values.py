@@ -214,7 +214,7 @@ class Inputs(NamedTuple):
     ) -> Inputs:
         """Return the inputs whose sequences lie as `queries` and `keys` say."""
         if queries is DENSE and keys is DENSE:
-            return Inputs(q, k, v, sink)  # a microsecond less for most calls
+            return Inputs(q, k, v, sink)  # a quarter of a microsecond less
         index = (queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused)
         return Inputs(q, k, v, sink, *index)
 

@@ -182,7 +182,7 @@ def _of_rows(of_sequences: Tensor, lengths: Lengths, x: Tensor) -> Tensor:
 
 
 def _scores_of(mean: Tensor, inputs: Inputs, options: Options) -> Tensor:
-    """In lse's layout: of the mean of the keys of each query's head."""
+    """Return the scores of the mean of the keys of each query's head, in lse's layout."""
     q, k = inputs.q, inputs.k
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     mean = mean.repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)

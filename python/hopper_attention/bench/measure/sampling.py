@@ -6,7 +6,6 @@ import threading
 from typing import NamedTuple
 
 INTERVAL_SECONDS = 0.005
-"""Each sample costs tens of microseconds of one core; a call with its flush takes about 2 ms."""
 
 
 class State(NamedTuple):
@@ -31,11 +30,11 @@ class Sampler:
             import pynvml
 
             pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        except Exception as fault:  # the package, the library, the device: all are optional
+            self._nvml, self._device = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._sample()
+        except Exception as fault:  # the package, the library, what the device tells: all optional
             self.reason = f"{type(fault).__name__}: {fault}"
             return
-        self._nvml, self._device = pynvml, device
         threading.Thread(target=self._run, name="clocks and power", daemon=True).start()
 
     def taken(self) -> State:
@@ -47,8 +46,14 @@ class Sampler:
         self._closed.set()
 
     def _run(self) -> None:
-        nvml, device = self._nvml, self._device
         while not self._closed.wait(INTERVAL_SECONDS):
-            mhz = nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
-            milliwatts = nvml.nvmlDeviceGetPowerUsage(device)
-            self._taken.append((mhz, milliwatts / 1000))
+            self._taken.append(self._sample())
+
+    def _sample(self) -> tuple[int, float]:
+        """Return MHz and watts of this moment: nvmlDeviceGetPowerUsage is a second's mean."""
+        nvml = self._nvml
+        mhz = nvml.nvmlDeviceGetClockInfo(self._device, nvml.NVML_CLOCK_SM)
+        (power,) = nvml.nvmlDeviceGetFieldValues(self._device, [nvml.NVML_FI_DEV_POWER_INSTANT])
+        if power.nvmlReturn != nvml.NVML_SUCCESS:
+            raise RuntimeError(f"NVML knows no power of this moment: {power.nvmlReturn}")
+        return mhz, power.value.uiVal / 1000
