@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from simulator.snippets import run
+from simulator.snippets import module, run
 from typer.testing import CliRunner
 
 from hopper_attention import flash_attn_func, simulator
 from hopper_attention.cli import app
+from hopper_attention.simulator.observation.recording import work_of
 
 MODEL = simulator.CostModel()
 
@@ -28,6 +29,32 @@ def test_issue_slots_and_mufu():
     assert 2 * 320 <= timeline(adds, outputs=0, threads=256).clocks <= 2 * 330
     exponentials = "ex2.approx.f32 %r1, %r2;" * 50
     assert timeline(exponentials, outputs=0, threads=32).clocks >= 50 * MODEL.mufu_clocks
+
+
+ROUND = "cvt.rni.s32.f32 %r1, %a0; cvt.rni.s32.f32 %r2, %a1; "
+PACK = "cvt.pack.sat.u8.s32.b32 %d0, %r1, %r2, %d0; "
+
+
+@pytest.mark.parametrize(
+    ("body", "slots"),
+    [
+        (ROUND + PACK, 1),
+        (ROUND.replace("rni", "rzi") + PACK.replace("u8", "s8"), 1),
+        ("cvt.rni.s32.f32 %r1, %a0; " + PACK.replace("%r2", "%r1"), 1),
+        (ROUND + PACK + PACK, 2),
+        (ROUND + PACK + "add.s32 %d0, %d0, %r2; ", 3),
+        (ROUND + PACK + "mov.b64 %rd1, {%r2, %r2}; ", 2),
+        (ROUND + "add.s32 %d1, %r1, 1; " + PACK.replace("%r1", "%d1"), 4),
+        ("cvt.rni.s32.f32 %r1, %a0; " + PACK, 2),
+        (ROUND, 2),
+        (ROUND.replace("rni", "rni.ftz") + PACK, 3),
+        (ROUND + "cvt.pack.sat.u16.s32 %d0, %r1, %r2; ", 3),
+    ],
+)
+def test_rounding_and_packing_is_one_instruction(body, slots):
+    """As ptxas makes F2IP: of two numbers that nothing else reads, without ftz, to bytes only."""
+    slots_of = lambda text: work_of(module(text).kernels["snippet"].instructions).slots  # noqa: E731
+    assert slots_of(body) - slots_of("") == slots
 
 
 def test_a_bulk_copy_and_its_wait():

@@ -7,7 +7,7 @@ post-dominator in the control-flow graph.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,16 +16,13 @@ from hopper_attention.simulator.hazards.races import smallest_access
 from hopper_attention.simulator.instructions.registry import CONTROL, HELPERS, PURE, find
 from hopper_attention.simulator.observation.recording import Work, work_of
 from hopper_attention.simulator.ptx.parser import (
-    Address,
     Immediate,
     Instruction,
     Kernel,
     Negated,
-    Operand,
-    Pair,
     Register,
     Symbol,
-    Vector,
+    registers_of,
 )
 from hopper_attention.simulator.ptx.vectorize import (
     Numbering,
@@ -37,24 +34,6 @@ from hopper_attention.simulator.ptx.vectorize import (
 )
 
 EXIT = 1 << 30  # where paths meet that only meet at the end of the kernel
-
-
-def registers_of(operand: Operand) -> Iterable[Register]:
-    """Yield all registers of an operand."""
-    if isinstance(operand, Register):
-        yield operand
-    elif isinstance(operand, Negated):
-        yield operand.register
-    elif isinstance(operand, Pair):
-        yield from registers_of(operand.first)
-        yield from registers_of(operand.second)
-    elif isinstance(operand, Vector):
-        for item in operand.items:
-            yield from registers_of(item)
-    elif isinstance(operand, Address):
-        yield from registers_of(operand.base)
-        for item in operand.coordinates:
-            yield from registers_of(item)
 
 
 class Region:

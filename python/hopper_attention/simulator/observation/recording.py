@@ -10,14 +10,17 @@ cost model (timeline.py) replays it.
 
 import contextlib
 import contextvars
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hopper_attention.simulator.ptx.parser import Instruction
+from hopper_attention.simulator.ptx.parser import Instruction, Operand, registers_of
 
 _FREE = {"ld.param", "mov", "cvta", "bra", "pragma"}  # gone or hidden in machine code
 _MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}
+_ROUNDINGS = {"cvt.rni.s32.f32", "cvt.rzi.s32.f32"}
+_PACKS = {"cvt.pack.sat.u8.s32.b32", "cvt.pack.sat.s8.s32.b32"}
 _WIDE = ("u64", "s64", "b64")
 
 
@@ -118,15 +121,29 @@ class Trace:
 def work_of(instructions: list[Instruction]) -> Work:
     """Return the costs of a straight run, from its PTX."""
     slots = mufu = shared = 0
+    fused = _fused(instructions)
     for instruction in instructions:
         parts = instruction.parts
         if parts[0] in _FREE or parts[:2] == ("ld", "param"):
+            continue
+        if instruction.opcode in _ROUNDINGS and instruction.operands[0] in fused:
             continue
         slots += 2 if parts[-1] in _WIDE and parts[0] not in ("ld", "st", "setp") else 1
         mufu += parts[0] in _MUFU and parts[-1] == "f32"
         if any(part.startswith("shared") for part in parts):
             shared += 32 * _bytes_of(instruction)
     return Work(slots, mufu, shared, instructions[0].line)
+
+
+def _fused(instructions: list[Instruction]) -> set[Operand]:
+    """Rounded numbers that do nothing but become bytes: of two of them ptxas makes one F2IP."""
+    rounded = [i.operands[0] for i in instructions if i.opcode in _ROUNDINGS]
+    pairs = [i.operands[1:3] for i in instructions if i.opcode in _PACKS]
+    packed = [operand for pair in pairs if set(pair) <= set(rounded) for operand in pair]
+    operands = [operand for i in instructions for operand in i.operands]
+    found = Counter[Operand](register for operand in operands for register in registers_of(operand))
+    known = Counter(rounded + packed)
+    return {operand for operand in packed if found[operand] == known[operand]}
 
 
 def _bytes_of(instruction: Instruction) -> int:

@@ -9,6 +9,7 @@ import bisect
 import re
 import struct
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,24 @@ class Address:
 
 SINK = Symbol("_")
 Operand = Register | Immediate | Symbol | Negated | Pair | Vector | Address
+
+
+def registers_of(operand: Operand) -> Iterable[Register]:
+    """Yield all registers of an operand."""
+    if isinstance(operand, Register):
+        yield operand
+    elif isinstance(operand, Negated):
+        yield operand.register
+    elif isinstance(operand, Pair):
+        yield from registers_of(operand.first)
+        yield from registers_of(operand.second)
+    elif isinstance(operand, Vector):
+        for item in operand.items:
+            yield from registers_of(item)
+    elif isinstance(operand, Address):
+        yield from registers_of(operand.base)
+        for item in operand.coordinates:
+            yield from registers_of(item)
 
 
 # ------------------------------------------------------------------------------------- structure
