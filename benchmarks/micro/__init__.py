@@ -1,1 +1,1 @@
-"""Micro-benchmarks of what d64 forward may lose its clocks to; README.md says what each decides."""
+"""Micro-benchmarks: rates of single units, d64 in miniature; README.md says what each decides."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.micro`: what d64 forward may lose its clocks to, measured one by one."""
+"""`python -m benchmarks.micro`: rates of single units, d64 forward in miniature."""
 
 from __future__ import annotations
 

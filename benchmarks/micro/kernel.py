@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ class Work:
     count: int
     model: float | None = None
     """Clocks of its unit for each, of one sub-core for a warp's instruction."""
+    opcode: str = ""
+    """What it is in machine code, with wildcards."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Role:
     """The work of some warps' threads, as PTX in a scope of its own.
 
     The text may use %base (shared address of the image), %base_descriptor (the same as the low bits
-    of a matrix descriptor), %image (global address), %number (which copy of the role, from 0),
-    %thread (of the copy, from 0), %lane, and the predicates %always and %never.
+    of a matrix descriptor), %image (global address), %scratch (global address of zeros that are the
+    copy's own), %number (which copy of the role, from 0), %thread (of the copy, from 0), %lane, and
+    the predicates %always and %never.
     """
 
     setup: str
@@ -49,6 +52,8 @@ class Role:
     """The allowed error of the results, relative to the largest."""
     warps: int = 4
     """A power of two."""
+    scratch_bytes: int = 0
+    """Of global memory."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,11 @@ class Case:
         """A thread's share of the buffer of results."""
         return max(len(role.results) for role, _ in self.groups)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Of global memory, for each block."""
+        return sum(role.scratch_bytes * copies for role, copies in self.groups)
+
     def threads_of(self, group: int) -> range:
         first = sum(32 * role.warps * copies for role, copies in self.groups[:group])
         role, copies = self.groups[group]
@@ -91,21 +101,22 @@ class Case:
         for index, (role, copies) in enumerate(self.groups):
             mine = results[list(self.threads_of(index)), : len(role.results)].view(np.float32)
             for copy, got in enumerate(np.split(mine, copies)):
-                expected = role.expected(copy, passes[index])
-                error = np.abs(got - expected).max(initial=0.0)
+                expected = role.expected(copy, passes[index]).astype(np.float32)
+                same = got.view(np.uint32) == expected.view(np.uint32)  # of NaN, too
+                error = np.where(same, 0.0, np.abs(got - expected)).max(initial=0.0)
                 if not error <= role.tolerance * np.abs(expected).max(initial=1.0):
                     what = " and ".join(work.kind for work in role.does)
                     wrong.append(f"{self.name}: {what}, copy {copy}: off by {error:g}")
         return wrong
 
     def ptx(self) -> str:
-        """Parameters: addresses of image, results and clocks, and passes of each group."""
-        first, dispatch, texts = 0, [], []
+        """Parameters: addresses of image, results, clocks and scratch, passes of each group."""
+        first, dispatch, texts, scratch = 0, [], [], 0
         for index, (role, copies) in enumerate(self.groups):
             last = first + role.warps * copies
             dispatch.append(f"setp.lt.u32 %here, %warp, {last};\n@%here bra GROUP_{index};")
-            texts.append(_group(index, role, first, self.threads))
-            first = last
+            texts.append(_group(index, role, first, scratch))
+            first, scratch = last, scratch + copies * role.scratch_bytes
         return _KERNEL.format(
             version=PTX_VERSION,
             kernel=KERNEL,
@@ -113,6 +124,7 @@ class Case:
             vectors=len(self.image) // 16,
             result_bytes=4 * self.result_words,
             warps=self.threads // 32,
+            scratch_bytes=self.scratch_bytes,
             dispatch="\n".join(dispatch),
             groups="\n".join(texts),
         )
@@ -129,6 +141,7 @@ _KERNEL = """\
 	.param .u64 image,
 	.param .u64 results,
 	.param .u64 clocks,
+	.param .u64 scratch,
 	.param .align 4 .b8 passes[16]
 )
 .reqntid {threads}, 1, 1
@@ -136,10 +149,11 @@ _KERNEL = """\
 .reg .pred %here, %more, %always, %never;
 .reg .b32 %self, %warp, %lane, %thread, %number, %base, %block, %left, %at;
 .reg .b32 %w<4>;
-.reg .b64 %image, %results, %clocks, %from, %base_descriptor, %start, %stop;
+.reg .b64 %image, %results, %clocks, %scratch, %from, %base_descriptor, %start, %stop;
 ld.param.u64 %image, [image];
 ld.param.u64 %results, [results];
 ld.param.u64 %clocks, [clocks];
+ld.param.u64 %scratch, [scratch];
 setp.eq.u32 %always, 0, 0;
 setp.ne.u32 %never, 0, 0;
 mov.u32 %self, %tid.x;
@@ -166,6 +180,7 @@ bar.sync 0;
 mad.wide.u32 %results, %self, {result_bytes}, %results;  // the same of every block
 mad.lo.u32 %at, %block, {warps}, %warp;
 mad.wide.u32 %clocks, %at, 16, %clocks;
+mad.wide.u32 %scratch, %block, {scratch_bytes}, %scratch;
 {dispatch}
 ret;
 {groups}
@@ -182,6 +197,9 @@ shr.u32 %number, %number, {log2_warps};
 shfl.sync.idx.b32 %number, %number, 0, 31, -1;  // uniform: descriptors in uniform registers
 mul.lo.u32 %at, %number, {threads};
 sub.u32 %thread, %thread, %at;
+mad.lo.u32 %at, %number, {scratch_bytes}, {scratch};
+cvt.u64.u32 %from, %at;
+add.u64 %scratch, %scratch, %from;
 ld.param.u32 %left, [passes+{parameter}];
 {setup}
 bar.sync 0;
@@ -201,13 +219,19 @@ ret;
 """
 
 
-def _group(index: int, role: Role, first: int, block_threads: int) -> str:
+def lines(statements: Iterable[str]) -> str:
+    return "\n".join(statements)
+
+
+def _group(index: int, role: Role, first: int, scratch: int) -> str:
     stores = (f"st.global.b32 [%results+{4 * i}], {r};" for i, r in enumerate(role.results))
     return _GROUP.format(
         index=index,
         first=first,
         log2_warps=role.warps.bit_length() - 1,
         threads=32 * role.warps,
+        scratch=scratch,
+        scratch_bytes=role.scratch_bytes,
         parameter=4 * index,
         setup=role.setup,
         body=role.body,

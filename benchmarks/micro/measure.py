@@ -112,7 +112,10 @@ class Gpu:
             case.threads, case.result_words, dtype=torch.int32, device=self.device
         )
         clocks = torch.zeros(self.blocks, warps, 2, dtype=torch.int64, device=self.device)
-        addresses = [ctypes.c_uint64(x.data_ptr()) for x in (image, results, clocks)]
+        scratch = torch.zeros(
+            self.blocks, case.scratch_bytes, dtype=torch.uint8, device=self.device
+        )
+        addresses = [ctypes.c_uint64(x.data_ptr()) for x in (image, results, clocks, scratch)]
         counts = (ctypes.c_uint32 * MAX_GROUPS)(*passes)
         driver.launch(
             function,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .arithmetic import INSTRUCTIONS, arithmetic
 from .kernel import Case, Role
+from .operands import BF16, E4M3, Format
+from .reductions import TILE, accumulator_reuse, bulk_reductions, reductions
 from .roles import (
     BULK_SHARED_BYTES,
-    MAXIMA_INPUTS,
+    INPUTS,
     beside,
     bulk_loads,
-    conversions,
-    exponentials,
-    fused_multiply_add,
-    maxima,
     multiply,
     operand_image,
     shared_loads,
@@ -21,55 +20,93 @@ from .roles import (
 from .tile import SCHEDULES, Tile
 
 PROGRAMS = {
-    "wgmma": "WGMMA alone: A from registers or shared memory, N, number of warpgroups",
+    "alu": "one arithmetic instruction each: alone, beside another warpgroup's WGMMA",
+    "qgmma": "WGMMA of e4m3 alone: A from registers or shared memory, N, number of warpgroups",
+    "red": "adding to L2: RED.128, bulk reductions, how long REDs keep their registers",
     "exp2": "exp2 alone, beside another warpgroup's WGMMA, beside its own",
+    "wgmma": "WGMMA alone: A from registers or shared memory, N, number of warpgroups",
     "shared": "WGMMA with N = 64 while others use shared memory",
     "tile": "d64's inner loop in miniature: where exp2 stands between the waits",
-    "alu": "maxima of two and three, conversion, beside FFMA and exp2",
 }
 WARPGROUPS = (1, 2, 3)
 
 
 def cases() -> Iterator[Case]:
+    """In the order of PROGRAMS."""
+    yield from alu_cases()
+    yield from qgmma_cases()
+    yield from red_cases()
+    yield from exp2_cases()
     for n, b_mn_major in ((64, False), (64, True), (128, False), (256, False)):
         for from_registers in (False, True):
             for copies in WARPGROUPS:
                 if (n, from_registers, copies) != (256, True, 3):  # too many registers
                     yield wgmma_case(n, from_registers, b_mn_major, copies)
-    yield from exp2_cases()
     yield from shared_cases()
     yield from tile_cases()
-    yield from alu_cases()
 
 
-def _products(n: int, from_registers: bool, b_mn_major: bool = False) -> tuple[Role, str, bytes]:
-    role = multiply(n, from_registers=from_registers, b_mn_major=b_mn_major)
-    name = f"{'RS' if from_registers else 'SS'} N={n}{' MN-major B' if b_mn_major else ''}"
-    return role, name, operand_image(n, b_mn_major=b_mn_major)
+def alu_cases() -> Iterator[Case]:
+    for name, instruction in INSTRUCTIONS.items():
+        role, image = arithmetic(name, INPUTS), operand_image(128, inputs=instruction.inputs)
+        for copies in (1, 3):
+            yield Case("alu", f"{name}, {copies} WG", ((role, copies),), image)
+        products = multiply(128, from_registers=True)
+        yield Case("alu", f"{name}, 2 WG beside 1 of RS N=128", ((products, 1), (role, 2)), image)
+
+
+def _products(
+    *widths: int, from_registers: bool, form: Format = BF16, b_mn_major: bool = False
+) -> tuple[Role, str, bytes]:
+    role = multiply(*widths, from_registers=from_registers, form=form, b_mn_major=b_mn_major)
+    name = f"{'RS' if from_registers else 'SS'} N={'+'.join(map(str, widths))}"
+    name += " MN-major B" if b_mn_major else ""
+    return role, name, operand_image(max(widths), form=form, b_mn_major=b_mn_major)
+
+
+def qgmma_cases() -> Iterator[Case]:
+    for widths in ((8,), (64,), (72,), (128,), (136,), (128, 8)):
+        for from_registers in (False, True):
+            role, name, image = _products(*widths, from_registers=from_registers, form=E4M3)
+            for copies in (1, 2):
+                yield Case("qgmma", f"e4m3 {name}, {copies} WG", ((role, copies),), image)
+
+
+def red_cases() -> Iterator[Case]:
+    red, bulk = reductions(), bulk_reductions()
+    for copies in (1, 2):
+        yield Case("red", f"RED.128, {copies} WG", ((red, copies),), bytes(16))
+    yield Case("red", "bulk reductions", ((bulk, 1),), TILE.tobytes())
+    yield Case("red", "RED.128, 1 WG beside bulk reductions", ((red, 1), (bulk, 1)), TILE.tobytes())
+    products, name, image = _products(128, from_registers=True)
+    yield Case("red", f"RED.128, 2 WG beside 1 of {name}", ((products, 1), (red, 2)), image)
+    for reduce in (False, True):
+        role, what = accumulator_reuse(reduce=reduce), "with" if reduce else "without"
+        for copies in (1, 2):
+            name = f"accumulators used again, {what} REDs, {copies} WG"
+            yield Case("red", name, ((role, copies),), operand_image(64))
 
 
 def wgmma_case(n: int, from_registers: bool, b_mn_major: bool, copies: int) -> Case:
-    role, name, image = _products(n, from_registers, b_mn_major)
+    role, name, image = _products(n, from_registers=from_registers, b_mn_major=b_mn_major)
     return Case("wgmma", f"{name}, {copies} WG", ((role, copies),), image)
 
 
 def exp2_cases() -> Iterator[Case]:
-    for copies in WARPGROUPS:
-        yield Case("exp2", f"alone, {copies} WG", ((exponentials(), copies),), bytes(16))
+    """As much of the one as of the other: 8 clocks an exp2, N / 2 a WGMMA."""
     for n in (64, 128):
         for from_registers in (False, True):
-            role, name, image = _products(n, from_registers)
-            groups = ((role, 1), (exponentials(), 2))
+            role, name, image = _products(n, from_registers=from_registers)
+            groups = ((role, 1), (arithmetic("MUFU.EX2", INPUTS), 2))
             yield Case("exp2", f"2 WG beside 1 of {name}", groups, image)
-            # As much of the one as of the other: 8 clocks an exp2, N / 2 a WGMMA.
-            both = beside(role, exponentials(n // 2))
+            both = beside(role, arithmetic("MUFU.EX2", INPUTS, n // 2))
             for copies in (1, 3):
                 yield Case("exp2", f"{copies} WG, beside own {name}", ((both, copies),), image)
 
 
 def shared_cases() -> Iterator[Case]:
     for from_registers in (False, True):
-        role, name, image = _products(64, from_registers, True)
+        role, name, image = _products(64, from_registers=from_registers, b_mn_major=True)
         loads, bulk = shared_loads(), bulk_loads()
         yield Case("shared", f"3 WG {name} beside 1 WG of loads", ((role, 3), (loads, 1)), image)
         yield Case(
@@ -102,16 +139,3 @@ TILES = (
     (Tile(192, "sunk", softmax=True, p_in_shared=True, turns=True), 3),
 )
 """With copies."""
-
-
-def alu_cases() -> Iterator[Case]:
-    roles = {
-        "FFMA": fused_multiply_add(),
-        "FMNMX": maxima("max.f32"),
-        "VIMNMX3": maxima("max.s32"),
-        "F2FP": conversions(),
-        "MUFU.EX2": exponentials(),
-    }
-    for name, role in roles.items():
-        for copies in (1, 3):
-            yield Case("alu", f"{name}, {copies} WG", ((role, copies),), MAXIMA_INPUTS.tobytes())

@@ -1,14 +1,16 @@
-"""Loops of one kind of work each: WGMMA, exponentials, other arithmetic, shared-memory traffic."""
+"""Loops of one kind of work each: WGMMA, shared-memory traffic, both beside each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from .kernel import Role, Work
+from .arithmetic import INPUT_BYTES
+from .kernel import Role, Work, lines
 from .operands import (
+    BF16,
+    Format,
     a_fragments,
     accumulators,
     bf16_bits,
@@ -19,7 +21,7 @@ from .operands import (
 )
 
 STEPS = 4
-"""k16 steps of the operands: K = 64."""
+"""32 bytes of K each: K = 64 of bf16, 128 of e4m3."""
 WGMMAS = 8
 """WGMMAs of a pass: all steps twice."""
 COPIES = 3
@@ -27,43 +29,47 @@ A_BYTES = 64 * 128
 FRAGMENTS = COPIES * A_BYTES
 B = FRAGMENTS + A_BYTES
 B_BYTES = 256 * 128
-FREE = B + B_BYTES
+INPUTS = B + B_BYTES
+"""Of arithmetic."""
+FREE = INPUTS + INPUT_BYTES
 """The offset from which the operands leave shared memory free."""
 
-VALUES = 32
-"""Registers that a loop of arithmetic works on, one dependent chain each."""
 
-
-def _matrices(n: int) -> tuple[list[np.ndarray], np.ndarray]:
+def matrices(n: int, form: Format = BF16) -> tuple[list[np.ndarray], np.ndarray]:
     """A of each copy (64, K) and B (N, K): small integers, so that sums are exact."""
-    random = np.random.default_rng(n)
-    return [random.integers(-2, 3, (64, 64)).astype(np.float64) for _ in range(COPIES)], (
-        random.integers(-2, 3, (n, 64)).astype(np.float64)
+    random, k = np.random.default_rng(n), STEPS * form.k
+    return [random.integers(-2, 3, (64, k)).astype(np.float64) for _ in range(COPIES)], (
+        random.integers(-2, 3, (n, k)).astype(np.float64)
     )
 
 
-def operand_image(n: int, *, b_mn_major: bool) -> bytes:
-    """A of each copy, the fragments of the first, B."""
-    a, b = _matrices(n)
-    second = swizzled(b.T if b_mn_major else b)
-    image = b"".join(map(swizzled, a)) + a_fragments(a[0]) + second
-    return image.ljust(FREE, b"\0")
+def operand_image(
+    n: int, *, form: Format = BF16, b_mn_major: bool = False, inputs: bytes = bytes(INPUT_BYTES)
+) -> bytes:
+    """A of each copy, the fragments of the first, B, inputs of arithmetic."""
+    a, b = matrices(n, form)
+    first = [form.bits(matrix) for matrix in a]
+    second = swizzled(form.bits(b.T if b_mn_major else b))
+    image = b"".join(map(swizzled, first)) + a_fragments(first[0]) + second
+    return image.ljust(INPUTS, b"\0") + inputs
 
 
-def lines(statements: Iterable[str]) -> str:
-    return "\n".join(statements)
+def multiply(
+    *widths: int, from_registers: bool, form: Format = BF16, b_mn_major: bool = False
+) -> Role:
+    """WGMMA with N of `widths` in turn, each into its accumulator, up to two groups in flight.
 
-
-def multiply(n: int, *, from_registers: bool, b_mn_major: bool = False) -> Role:
-    """WGMMA m64nNk16 after WGMMA into one accumulator, up to two groups in flight.
-
-    Copies have their own A in shared memory, the same one in registers, and share B.
+    Copies have their own A in shared memory, the same one in registers, and share B, of which
+    smaller N read the first columns.  QGMMA keeps about 14 bits of its sums, too few for exact ones
+    of all passes: they begin anew in each.
     """
     fragments = [[f"a{4 * s + r}" for r in range(4)] for s in range(STEPS)]
+    n = max(widths)
     setup = [
-        f".reg .b32 acc<{n // 2}>, a<{4 * STEPS}>;",
+        *(f".reg .b32 acc{n}_<{n // 2}>;" for n in widths),
+        f".reg .b32 a<{4 * STEPS}>;",
         f".reg .b64 own, da<{STEPS}>, db<{STEPS}>;",
-        *(f"mov.b32 acc{i}, 0;" for i in range(n // 2)),
+        *(f"mov.b32 acc{n}_{i}, 0;" for n in widths for i in range(n // 2)),
         f"mul.wide.u32 own, %number, {A_BYTES >> 4};",
         "add.u64 own, own, %base_descriptor;",
         "mad.lo.u32 %at, %thread, 16, %base;",
@@ -80,133 +86,41 @@ def multiply(n: int, *, from_registers: bool, b_mn_major: bool = False) -> Role:
     for i in range(WGMMAS):
         s = i % STEPS
         a = fragments[s] if from_registers else f"da{s}"
-        body.append(wgmma(n, "acc", a, f"db{s}", b_mn_major=b_mn_major))
+        going_on = form is BF16 or i > 0
+        body += [
+            wgmma(
+                n, f"acc{n}_", a, f"db{s}",
+                form=form, b_mn_major=b_mn_major, accumulate=going_on,
+            )
+            for n in widths
+        ]  # fmt: skip
     body += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"]
 
     def expected(copy: int, passes: int) -> np.ndarray:
-        a, b = _matrices(n)
-        return accumulators(passes * WGMMAS / STEPS * (a[0 if from_registers else copy] @ b.T))
+        a, b = matrices(n, form)
+        product = WGMMAS / STEPS * (a[0 if from_registers else copy] @ b.T)
+        product = product * passes if form is BF16 else product
+        return np.hstack([accumulators(product[:, :n]) for n in widths])
 
+    name = "WGMMA" if form is BF16 else "QGMMA"
+    clocks = sum(widths) / 2
     return Role(
         lines(setup),
         lines(body),
         "wgmma.wait_group.sync.aligned 0;",
         "",
-        tuple(f"acc{i}" for i in range(n // 2)),
-        (Work("WGMMA", WGMMAS, n / 2),),
+        tuple(f"acc{n}_{i}" for n in widths for i in range(n // 2)),
+        tuple(
+            Work(
+                f"{name} N={n}, all N" if widths[1:] else name,
+                WGMMAS,
+                clocks,
+                form.opcode.format(n=n),
+            )
+            for n in widths
+        ),
         expected,
     )
-
-
-def exponentials(count: int = 2 * VALUES) -> Role:
-    """Chains of x = 2^-x, which tend to 0.641."""
-
-    def step(x: np.ndarray) -> np.ndarray:
-        return np.exp2(-x)
-
-    return _arithmetic(
-        Work("exp2", count, 8),
-        lambda i: f"neg.f32 x{i}, x{i};\nex2.approx.ftz.f32 x{i}, x{i};",
-        step,
-        tolerance=1e-5,
-    )
-
-
-def fused_multiply_add(count: int = 128) -> Role:
-    """x = x / 2 + 1, as a yardstick: one a clock."""
-    half, one = "0f3F000000", "0f3F800000"
-    return _arithmetic(
-        Work("FFMA", count, 1),
-        lambda i: f"fma.rn.f32 x{i}, x{i}, {half}, {one};",
-        lambda x: x / 2 + 1,
-        tolerance=1e-6,
-    )
-
-
-def conversions(count: int = 2 * VALUES) -> Role:
-    """x = the pair bf16(x), bf16(x), read as a float32 again."""
-
-    def step(x: np.ndarray) -> np.ndarray:
-        half = bf16_bits(x).astype(np.uint32)
-        return (half | half << 16).view(np.float32)
-
-    return _arithmetic(
-        Work("conversion of two", count, 2), lambda i: f"cvt.rn.bf16x2.f32 x{i}, x{i}, x{i};", step
-    )
-
-
-def _arithmetic(
-    work: Work,
-    instruction: Callable[[int], str],
-    step: Callable[[np.ndarray], np.ndarray],
-    tolerance: float = 0.0,
-) -> Role:
-    """So many a pass, round after round over chains that start as (thread + i + 1) / 256."""
-    count = work.count
-    assert count % VALUES == 0
-
-    def expected(_copy: int, passes: int) -> np.ndarray:
-        x = (np.arange(128)[:, None] + np.arange(VALUES) + 1) / 256
-        x = x.astype(np.float32)
-        for _ in range(min(passes * count // VALUES, 200)):
-            x = step(x)
-        return x.astype(np.float32)
-
-    return Role(
-        lines(_start_values()),
-        lines(instruction(i % VALUES) for i in range(count)),
-        "",
-        "",
-        tuple(f"x{i}" for i in range(VALUES)),
-        (work,),
-        expected,
-        tolerance,
-    )
-
-
-def _start_values() -> list[str]:
-    setup = [f".reg .b32 x<{VALUES}>;"]
-    for i in range(VALUES):
-        setup += [
-            f"add.u32 %at, %thread, {i + 1};",
-            f"cvt.rn.f32.u32 x{i}, %at;",
-            f"mul.f32 x{i}, x{i}, 0f3B800000;",  # 1 / 256
-        ]
-    return setup
-
-
-def maxima(kind: str, count: int = 128) -> Role:
-    """x = max(x, y) with one of four y after another; "max.s32": two of them an instruction.
-
-    ptxas makes one VIMNMX3 of two dependent max.s32, but leaves max.f32 as they are.
-    """
-    inputs = 4
-    setup = [*_start_values(), f".reg .b32 y<{inputs}>;"]
-    for j in range(inputs):
-        setup.append(f"ld.shared.b32 y{j}, [%base+{4 * j}];")
-    pairs = 2 if kind == "max.s32" else 1
-    body = [
-        f"{kind} x{i % VALUES}, x{i % VALUES}, y{(i // VALUES * pairs + pair) % inputs};"
-        for i in range(count)
-        for pair in range(pairs)
-    ]
-
-    def expected(_copy: int, _passes: int) -> np.ndarray:
-        x = ((np.arange(128)[:, None] + np.arange(VALUES) + 1) / 256).astype(np.float32)
-        return np.maximum(x, MAXIMA_INPUTS.max())
-
-    return Role(
-        lines(setup),
-        lines(body),
-        "",
-        "",
-        tuple(f"x{i}" for i in range(VALUES)),
-        (Work(f"{kind} of {pairs + 1}", count, 2),),
-        expected,
-    )
-
-
-MAXIMA_INPUTS = np.array([0.125, 0.25, 0.1875, 0.0625], np.float32)
 
 
 def beside(first: Role, second: Role) -> Role:
@@ -247,7 +161,9 @@ def shared_loads() -> Role:
     body += [f"add.u32 sum, sum, word{i};" for i in range(4 * LOADS)]
 
     def expected(_copy: int, passes: int) -> np.ndarray:
-        words = np.frombuffer(a_fragments(_matrices(64)[0][0]), np.uint32).reshape(LOADS, 32, 4)
+        words = np.frombuffer(a_fragments(bf16_bits(matrices(64)[0][0])), np.uint32).reshape(
+            LOADS, 32, 4
+        )
         total = words.sum(axis=(0, 2), dtype=np.uint64) * passes
         return np.tile((total & 0xFFFF).astype(np.float32), 4)[:, None]
 
@@ -258,7 +174,7 @@ def shared_loads() -> Role:
         "",
         lines(behind),
         ("sum",),
-        (Work("load of 512 B", LOADS, 4),),
+        (Work("load of 512 B", LOADS, 16, "LDS.128"),),
         expected,
     )
 
@@ -325,7 +241,7 @@ def bulk_loads() -> Role:
     behind.append(f"ld.shared.b32 ok, [%base+{BULK_AT}];")
 
     def expected(_copy: int, _passes: int) -> np.ndarray:
-        word = np.frombuffer(swizzled(_matrices(64)[0][0])[:4], np.float32)
+        word = np.frombuffer(swizzled(bf16_bits(matrices(64)[0][0]))[:4], np.float32)
         return np.broadcast_to(word, (32, 1))
 
     return Role(
@@ -334,7 +250,7 @@ def bulk_loads() -> Role:
         "",
         lines(behind),
         ("ok",),
-        (Work(f"bulk copy of {BULK_BYTES >> 10} KiB", 1),),
+        (Work(f"bulk copy of {BULK_BYTES >> 10} KiB", 1, opcode="UBLKCP.*"),),
         expected,
         warps=1,
     )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .kernel import Role, Work
-from .operands import accumulators, bf16, k_major, mn_major, swizzled, wgmma
-from .roles import lines
+from .kernel import Role, Work, lines
+from .operands import accumulators, bf16, bf16_bits, k_major, mn_major, swizzled, wgmma
 
 HEAD_DIM = 64
 COPIES = 3
@@ -74,7 +73,7 @@ class Tile:
     def image(self) -> bytes:
         q, k, v = self.inputs()
         scale = np.array([SCALE, 0, 0, 0], np.float32).tobytes()
-        return b"".join(map(swizzled, (*q, k, v))) + scale
+        return b"".join(swizzled(bf16_bits(x)) for x in (*q, k, v)) + scale
 
     def inputs(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Q of each copy, K, V."""
