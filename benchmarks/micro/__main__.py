@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,7 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Result to write.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Launches that count.")] = 5,
+    minutes: Annotated[float, typer.Option(help="After which no case begins.")] = 1.5,
 ) -> None:
     """Time small kernels on a Hopper GPU, one effect each; README.md beside this reads them."""
     selected = _select(programs or [])
@@ -48,8 +50,10 @@ def run(
     console = Console()
     gpu = Gpu(device)
     figures: list[Figure] = []
+    end = monotonic() + 60 * minutes
     for case in track(selected, "measuring", console=console, transient=True):
-        figures += gpu.measure(case, repeats)
+        if monotonic() < end:
+            figures += gpu.measure(case, repeats)
     console.print(_table(figures))
     if out is not None:
         out.write_text(json.dumps(_result(figures, device), indent=1) + "\n")

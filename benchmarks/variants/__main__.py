@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
@@ -22,28 +24,55 @@ from hopper_attention.cli.bench import select_peers
 from hopper_attention.errors import UserError
 
 from . import run as running
-from .build import Variant
+from . import table
 from .build import build as build_variants
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
+@app.command("list")
+def show() -> None:
+    """Print the table's variants with their claims, and the plan."""
+    console, variants, plan = Console(), Table(box=None), Table(box=None)
+    for column in ("variant", "instances", "a model's claim", "decides"):
+        variants.add_column(column, overflow="fold")
+    for variant in table.variants().values():
+        note = "timing only: " if variant.timing_only else ""
+        instances = "\n".join(variant.patterns)
+        variants.add_row(variant.name, instances, note + variant.claim, variant.decides)
+    start = 0.0
+    for column in ("minutes", "what"):
+        plan.add_column(column)
+    for step in table.plan():
+        plan.add_row(f"{start:g} to {start + step.minutes:g}", step.what)
+        start += step.minutes
+    console.print(variants)
+    console.print(plan)
+
+
 @app.command()
 def build(
-    variants: Annotated[list[str], typer.Argument(help="NAME=REVISION:INSTANCE[,INSTANCE...]")],
+    variants: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of the table (default: all), or NAME=REVISION:INSTANCE[,...]."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for HOPPER_ATTENTION_PREBUILT.")] = Path(
         "build/variants"
     ),
+    dry_run: Annotated[
+        bool, typer.Option(help="One instance of each, to see that changes fit and nothing spills.")
+    ] = False,
 ) -> None:
-    """Compile instances of other revisions beside the shipped ones; needs no GPU."""
+    """Compile variants beside the shipped kernels; needs no GPU."""
     console, failed = Console(), 0
-    parsed = [Variant.parse(text) for text in variants]
-    for name, fault in build_variants(parsed, Path.cwd(), out):
+    parsed = [table.Variant.parse(text) for text in variants or table.variants()]
+    for name, fault in build_variants(parsed, Path.cwd(), out, try_only=dry_run):
         console.print(f"[red]{name}: {fault}[/]" if fault else name)
         failed += bool(fault)
-    console.print(f"HOPPER_ATTENTION_PREBUILT={out} pip install .")
     if failed:
         raise UserError(f"{failed} did not compile")
+    if not dry_run:
+        console.print(f"HOPPER_ATTENTION_PREBUILT={out} pip install .")
 
 
 @app.command()
@@ -53,17 +82,22 @@ def run(
         list[str] | None, typer.Option("--peer", "-p", help="Beside them, with wildcards.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="That count.")] = 6,
+    minutes: Annotated[float, typer.Option(help="After which no problem begins.")] = math.inf,
     out: Annotated[Path | None, typer.Option("--json", help="Result to write.")] = None,
 ) -> None:
     """Time the variants of this build on a Hopper GPU, in turns."""
     from hopper_attention.bench.measure.protocol import CudaTimer
 
-    problems = load_problems(workload)
+    end = monotonic() + 60 * minutes
+    problems = [problem for pattern in workload for problem in load_problems([pattern])]
     peers = select_peers(PEERS, [OURS, *(peer or ())])
     device = environment.require_gpu()
     timer = CudaTimer(Protocol.flush_mib)
     rows: list[dict[str, Any]] = []
-    for problem in track(problems, "measuring", transient=True):
+    for problem in track(list(dict.fromkeys(problems)), "measuring", transient=True):
+        if monotonic() > end:
+            rows.append({"problem": problem.name, "failed": "no time left"})
+            continue
         rows += running.measure(problem, peers, rounds, timer, device)
     Console().print(_table(rows))
     if out is not None:
@@ -77,15 +111,27 @@ def run(
         out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
+@app.command("plan")
+def carry_out(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("build/plan"),
+) -> None:
+    """Carry out the plan on a Hopper GPU, with a build of the table's variants."""
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    for step in table.plan():
+        console.rule(step.what)
+        console.print(step.run(out))
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("problem", "", "variant", "TFLOP/s", "", box=None)
+    shown = Table("problem", "", "variant", "TFLOP/s", "", box=None)
     for row in rows:
         if "failed" in row:
-            table.add_row(row["problem"], f"[red]{row['failed']}[/]")
+            shown.add_row(row["problem"], f"[red]{row['failed']}[/]")
             continue
-        wrong = "" if row["passed"] else "[red]wrong[/]"
-        table.add_row(row["problem"], row["peer"], row["variant"], f"{row['tflops']:.0f}", wrong)
-    return table
+        wrong = {True: "", False: "[red]wrong[/]", None: "timing only"}[row["passed"]]
+        shown.add_row(row["problem"], row["peer"], row["variant"], f"{row['tflops']:.0f}", wrong)
+    return shown
 
 
 def main() -> None:

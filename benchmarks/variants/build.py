@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 
-SEPARATOR = "__"
-"""Between an instance's name and its variant's."""
+from .table import SEPARATOR, Variant
+
 FAMILY = "variant"
 """The family in a variant's record: dispatch looks under the others only."""
 OBJECTS = (".o", ".h", ".ptx", ".json")
@@ -24,6 +26,7 @@ WORKERS = 2
 """A compile takes up to 1.5 GiB."""
 
 COMPILE = """
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,50 +35,47 @@ sources.make_importable()
 from aot import batch, flavour
 modules = sources.INSTANCE_MODULES  # older revisions have fewer lists
 sources.INSTANCE_MODULES = tuple(m for m in modules if sources.file_of(m).exists())
-name, as_name, family, out = sys.argv[1:]
+name, out, config, fields = sys.argv[1:]
 instance = next(i for i in sources.all_instances() if i.name == name)
-variant = replace(instance, name=as_name, family=family)
+config = replace(instance.config, **json.loads(config))
+variant = replace(instance, config=config, **json.loads(fields))
 batch.compile_batch([variant], Path(out), flavour.resolve("auto"))
 """
 
 
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    revision: str
-    patterns: tuple[str, ...]
-    """Patterns of the instances' names."""
+def build(
+    variants: list[Variant], repository: Path, out: Path, *, try_only: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(instance, "" or what went wrong) as they are compiled.  Raises UserError.
 
-    @staticmethod
-    def parse(text: str) -> Variant:
-        """NAME=REVISION:PATTERN[,PATTERN...].  Raises UserError."""
-        name, equals, rest = text.partition("=")
-        revision, colon, patterns = rest.rpartition(":")
-        if not (equals and colon and name.isidentifier() and SEPARATOR not in name and patterns):
-            raise UserError(f"{text!r}: expected NAME=REVISION:INSTANCE[,INSTANCE...]")
-        return Variant(name, revision, tuple(patterns.split(",")))
-
-
-def build(variants: list[Variant], repository: Path, out: Path) -> Iterator[tuple[str, str]]:
-    """(instance, "" or what went wrong) as they are compiled.  Raises UserError."""
-    shipped = _shipped(repository)
+    `try_only`: the first instance of each, without the shipped objects.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for record in shipped.glob("*.json"):
-        for suffix in OBJECTS:
-            shutil.copy2(record.with_suffix(suffix), out)
-    known = [record.stem for record in shipped.glob("*.json")]
-    jobs: list[tuple[Path, str, str]] = []
+    known = sorted(manifest.instances()) if try_only else _copy_shipped(repository, out)
+    jobs: list[tuple[Path, str, Variant]] = []
     for variant in variants:
         names = [n for n in known if any(fnmatchcase(n, p) for p in variant.patterns)]
         if not names:
             raise UserError(f"{variant.name}: no instance matches {', '.join(variant.patterns)}")
         tree = out / "sources" / variant.name
         _check_out(repository, variant.revision, tree)
-        jobs += [(tree, name, f"{name}{SEPARATOR}{variant.name}") for name in sorted(names)]
+        for replacement in variant.replacements:
+            replacement.apply(tree)
+        jobs += [(tree, name, variant) for name in (names[:1] if try_only else names)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        started = [pool.submit(_compile, tree, name, as_name, out) for tree, name, as_name in jobs]
-        for (_, _, as_name), compiled in zip(jobs, started):
-            yield as_name, compiled.result()
+        started = [pool.submit(_compile, *job, out) for job in jobs]
+        for (_, name, variant), compiled in zip(jobs, started):
+            yield f"{name}{SEPARATOR}{variant.name}", compiled.result()
+
+
+def _copy_shipped(repository: Path, out: Path) -> list[str]:
+    """Names of the shipped instances."""
+    shipped = _shipped(repository)
+    names = sorted(record.stem for record in shipped.glob("*.json"))
+    for name in names:
+        for suffix in OBJECTS:
+            shutil.copy2(shipped / f"{name}{suffix}", out)
+    return names
 
 
 def _shipped(repository: Path) -> Path:
@@ -97,9 +97,13 @@ def _check_out(repository: Path, revision: str, tree: Path) -> None:
     shutil.copytree(repository / "python" / "aot", tree / "python" / "aot")
 
 
-def _compile(tree: Path, name: str, as_name: str, out: Path) -> str:
+def _compile(tree: Path, name: str, variant: Variant, out: Path) -> str:
     """Compile one instance; return the error, or nothing."""
-    command = [sys.executable, "-c", COMPILE, name, as_name, FAMILY, str(out.resolve())]
+    fields: dict[str, Any] = {"name": f"{name}{SEPARATOR}{variant.name}", "family": FAMILY}
+    if variant.timing_only:
+        fields["claims"] = []  # it may lack what the instance promises
+    options = map(json.dumps, (dict(variant.config), fields))
+    command = [sys.executable, "-c", COMPILE, name, str(out.resolve()), *options]
     done = subprocess.run(command, cwd=tree / "python", capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()
     return "" if done.returncode == 0 else (lines[-1] if lines else "failed")

@@ -21,7 +21,9 @@ from hopper_attention.dispatch import manifest
 from hopper_attention.errors import UserError
 from hopper_attention.launch import runtime
 
-from .build import FAMILY, SEPARATOR
+from . import table
+from .build import FAMILY
+from .table import SEPARATOR
 
 SHIPPED = ""
 """The variant that is none."""
@@ -32,7 +34,8 @@ class Candidate:
     peer: str
     variant: str
     call: Call
-    passed: bool
+    passed: bool | None
+    """None: not judged, since it is wrong on purpose."""
     error: dict[str, float]
     samples_ms: list[float] = field(default_factory=list)
 
@@ -79,6 +82,7 @@ def using(variant: str) -> Iterator[None]:
 def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) -> list[Candidate]:
     """Every peer, ours in every variant of its instance; each run once and judged."""
     inputs, found = Inputs.make(problem, device), []
+    timing_only = {name for name, variant in table.variants().items() if variant.timing_only}
     for peer in peers:
         try:
             prepared = peer.prepare(inputs)
@@ -88,10 +92,11 @@ def candidates(problem: Problem, peers: Sequence[Peer], device: torch.device) ->
         for variant in [SHIPPED, *others]:
             with using(variant):
                 results = prepared.call()
-            verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
-            found.append(
-                Candidate(peer.name, variant, prepared.call, verdict.passed, verdict.as_dict())
-            )
+            passed, error = None, {}
+            if variant not in timing_only:
+                verdict = judge(inputs, results if isinstance(results, tuple) else (results,))
+                passed, error = verdict.passed, verdict.as_dict()
+            found.append(Candidate(peer.name, variant, prepared.call, passed, error))
     return found
 
 
