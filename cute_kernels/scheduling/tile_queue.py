@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 STAGES = 2
 """The producer may be a tile ahead of the consumers."""
@@ -24,20 +25,22 @@ class TileQueue:
     """Address of two int32 in global memory, zero before and after the launch."""
     slots: cute.Tensor
     """(words, STAGES) int32 in shared memory."""
+    warpgroups: cutlass.Constexpr
+    """Consumers: each has words of its own behind those of all."""
     pipe: pipeline.PipelineAsync
 
     @staticmethod
-    def create(counter: Int64, slots: cute.Tensor, barriers: cute.Pointer, consumer_warps: int):
+    def create(counter: Int64, slots: cute.Tensor, barriers: cute.Pointer, warpgroups: int):
         """Barriers are initialised, not yet synchronised."""
         group, thread = pipeline.CooperativeGroup, pipeline.Agent.Thread
         pipe = pipeline.PipelineAsync.create(
             num_stages=STAGES,
             producer_group=group(thread),
-            consumer_group=group(thread, consumer_warps),
+            consumer_group=group(thread, 4 * warpgroups),
             barrier_storage=barriers,
             defer_sync=True,
         )
-        return TileQueue(counter, slots, pipe)
+        return TileQueue(counter, slots, warpgroups, pipe)
 
     @cute.jit
     def take(self) -> Int32:
@@ -48,17 +51,29 @@ class TileQueue:
         return cute.arch.shuffle_sync(following, 0)
 
     @cute.jit
-    def publish(self, state: pipeline.PipelineState, words: Sequence[Int32]):
-        """The producer warp says which tile the consumers do next."""
+    def publish(
+        self, state: pipeline.PipelineState, words: Sequence[Int32], own: Sequence[Int32] = ()
+    ):
+        """The producer warp says which tile the consumers do next.
+
+        Lane w's `own` are those of consumer warpgroup w, so that the lanes find them in parallel.
+        """
         self.pipe.producer_acquire(state)
+        lane = cute.arch.lane_idx()
+        if const_expr(len(own) > 0):
+            if lane < self.warpgroups:
+                place = len(words) + lane * len(own)
+                for i in cutlass.range_constexpr(len(own)):
+                    self.slots[place + i, state.index] = own[i]
+            cute.arch.sync_warp()
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(words)):
                 self.slots[i, state.index] = words[i]
             self.pipe.producer_commit(state)
 
-    def read(self, state: pipeline.PipelineState) -> list[Int32]:
-        """Consumers read the tile, between `pipe.consumer_wait` and `release`."""
-        return [self.slots[i, state.index] for i in range(cute.size(self.slots, mode=[0]))]
+    def read(self, state: pipeline.PipelineState, first: Any, count: int) -> list[Int32]:
+        """Words of the tile, between `pipe.consumer_wait` and `release`."""
+        return [self.slots[first + i, state.index] for i in range(count)]
 
     @cute.jit
     def release(self, state: pipeline.PipelineState):

@@ -38,6 +38,8 @@ class ForwardConfig:
     """Bytes of an element of Q, K, V; O has two."""
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
+    factors: ClassVar[int] = 0
+    """Beside each tile, for each consumer warpgroup."""
     ping_pong: ClassVar[bool] = True
     """True if consumers issue their GEMMs in ping-pong order."""
 
@@ -119,6 +121,7 @@ class ForwardFp8Config(ForwardConfig):
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
     scale_bytes: ClassVar[int] = 16
+    factors: ClassVar[int] = 2
     ping_pong: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.masks.apply import Mask
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange, WarpgroupBlocks
 from hopper_attention.cute_kernels.primitives.arguments import (
     ForwardCounts,
     ForwardOperands,
@@ -97,6 +97,7 @@ from hopper_attention.hopper.forward.config import ForwardConfig
 from hopper_attention.hopper.forward.output import Output
 from hopper_attention.hopper.forward.roles import (
     NO_MORE,
+    OWN_BLOCKS,
     WORDS,
     Fragments,
     Mmas,
@@ -360,7 +361,21 @@ class Forward:
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
         rows = TileRows(group, tile.head * group, tile.m_block * cfg.tile_m)
-        return Work(tile, queries, keys, blocks, rows)
+        return Work(tile, queries, keys, blocks, rows, ())
+
+    def find_own(self, problem: Problem, work: Work) -> list[Int32]:
+        """Lane w of the producer warp finds what only consumer warpgroup w has to know."""
+        cfg, last = self.cfg, self.cfg.warpgroups - 1
+        row_block = work.tile.m_block * cfg.warpgroups + minimum(cute.arch.lane_idx(), last)
+        blocks = WarpgroupBlocks.within(
+            work.blocks, self.mask_range(problem, work.queries, work.keys), row_block, 64,
+            cfg.tile_n, self.group(problem),
+        )  # fmt: skip
+        return Work.own_words(blocks, self.factors(problem, work, row_block))
+
+    def factors(self, problem: Problem, work: Work, row_block: Int32) -> tuple[Float32, ...]:
+        """`Work.factors` of 64 rows."""
+        return ()
 
     def mask_range(self, problem: Problem, queries: Sequence, keys: Sequence) -> MaskRange:
         window = problem.window if self.cfg.mask == "local" else ()
@@ -368,16 +383,19 @@ class Forward:
 
     def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
         """Consumers read the work of their tile number `count`: what the producer has found."""
-        words = queue.read(state_after(count, TILE_STAGES))
-        work = Work.from_words(words, self.group(problem), self.cfg.tile_m)
+        state, own = state_after(count, TILE_STAGES), OWN_BLOCKS + self.cfg.factors
+        words = queue.read(state, 0, WORDS)
+        own_words = queue.read(state, WORDS + own * consumer_warpgroup(), own)
+        work = Work.from_words(words, own_words, self.group(problem), self.cfg.tile_m)
         if self.cfg.mask == "local":
             return work
-        first = Int32(0)  # known, it needs no register
-        blocks = BlockRange(first, work.blocks.end, first, work.blocks.unmasked_end)
+        zero = Int32(0)  # known, it needs no register
+        blocks = replace(work.blocks, first=zero, unmasked_first=zero, before=zero)
         return replace(work, blocks=blocks)
 
     def shared_storage(self):
         cfg = self.cfg
+        words = WORDS + cfg.warpgroups * (OWN_BLOCKS + cfg.factors)
         layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
 
         def buffer(layout, dtype=self.dtype, used=True):
@@ -390,7 +408,7 @@ class Forward:
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * cfg.stages]
             tile_barriers: cute.struct.MemRange[cutlass.Int64, 2 * TILE_STAGES]
-            tile_words: cute.struct.MemRange[Int32, WORDS * TILE_STAGES]
+            tile_words: cute.struct.MemRange[Int32, words * TILE_STAGES]
             scales: cute.struct.Align[
                 cute.struct.MemRange[Float32, cfg.scale_bytes // 4 * cfg.stages], 16
             ]
@@ -416,9 +434,10 @@ class Forward:
             )
 
         k_elements = cfg.tile_n * cfg.head_dim
-        words = storage.tile_words.get_tensor(cute.make_layout((WORDS, TILE_STAGES)))
+        words = WORDS + cfg.warpgroups * (OWN_BLOCKS + cfg.factors)
+        slots = storage.tile_words.get_tensor(cute.make_layout((words, TILE_STAGES)))
         queue = TileQueue.create(
-            tile_counter, words, storage.tile_barriers.data_ptr(), 4 * cfg.warpgroups
+            tile_counter, slots, storage.tile_barriers.data_ptr(), cfg.warpgroups
         )
         return Pipelines(
             make(storage.q_barriers, cfg.q_stages, cfg.tile_m * cfg.head_dim),
@@ -440,7 +459,8 @@ class Forward:
         while number < scheduler.tiles:
             following = pipelines.tiles.take()
             work = self.find_work(problem, scheduler, number)
-            pipelines.tiles.publish(tile_state, work.to_words())
+            own = self.find_own(problem, work)
+            pipelines.tiles.publish(tile_state, work.to_words(), own)
             q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
             tile_state.advance()
             number = following
@@ -536,7 +556,7 @@ class Forward:
         queue, count = pipelines.tiles, Int32(0)
         late = Boolean(False)  # whether the Q of the tile before is still to be released
         queue.pipe.consumer_wait(state_after(count, TILE_STAGES))
-        while queue.read(state_after(count, TILE_STAGES))[0] != NO_MORE:
+        while queue.read(state_after(count, TILE_STAGES), 0, 1)[0] != NO_MORE:
             q_state = state_after(count, cfg.q_stages)
             work = self.current_work(problem, queue, count)
             softmax.reset()
@@ -548,6 +568,7 @@ class Forward:
                     self.gather_queries(tensors.q, tiles.q[None, None, q_state.index], work)
             if group == 1:
                 pipelines.q.consumer_wait(q_state)
+            k_state = self.skip_behind(pipelines, ping_pong, v_start, work, k_state)
             if work.blocks.end > work.blocks.first:
                 k_state = self.attend(
                     mmas, fragments, tiles, pipelines, softmax, ping_pong, problem, work, v_start,
@@ -578,6 +599,49 @@ class Forward:
             self.release_queries(pipelines.q, state_after(count - 1, cfg.q_stages))
         if const_expr(not cfg.output_over_q):  # else the last release has waited
             self.output.finish()  # shared memory is not the block's any more when it ends
+
+    @cute.jit
+    def skip_behind(
+        self,
+        pipelines: Pipelines,
+        ping_pong: PingPong | NoPingPong,
+        v_start: cute.Pointer,
+        work: Work,
+        k_state: pipeline.PipelineState,
+    ):
+        """The tile's last blocks, if none of this consumer's rows sees them: a causal tile's first
+        consumers, or rows behind the last query."""
+        blocks = work.blocks
+        if const_expr(self.cfg.varlen):
+            if blocks.behind > 0:  # else `attend` fills the last block
+                last = blocks.end + blocks.behind - 1
+                valid = work.keys.length - last * self.cfg.tile_n
+                self.zero_fill_rows(pipelines.v, k_state, v_start, valid)
+        return self.skip(pipelines, ping_pong, blocks, blocks.behind, k_state)
+
+    @cute.jit
+    def skip(
+        self,
+        pipelines: Pipelines,
+        ping_pong: PingPong | NoPingPong,
+        blocks: WarpgroupBlocks,
+        count: Int32,
+        k_state: pipeline.PipelineState,
+    ):
+        """Release so many of the tile's blocks unread, each in this consumer's turn.
+
+        A tile's first block is attended to without a turn: if none is, one that is skipped stands
+        for it.
+        """
+        attends, pass_turn = blocks.end > blocks.first, ping_pong.pass_turn
+        for i in cutlass.range(opaque(count), unroll=1):
+            if i > 0 or attends:
+                pass_turn()
+            for pipe in (pipelines.k, pipelines.v):
+                pipe.consumer_wait(k_state)
+                pipe.consumer_release(k_state)
+            k_state.advance()
+        return k_state
 
     @cute.jit
     def attend(
@@ -648,6 +712,8 @@ class Forward:
         factors = softmax.finish(self.read_sinks(mmas, problem, work))
         self.wait_pv(fragments, problem, Int32(0))
         pipelines.v.consumer_release(v_state)
+        if const_expr(cfg.mask == "local"):
+            k_state = self.skip(pipelines, ping_pong, work.blocks, work.blocks.before, k_state)
         self.descale_output(factors, problem, work)
         scale_rows(rows_and_columns(acc_o), factors)
         return k_state

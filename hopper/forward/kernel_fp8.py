@@ -58,7 +58,6 @@ from hopper_attention.hopper.forward.kernel import Forward
 from hopper_attention.hopper.forward.output import Output
 from hopper_attention.hopper.forward.roles import Fragments, Mmas, Problem, Tiles, Work
 from hopper_attention.hopper.primitives import wgmma
-from hopper_attention.hopper.primitives.named_barriers import consumer_warpgroup
 from hopper_attention.hopper.primitives.tma import load_row, permute
 
 
@@ -223,12 +222,23 @@ class ForwardFp8(Forward):
         source = problem.scaling.keys[work.tile.batch, head_kv, pair, None]
         load_row(source, tiles.scales[None, state.index], pipe.producer_get_barrier(state))
 
-    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Scales:
-        descales, batch, head = problem.scaling, work.tile.batch, work.tile.head
-        block = work.tile.m_block * (self.cfg.tile_m // BLOCK) + consumer_warpgroup()
-        last = descales.q.shape[2] - 1
+    @cute.jit
+    def factors(self, problem: Problem, work: Work, row_block: Int32):
+        """The producer looks them up: in a consumer the loads, and divisions for the head, would be
+        waited for between tiles."""
+        scaling, batch, head = problem.scaling, work.tile.batch, work.tile.head
+        if const_expr(self.cfg.varlen):  # the number of a tile left over is of no sequence
+            batch = minimum(batch, scaling.q.shape[0] - 1)
+        last = scaling.q.shape[2] - 1
         scale = problem.softcap[0] if self.cfg.softcap else problem.scale_log2
-        return Scales(scale * descales.q[batch, head, minimum(block, last)], tiles.scales)
+        queries = scale * scaling.q[batch, head, minimum(row_block, last)]
+        values = scaling.v[batch, head // problem.tiles_per_kvhead, 0]
+        if scaling.out != 0:
+            values = values / read(Float32, scaling.out, Int32(0))
+        return queries, values
+
+    def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Scales:
+        return Scales(work.factors[0], tiles.scales)
 
     def read_scales(self, scales: Scales, stage: Int32, n_block: Int32) -> cute.Tensor:
         """(2, blocks of 64 keys in the tile) in registers."""
@@ -253,12 +263,8 @@ class ForwardFp8(Forward):
 
     @cute.jit
     def descale_output(self, factors: cute.Tensor, problem: Problem, work: Work):
-        scaling = problem.scaling
-        factor = scaling.v[work.tile.batch, work.tile.head // problem.tiles_per_kvhead, 0]
-        if scaling.out != 0:
-            factor = factor / read(Float32, scaling.out, Int32(0))
         for i in cutlass.range_constexpr(cute.size(factors)):
-            factors[i] = factors[i] * factor
+            factors[i] = factors[i] * work.factors[1]
 
     @cute.jit
     def issue_pv(

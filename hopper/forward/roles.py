@@ -1,13 +1,13 @@
 """Values that forward's roles pass to each other; how consumers keep their registers free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, WarpgroupBlocks
 from hopper_attention.cute_kernels.primitives.fragments import opaque, rows_and_columns
 from hopper_attention.cute_kernels.scheduling.sequence import Sequence, TileRows
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
@@ -70,32 +70,45 @@ class Mmas:
 
 @dataclass(frozen=True)
 class Work:
-    """One tile: its place, its sequences, the key blocks it attends to, and its rows."""
+    """One tile: its place, its sequences, its key blocks, and its rows."""
 
     tile: Tile
     queries: Sequence
     keys: Sequence
     blocks: BlockRange
+    """What the producer loads; of a consumer, the `WarpgroupBlocks` that it attends to."""
     rows: TileRows
+    factors: tuple[Float32, ...]
+    """Of a consumer of FP8: what Q was divided by, times the scale of the scores; what V was."""
 
     def to_words(self) -> list[Int32]:
-        """Return what the queue hands on, `m_block` first."""
-        parts = (self.tile, self.queries, self.keys, self.blocks)
+        """Return what the queue hands on to all consumers, `m_block` first."""
+        parts = (self.tile, self.queries, self.keys)
         return [Int32(value) for part in parts for value in vars(part).values()]
 
     @staticmethod
-    def from_words(words: list[Int32], group: Int32, tile_m: int) -> "Work":
+    def own_words(blocks: WarpgroupBlocks, factors: tuple[Float32, ...]) -> list[Int32]:
+        """Return what the queue hands on to one of them."""
+        integers = [Int32(value) for value in vars(blocks).values()]
+        return integers + [factor.bitcast(Int32) for factor in factors]
+
+    @staticmethod
+    def from_words(words: list[Int32], own: list[Int32], group: Int32, tile_m: int) -> "Work":
         tile = Tile(*words[:3])
         return Work(
             tile,
             Sequence(*words[3:6]),
             Sequence(*words[6:9]),
-            BlockRange(*words[9:]),
+            WarpgroupBlocks(*own[:OWN_BLOCKS]),
             TileRows(group, tile.head * group, tile.m_block * tile_m),
+            tuple(word.bitcast(Float32) for word in own[OWN_BLOCKS:]),
         )
 
 
-WORDS = 13
+WORDS = 9
+"""Words of a tile that all consumers read."""
+OWN_BLOCKS = len(fields(WarpgroupBlocks))
+"""Words that each consumer has for itself, and as many more as there are `factors`."""
 NO_MORE = -1
 """The m_block that says that the block is done."""
 

@@ -59,6 +59,11 @@ class PingPong:
         """Let the following consumer issue its GEMMs, when these are issued."""
         cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=256)
 
+    def pass_turn(self) -> None:
+        """Issue nothing in this consumer's turn."""
+        self.wait()
+        self.signal()
+
 
 class NoPingPong:
     """Consumers issue their GEMMs whenever they can."""
@@ -66,3 +71,5 @@ class NoPingPong:
     def wait(self) -> None: ...
 
     def signal(self) -> None: ...
+
+    def pass_turn(self) -> None: ...
