@@ -129,6 +129,22 @@ class BlockRange:
         return BlockRange(first, end, unmasked_first, unmasked_end)
 
     @staticmethod
+    def within(
+        tile: "BlockRange", mask_range: MaskRange, row_block, rows: int, tile_n: int, group=1
+    ) -> "BlockRange":
+        """Return those of a tile's blocks that rows from row_block * rows on see.
+
+        If they see no key, or do not exist: none, in front of the tile's first block.
+        """
+        own = BlockRange.of(mask_range, row_block, rows, tile_n, group)
+        exist = row_block * rows // group < mask_range.seqlen_q
+        end = select(exist, minimum(own.end, tile.end), tile.first)
+        some = own.first < end
+        first, end = select(some, own.first, tile.first), select(some, end, tile.first)
+        unmasked_end = clamp(own.unmasked_end, first, end)
+        return BlockRange(first, end, clamp(own.unmasked_first, first, unmasked_end), unmasked_end)
+
+    @staticmethod
     def of_keys(transposed: TransposedMaskRange, n_block, tile_n: int, tile_m: int) -> "BlockRange":
         """Query blocks, for the keys [n_block * tile_n, (n_block + 1) * tile_n) of the sequence.
 
@@ -147,28 +163,3 @@ class BlockRange:
         unmasked_end = clamp(all_end // tile_m, first, end)
         unmasked_first = clamp(ceil_div(all_begin, tile_m), first, unmasked_end)
         return BlockRange(first, end, unmasked_first, unmasked_end)
-
-
-@dataclass(frozen=True)
-class WarpgroupBlocks(BlockRange):
-    """Those of a tile's key blocks that one consumer warpgroup's rows see."""
-
-    behind: Any
-    """How many of the tile's blocks lie behind `end`; all of them, if the rows see no key."""
-    before: Any
-    """How many of them lie before `first`."""
-
-    @staticmethod
-    def within(
-        tile: BlockRange, mask_range: MaskRange, row_block, rows: int, tile_n: int, group=1
-    ) -> "WarpgroupBlocks":
-        """Return those of the rows from row_block * rows on, `group` of them a query."""
-        own = BlockRange.of(mask_range, row_block, rows, tile_n, group)
-        exist = row_block * rows // group < mask_range.seqlen_q
-        end = select(exist, minimum(own.end, tile.end), tile.first)
-        some = own.first < end
-        first, end = select(some, own.first, tile.first), select(some, end, tile.first)
-        unmasked_end = clamp(own.unmasked_end, first, end)
-        unmasked_first = clamp(own.unmasked_first, first, unmasked_end)
-        behind, before = tile.end - end, first - tile.first
-        return WarpgroupBlocks(first, end, unmasked_first, unmasked_end, behind, before)

@@ -9,8 +9,9 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64, const_expr
 
-STAGES = 2
-"""The producer may be a tile ahead of the consumers."""
+STAGES = 4
+"""The producer publishes a tile while it loads the one before, and the consumers may still be at the
+one before that.  That needs three; by four, divisions are shifts."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,17 @@ class TileQueue:
 
     @cute.jit
     def take(self) -> Int32:
-        """The producer warp takes the number of its next tile."""
+        """The producer warp takes the number of its next tile, which arrives in its first lane.
+
+        Nothing waits for it before `taken`.
+        """
         following = Int32(0)
         if cute.arch.lane_idx() == 0:
             following = cute.arch.grid_dim()[0] + cute.arch.atomic_add(self.place(0), Int32(1))
+        return following
+
+    def taken(self, following: Int32) -> Int32:
+        """Return the number that `take` has asked for."""
         return cute.arch.shuffle_sync(following, 0)
 
     @cute.jit
@@ -70,6 +78,7 @@ class TileQueue:
             for i in cutlass.range_constexpr(len(words)):
                 self.slots[i, state.index] = words[i]
             self.pipe.producer_commit(state)
+        cute.arch.sync_warp()  # the producer looks the tile up, too
 
     def read(self, state: pipeline.PipelineState, first: Any, count: int) -> list[Int32]:
         """Words of the tile, between `pipe.consumer_wait` and `release`."""

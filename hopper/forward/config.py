@@ -39,7 +39,7 @@ class ForwardConfig:
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
     factors: ClassVar[int] = 0
-    """Beside each tile, for each consumer warpgroup."""
+    """Of a tile and consumer warpgroup."""
     ping_pong: ClassVar[bool] = True
     """True if consumers issue their GEMMs in ping-pong order."""
 
@@ -59,6 +59,11 @@ class ForwardConfig:
     def warpgroups(self) -> int:
         """Consumer warpgroups."""
         return self.tile_m // 64
+
+    @property
+    def own_words(self) -> int:
+        """What each consumer is told of a tile beside what all are: a range of blocks, factors."""
+        return 4 + self.factors
 
     @property
     def registers(self) -> Registers:

@@ -59,7 +59,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from hopper_attention.cute_kernels.masks.apply import Mask
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange, WarpgroupBlocks
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange, MaskRange
 from hopper_attention.cute_kernels.primitives.arguments import (
     ForwardCounts,
     ForwardOperands,
@@ -85,7 +85,11 @@ from hopper_attention.cute_kernels.scheduling.sequence import (
 )
 from hopper_attention.cute_kernels.scheduling.tile_queue import STAGES as TILE_STAGES
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
-from hopper_attention.cute_kernels.scheduling.tile_scheduler import DenseScheduler, VarlenScheduler
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import (
+    DenseScheduler,
+    Tile,
+    VarlenScheduler,
+)
 from hopper_attention.cute_kernels.softmax.online import (
     LOG2_E,
     OnlineSoftmax,
@@ -97,7 +101,6 @@ from hopper_attention.hopper.forward.config import ForwardConfig
 from hopper_attention.hopper.forward.output import Output
 from hopper_attention.hopper.forward.roles import (
     NO_MORE,
-    OWN_BLOCKS,
     WORDS,
     Fragments,
     Mmas,
@@ -343,7 +346,7 @@ class Forward:
 
     @cute.jit
     def find_work(self, problem: Problem, scheduler: Any, number: Int32) -> Work:
-        """The producer warp finds its work."""
+        """The producer warp finds its work; lane w what only consumer warpgroup w has to know."""
         cfg = self.cfg
         tile = scheduler.tile(number)
         batch = tile.batch
@@ -354,26 +357,22 @@ class Forward:
             # A number left over: no rows.
             rows = queries.length if tile.batch < scheduler.batch else Int32(0)
             queries = Sequence(queries.batch, queries.offset, rows)
-        mask_range = self.mask_range(problem, queries, keys)
-        group = self.group(problem)
+        mask_range, group = self.mask_range(problem, queries, keys), self.group(problem)
         blocks = BlockRange.of(mask_range, tile.m_block, cfg.tile_m, cfg.tile_n, group)
         if const_expr(cfg.varlen):
             end = blocks.end if queries.length > 0 else blocks.first
             blocks = BlockRange(blocks.first, end, blocks.unmasked_first, blocks.unmasked_end)
+        warpgroup = minimum(cute.arch.lane_idx(), cfg.warpgroups - 1)
+        row_block = tile.m_block * cfg.warpgroups + warpgroup
+        own = BlockRange.within(blocks, mask_range, row_block, 64, cfg.tile_n, group)
+        head_kv = tile.head // problem.tiles_per_kvhead
+        factors = self.factors(problem, tile, batch, head_kv, row_block)
         rows = TileRows(group, tile.head * group, tile.m_block * cfg.tile_m)
-        return Work(tile, queries, keys, blocks, rows, ())
+        return Work(tile, queries, keys, head_kv, blocks.first, blocks.end, own, factors, rows)
 
-    def find_own(self, problem: Problem, work: Work) -> list[Int32]:
-        """Lane w of the producer warp finds what only consumer warpgroup w has to know."""
-        cfg, last = self.cfg, self.cfg.warpgroups - 1
-        row_block = work.tile.m_block * cfg.warpgroups + minimum(cute.arch.lane_idx(), last)
-        blocks = WarpgroupBlocks.within(
-            work.blocks, self.mask_range(problem, work.queries, work.keys), row_block, 64,
-            cfg.tile_n, self.group(problem),
-        )  # fmt: skip
-        return Work.own_words(blocks, self.factors(problem, work, row_block))
-
-    def factors(self, problem: Problem, work: Work, row_block: Int32) -> tuple[Float32, ...]:
+    def factors(
+        self, problem: Problem, tile: Tile, batch: Int32, head_kv: Int32, row_block: Int32
+    ) -> tuple[Float32, ...]:
         """`Work.factors` of 64 rows."""
         return ()
 
@@ -383,19 +382,25 @@ class Forward:
 
     def current_work(self, problem: Problem, queue: TileQueue, count: Int32) -> Work:
         """Consumers read the work of their tile number `count`: what the producer has found."""
-        state, own = state_after(count, TILE_STAGES), OWN_BLOCKS + self.cfg.factors
+        return self.read_work(problem, queue, state_after(count, TILE_STAGES), consumer_warpgroup())
+
+    def read_work(
+        self, problem: Problem, queue: TileQueue, state: pipeline.PipelineState, warpgroup: Int32
+    ) -> Work:
+        """Return the work in a slot of the queue, with the blocks of one consumer."""
+        cfg = self.cfg
         words = queue.read(state, 0, WORDS)
-        own_words = queue.read(state, WORDS + own * consumer_warpgroup(), own)
-        work = Work.from_words(words, own_words, self.group(problem), self.cfg.tile_m)
-        if self.cfg.mask == "local":
+        own = queue.read(state, WORDS + cfg.own_words * warpgroup, cfg.own_words)
+        work = Work.from_words(words, own, self.group(problem), cfg.tile_m)
+        if cfg.mask == "local":
             return work
         zero = Int32(0)  # known, it needs no register
-        blocks = replace(work.blocks, first=zero, unmasked_first=zero, before=zero)
-        return replace(work, blocks=blocks)
+        blocks = replace(work.blocks, first=zero, unmasked_first=zero)
+        return replace(work, first=zero, blocks=blocks)
 
     def shared_storage(self):
         cfg = self.cfg
-        words = WORDS + cfg.warpgroups * (OWN_BLOCKS + cfg.factors)
+        words = WORDS + cfg.warpgroups * cfg.own_words
         layout_q, layout_k, layout_v, layout_o = self.shared_layouts()
 
         def buffer(layout, dtype=self.dtype, used=True):
@@ -434,7 +439,7 @@ class Forward:
             )
 
         k_elements = cfg.tile_n * cfg.head_dim
-        words = WORDS + cfg.warpgroups * (OWN_BLOCKS + cfg.factors)
+        words = WORDS + cfg.warpgroups * cfg.own_words
         slots = storage.tile_words.get_tensor(cute.make_layout((words, TILE_STAGES)))
         queue = TileQueue.create(
             tile_counter, slots, storage.tile_barriers.data_ptr(), cfg.warpgroups
@@ -450,31 +455,51 @@ class Forward:
     def produce(
         self, tma: Tma, tiles: Tiles, pipelines: Pipelines, problem: Problem, scheduler: Any
     ):
-        """Producer warp: the loads of tile after tile, and what each tile is for the consumers."""
+        """Producer warp: the loads of tile after tile, and what each tile is for the consumers.
+
+        It finds a tile while the first loads of the one before are under way: both the number, from
+        global memory, and what follows from it take longer than consumers could wait.
+        """
         q_state, k_state, tile_state = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
             for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
         )
-        number = cute.arch.block_idx()[0]
+        queue, number = pipelines.tiles, cute.arch.block_idx()[0]
+        self.publish(problem, scheduler, queue, tile_state, number)
         while number < scheduler.tiles:
-            following = pipelines.tiles.take()
-            work = self.find_work(problem, scheduler, number)
-            own = self.find_own(problem, work)
-            pipelines.tiles.publish(tile_state, work.to_words(), own)
-            q_state, k_state = self.load(tma, tiles, pipelines, problem, work, q_state, k_state)
+            following = queue.take()
+            work = self.read_work(problem, queue, tile_state, Int32(0))
+            q_state = self.load_first(tma, tiles, pipelines, problem, work, q_state, k_state)
+            number = queue.taken(following)
             tile_state.advance()
-            number = following
-        pipelines.tiles.publish(tile_state, [Int32(NO_MORE)])
+            self.publish(problem, scheduler, queue, tile_state, number)
+            k_state = self.load_others(tma, tiles, pipelines, problem, work, k_state)
         tile_state.advance()
         # All that was loaded and published has been consumed before the block counts as finished.
         pipelines.q.producer_tail(q_state)
         pipelines.k.producer_tail(k_state.clone())
         pipelines.v.producer_tail(k_state)
-        pipelines.tiles.pipe.producer_tail(tile_state)
-        pipelines.tiles.finish()
+        queue.pipe.producer_tail(tile_state)
+        queue.finish()
 
     @cute.jit
-    def load(
+    def publish(
+        self,
+        problem: Problem,
+        scheduler: Any,
+        queue: TileQueue,
+        state: pipeline.PipelineState,
+        number: Int32,
+    ):
+        """Tell the consumers, and the producer itself, what the tile of a number is."""
+        if number < scheduler.tiles:
+            work = self.find_work(problem, scheduler, number)
+            queue.publish(state, work.words(), work.own_words())
+        else:
+            queue.publish(state, [Int32(NO_MORE)])
+
+    @cute.jit
+    def load_first(
         self,
         tma: Tma,
         tiles: Tiles,
@@ -484,12 +509,44 @@ class Forward:
         q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
     ):
-        """One tile: K(last), Q, then K(j), V(j + 1) downwards, then V(first); the states of Q, K.
+        """K(last), if the tile has keys, and Q, where O is staged in any case; the state of Q."""
+        (sQ, gQ), (sK, gK), _ = self.views(tma, tiles, problem, work)
+        if work.end > work.first:
+            load_stage(pipelines.k, k_state, tma.k.atom, gK[None, work.end - 1], sK)
+            self.load_scales(problem, work, tiles, pipelines.k, k_state, work.end - 1)
+        if self.group(problem) == 1:
+            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
+            q_state.advance()
+        return q_state
 
-        Q is loaded for a tile without keys, too: its buffer is where O is staged.
-        """
-        cfg, queries, keys = self.cfg, work.queries, work.keys
-        head_kv = work.tile.head // problem.tiles_per_kvhead
+    @cute.jit
+    def load_others(
+        self,
+        tma: Tma,
+        tiles: Tiles,
+        pipelines: Pipelines,
+        problem: Problem,
+        work: Work,
+        k_state: pipeline.PipelineState,
+    ):
+        """K(j), V(j + 1) downwards, then V(first); the state of K."""
+        _, (sK, gK), (sV, gV) = self.views(tma, tiles, problem, work)
+        k, v, last, v_state = pipelines.k, pipelines.v, work.end - 1, k_state.clone()
+        if last >= work.first:
+            k_state.advance()
+        for i in cutlass.range(last - work.first, unroll=1):
+            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
+            self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
+            k_state.advance()
+            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
+            v_state.advance()
+        if last >= work.first:
+            load_stage(v, v_state, tma.v.atom, gV[None, work.first], sV)
+        return k_state
+
+    def views(self, tma: Tma, tiles: Tiles, problem: Problem, work: Work) -> tuple:
+        """Of Q, K and V: (stages in shared memory, the tile or its blocks in global memory)."""
+        cfg, queries, keys, head_kv = self.cfg, work.queries, work.keys, work.head_kv
         mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
         mK = tma.k.tma_tensor[None, None, head_kv, keys.batch]
         mV = tma.v.tma_tensor[None, None, head_kv, keys.batch]
@@ -499,27 +556,12 @@ class Forward:
         gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (work.tile.m_block, 0))
         gK = cute.local_tile(mK, (cfg.tile_n, cfg.head_dim), (None, 0))
         gV = cute.local_tile(mV, (cfg.head_dim_v, cfg.tile_n), (0, None))
-        sQ, gQ = partition(tma.q, tiles.q, gQ)
-        sK, gK = partition(tma.k, tiles.k, gK)
-        sV, gV = partition(tma.v, tiles.v, gV)
-        k, v, last = pipelines.k, pipelines.v, work.blocks.end - 1
-        v_state = k_state.clone()
-        if last >= work.blocks.first:
-            load_stage(k, k_state, tma.k.atom, gK[None, last], sK)
-            self.load_scales(problem, work, tiles, k, k_state, last)
-            k_state.advance()
-        if self.group(problem) == 1:
-            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
-            q_state.advance()
-        for i in cutlass.range(last - work.blocks.first, unroll=1):
-            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
-            self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
-            k_state.advance()
-            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
-            v_state.advance()
-        if last >= work.blocks.first:
-            load_stage(v, v_state, tma.v.atom, gV[None, work.blocks.first], sV)
-        return q_state, k_state
+        return tuple(
+            partition(info, shared, part)
+            for info, shared, part in (
+                (tma.q, tiles.q, gQ), (tma.k, tiles.k, gK), (tma.v, tiles.v, gV)
+            )
+        )  # fmt: skip
 
     @cute.jit
     def consume(
@@ -609,31 +651,33 @@ class Forward:
         work: Work,
         k_state: pipeline.PipelineState,
     ):
-        """The tile's last blocks, if none of this consumer's rows sees them: a causal tile's first
-        consumers, or rows behind the last query."""
-        blocks = work.blocks
+        """The tile's last blocks, where tiles begin, if none of this consumer's rows sees them.
+
+        So it is under a causal mask, and with rows behind the last query.
+        """
+        behind = work.end - work.blocks.end
         if const_expr(self.cfg.varlen):
-            if blocks.behind > 0:  # else `attend` fills the last block
-                last = blocks.end + blocks.behind - 1
-                valid = work.keys.length - last * self.cfg.tile_n
+            if behind > 0:  # else `attend` does this
+                valid = work.keys.length - (work.end - 1) * self.cfg.tile_n
                 self.zero_fill_rows(pipelines.v, k_state, v_start, valid)
-        return self.skip(pipelines, ping_pong, blocks, blocks.behind, k_state)
+        return self.skip(pipelines, ping_pong, work.blocks, behind, k_state)
 
     @cute.jit
     def skip(
         self,
         pipelines: Pipelines,
         ping_pong: PingPong | NoPingPong,
-        blocks: WarpgroupBlocks,
+        own: BlockRange,
         count: Int32,
         k_state: pipeline.PipelineState,
     ):
         """Release so many of the tile's blocks unread, each in this consumer's turn.
 
-        A tile's first block is attended to without a turn: if none is, one that is skipped stands
-        for it.
+        A tile's first block is attended to without a turn; if none is, the first that is skipped
+        stands for it.  (Where it is known that one is, this is tested all the same: without it
+        ptxas keeps no stage in uniform registers, 73 instructions a block of a local mask.)
         """
-        attends, pass_turn = blocks.end > blocks.first, ping_pong.pass_turn
+        attends, pass_turn = own.end > own.first, ping_pong.pass_turn
         for i in cutlass.range(opaque(count), unroll=1):
             if i > 0 or attends:
                 pass_turn()
@@ -713,7 +757,8 @@ class Forward:
         self.wait_pv(fragments, problem, Int32(0))
         pipelines.v.consumer_release(v_state)
         if const_expr(cfg.mask == "local"):
-            k_state = self.skip(pipelines, ping_pong, work.blocks, work.blocks.before, k_state)
+            before = work.blocks.first - work.first
+            k_state = self.skip(pipelines, ping_pong, work.blocks, before, k_state)
         self.descale_output(factors, problem, work)
         scale_rows(rows_and_columns(acc_o), factors)
         return k_state

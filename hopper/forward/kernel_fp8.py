@@ -51,6 +51,7 @@ from hopper_attention.cute_kernels.primitives.arithmetic import minimum
 from hopper_attention.cute_kernels.primitives.fragments import Fp8Fragment, pin, rows_and_columns
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import key_scales, row_statistics, strided
+from hopper_attention.cute_kernels.scheduling.tile_scheduler import Tile
 from hopper_attention.cute_kernels.softmax.online import ScaleGroup, scale_rows
 from hopper_attention.cute_kernels.softmax.online_fp8 import Fp8Softmax
 from hopper_attention.hopper.forward.config import ForwardFp8Config
@@ -217,25 +218,22 @@ class ForwardFp8(Forward):
         self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
     ):
         """Load the scales of the 128 keys that the tile is, or is half of."""
-        head_kv = work.tile.head // problem.tiles_per_kvhead
         pair = n_block * self.cfg.tile_n // (2 * BLOCK)
-        source = problem.scaling.keys[work.tile.batch, head_kv, pair, None]
+        source = problem.scaling.keys[work.tile.batch, work.head_kv, pair, None]
         load_row(source, tiles.scales[None, state.index], pipe.producer_get_barrier(state))
 
     @cute.jit
-    def factors(self, problem: Problem, work: Work, row_block: Int32):
-        """The producer looks them up: in a consumer the loads, and divisions for the head, would be
-        waited for between tiles."""
-        scaling, batch, head = problem.scaling, work.tile.batch, work.tile.head
-        if const_expr(self.cfg.varlen):  # the number of a tile left over is of no sequence
-            batch = minimum(batch, scaling.q.shape[0] - 1)
-        last = scaling.q.shape[2] - 1
+    def factors(
+        self, problem: Problem, tile: Tile, batch: Int32, head_kv: Int32, row_block: Int32
+    ):
+        """The producer looks up what consumers would have to wait for between tiles."""
+        scaling, last = problem.scaling, problem.scaling.q.shape[2] - 1
         scale = problem.softcap[0] if self.cfg.softcap else problem.scale_log2
-        queries = scale * scaling.q[batch, head, minimum(row_block, last)]
-        values = scaling.v[batch, head // problem.tiles_per_kvhead, 0]
+        of_scores = scale * scaling.q[batch, tile.head, minimum(row_block, last)]
+        of_output = scaling.v[batch, head_kv, 0]
         if scaling.out != 0:
-            values = values / read(Float32, scaling.out, Int32(0))
-        return queries, values
+            of_output = of_output / read(Float32, scaling.out, Int32(0))
+        return of_scores, of_output
 
     def scales(self, tiles: Tiles, problem: Problem, work: Work) -> Scales:
         return Scales(work.factors[0], tiles.scales)

@@ -1,13 +1,13 @@
 """Values that forward's roles pass to each other; how consumers keep their registers free."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
-from hopper_attention.cute_kernels.masks.visible_range import BlockRange, WarpgroupBlocks
+from hopper_attention.cute_kernels.masks.visible_range import BlockRange
 from hopper_attention.cute_kernels.primitives.fragments import opaque, rows_and_columns
 from hopper_attention.cute_kernels.scheduling.sequence import Sequence, TileRows
 from hopper_attention.cute_kernels.scheduling.tile_queue import TileQueue
@@ -75,22 +75,26 @@ class Work:
     tile: Tile
     queries: Sequence
     keys: Sequence
+    head_kv: Int32
+    first: Int32
+    """The first key block that is loaded, for what any consumer's rows see."""
+    end: Int32
     blocks: BlockRange
-    """What the producer loads; of a consumer, the `WarpgroupBlocks` that it attends to."""
-    rows: TileRows
+    """Of these, what a consumer attends to; in the producer, lane w's are consumer w's."""
     factors: tuple[Float32, ...]
-    """Of a consumer of FP8: what Q was divided by, times the scale of the scores; what V was."""
+    """FP8: of the scores of a consumer's rows, and of O.  By lane, like `blocks`."""
+    rows: TileRows
 
-    def to_words(self) -> list[Int32]:
-        """Return what the queue hands on to all consumers, `m_block` first."""
+    def words(self) -> list[Int32]:
+        """Return what all consumers have to know, `m_block` first."""
         parts = (self.tile, self.queries, self.keys)
-        return [Int32(value) for part in parts for value in vars(part).values()]
+        values = [value for part in parts for value in vars(part).values()]
+        return [Int32(value) for value in (*values, self.head_kv, self.first, self.end)]
 
-    @staticmethod
-    def own_words(blocks: WarpgroupBlocks, factors: tuple[Float32, ...]) -> list[Int32]:
-        """Return what the queue hands on to one of them."""
-        integers = [Int32(value) for value in vars(blocks).values()]
-        return integers + [factor.bitcast(Int32) for factor in factors]
+    def own_words(self) -> list[Int32]:
+        """Return what one of them has to know."""
+        integers = [Int32(value) for value in vars(self.blocks).values()]
+        return integers + [factor.bitcast(Int32) for factor in self.factors]
 
     @staticmethod
     def from_words(words: list[Int32], own: list[Int32], group: Int32, tile_m: int) -> "Work":
@@ -99,16 +103,14 @@ class Work:
             tile,
             Sequence(*words[3:6]),
             Sequence(*words[6:9]),
-            WarpgroupBlocks(*own[:OWN_BLOCKS]),
+            *words[9:],
+            BlockRange(*own[:4]),
+            tuple(word.bitcast(Float32) for word in own[4:]),
             TileRows(group, tile.head * group, tile.m_block * tile_m),
-            tuple(word.bitcast(Float32) for word in own[OWN_BLOCKS:]),
         )
 
 
-WORDS = 9
-"""Words of a tile that all consumers read."""
-OWN_BLOCKS = len(fields(WarpgroupBlocks))
-"""Words that each consumer has for itself, and as many more as there are `factors`."""
+WORDS = 12
 NO_MORE = -1
 """The m_block that says that the block is done."""
 
