@@ -17,9 +17,12 @@ Roles      warpgroup 0     producer; its first warp issues every load, the other
 Pipelines  name  stages  full                   empty: 4 W arrivals, one a consumer warp
            Q     1 or 2  1 arrival + bytes      when O, staged over Q, has been read by its store
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
-           tile  2       1 arrival              at the end of the tile that it describes
+           tile  4       1 arrival              at the end of the tile that it describes
 
-Timeline   of consumer w and tile, key blocks j from last to first (turn: `PingPong`)
+Timeline   of the producer and tile t: K(last), Q | find tile t + 1 | K(j), V(j + 1) ... V(first).
+
+           of consumer w and tile, key blocks j from last to first (turn: `PingPong`); blocks at
+           either end that none of its own 64 rows sees are released unread
 
              wait K, issue S(last) = Q K | wait S | mask, softmax, P = convert
              for j:  turn | issue S = Q K(j) | issue O += P V(j+1) | end of the turn

@@ -348,3 +348,25 @@ def test_offsets_beyond_32_bits():
         view.copy_(x)
         far.append(view)
     check_forward(q, k, v, *simulate(*far))
+
+
+@pytest.mark.parametrize(
+    "shape, arguments, blocks",
+    [
+        (Shape(1, 192, 192, 1, 1), {"causal": True}, (1, 1, 2)),
+        (Shape(1, 192, 300, 1, 1), {"causal": True}, (2, 2, 3)),
+        (Shape(1, 192, 90, 1, 1), {"causal": True}, (0, 1, 1)),
+        (Shape(1, 40, 300, 1, 1), {}, (3, 0, 0)),
+        (Shape(1, 192, 300, 1, 1), {"window_size": (20, 0)}, (2, 2, 2)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (Shape, dict)) else None,
+)
+def test_a_consumer_computes_the_blocks_that_its_rows_see(shape, arguments, blocks):
+    """Tiles of d64 are 192 rows; a block is 128 keys, with windows 112."""
+    q, k, v = random_inputs(shape, 64, torch.bfloat16)
+    with simulator.record() as recording:
+        check_forward(q, k, v, *simulate(q, k, v, **arguments), **arguments)
+    (trace,) = recording.traces
+    keys = 112 if "window_size" in arguments else 128
+    found = [sum(step.kind == "wgmma" for step in trace.warps[4 * w]) for w in (1, 2, 3)]
+    assert found == [n * (64 // 16 + keys // 16) for n in blocks]

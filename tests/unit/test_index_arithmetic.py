@@ -67,6 +67,29 @@ def test_blocks_cover_what_is_visible(mask, group):
         assert set(unmasked) == {b for b in visited if all(seen(b))}
 
 
+@given(mask_ranges, st.integers(1, 5))
+def test_rows_of_a_tile_have_the_blocks_that_they_see(mask, group):
+    parts = 3
+    rows = TILE_M // parts
+    for m_block in range((mask.seqlen_q * group + TILE_M - 1) // TILE_M):
+        tile = BlockRange.of(mask, m_block, TILE_M, TILE_N, group)
+        for part in range(parts):
+            row_block = m_block * parts + part
+            own = BlockRange.within(tile, mask, row_block, rows, TILE_N, group)
+            own_rows = range(row_block * rows, (row_block + 1) * rows)
+            queries = {row // group for row in own_rows if row < mask.seqlen_q * group}
+            seen = [j for j in range(mask.seqlen_k) if any(visible(mask, i, j) for i in queries)]
+            if seen:
+                assert (own.first, own.end) == (seen[0] // TILE_N, seen[-1] // TILE_N + 1)
+            else:
+                assert own.first == own.end == tile.first
+            assert tile.first <= own.first <= own.unmasked_first
+            assert own.unmasked_first <= own.unmasked_end <= own.end <= tile.end
+            for block in range(own.unmasked_first, own.unmasked_end):
+                keys = range(block * TILE_N, (block + 1) * TILE_N)
+                assert all(visible(mask, i, j) for i in queries for j in keys)
+
+
 @given(
     seqlen_q=st.integers(1, 50),
     seqlen_k=st.integers(0, 40000),
