@@ -27,6 +27,8 @@ from hopper_attention.hopper.forward.config import (
 # that use it (Gemma 2) have windows, and a window can be causal or full as well.
 WIDE_BACKWARD = ((192, 128), (192, 192), (256, 256))
 """(head_dim, head_dim_v) whose dK and dV do not fit into the registers of one warpgroup."""
+CODES = ((64, 64), (128, 128))
+"""(head_dim, head_dim_v) that have kernels without exponentials."""
 VARIANTS = (("full", False), ("causal", False), ("local", False), ("local", True))
 """(mask, softcap)"""
 
@@ -89,19 +91,28 @@ def _postprocess(dtype: str, head_dim: int, tile_m: int) -> Instance:
 
 
 def _forward_fp8(
-    dims: tuple[int, int], mask: str, softcap: bool, varlen: bool, two_level: bool
+    dims: tuple[int, int],
+    mask: str,
+    softcap: bool,
+    varlen: bool,
+    two_level: bool,
+    codes: bool = False,
 ) -> Instance:
     tiles = (FP8_TWO_LEVEL_TILES if two_level else FP8_TILES)[dims]
     kinds = ("full", "causal", "local", "softcap")
     upto = kinds.index("softcap" if softcap else mask) + 1
     keys = product(kinds[:upto], ("", "_varlen") if varlen else ("",))
     tile = [tiles["".join(key)] for key in keys if "".join(key) in tiles][-1]
+    if codes:  # they need fewer registers
+        tile = tiles["full"]
+    problem = ("e4m3", *dims, mask, softcap, varlen, *tile)
     return Instance(
         name=_name("fwd", "e4m3", dims, mask, softcap, varlen)
+        + ("_codes" if codes else "")
         + ("_two_level" if two_level else ""),
         family="forward_fp8",
         kernel="hopper_attention.hopper.forward.kernel_fp8:ForwardFp8",
-        config=ForwardFp8Config("e4m3", *dims, mask, softcap, varlen, *tile, two_level=two_level),
+        config=ForwardFp8Config(*problem, two_level=two_level, codes=codes),
         claims=("QGMMA", "UTMALDG"),
         group="fp8",
     )
@@ -122,6 +133,12 @@ FP8 = (
     *_each(partial(_forward_fp8, two_level=False), FP8_TILES),
     *_each(partial(_forward_fp8, two_level=True), FP8_TWO_LEVEL_TILES),
 )
+FP8_CODES = tuple(
+    _forward_fp8(dims, mask, False, varlen, two_level, codes=True)
+    for dims, mask, varlen, two_level in product(
+        CODES, ("full", "causal"), (False, True), (False, True)
+    )
+)
 BACKWARD = _each(_backward, DTYPES, BACKWARD_TILES)
 WIDE = _each(_backward, DTYPES, WIDE_BACKWARD)
 # One postprocessing kernel serves all backward kernels with the same dQ: by head dim.
@@ -130,6 +147,7 @@ DQ_TILES |= {i.config.head_dim: i.config.tile_m for i in WIDE}
 INSTANCES = (
     *FORWARD,
     *FP8,
+    *FP8_CODES,
     *BACKWARD,
     *WIDE,
     *(_preprocess(dtype) for dtype in DTYPES),

@@ -104,14 +104,43 @@ class Fp8Fragment:
 
     def convert(self, acc: cute.Tensor) -> None:
         for i in range(cute.size(self.words)):
-            group, row = divmod(i, 2)
-            start = 8 * group + 2 * row
-            if group in self.f16x2_groups:
-                pairs = (acc[place].bitcast(cutlass.Int32) for place in (start, start + 1))
+            places = _places(i)
+            if i // 2 in self.f16x2_groups:
+                pairs = (acc[place].bitcast(cutlass.Int32) for place in places[:2])
                 self.words[i] = _convert_four(list(pairs))
             else:
-                places = (start, start + 1, start + 4, start + 5)
                 self.words[i] = _convert_four([acc[place] for place in places])
+
+
+def _places(i: int) -> tuple[int, int, int, int]:
+    """Which elements of an accumulator are word i of an e4m3 operand."""
+    group, row = divmod(i, 2)
+    start = 8 * group + 2 * row
+    return start, start + 1, start + 4, start + 5
+
+
+@dataclass(frozen=True)
+class CodedFragment:
+    """An `Fp8Fragment` whose bytes come as numbers: rounded to the nearest of 0 to 255.
+
+    What is below, -inf and NaN become 0.  ptxas makes one F2IP of two roundings and a packing.
+    """
+
+    words: cute.Tensor
+
+    @staticmethod
+    def like(acc: cute.Tensor) -> "CodedFragment":
+        return CodedFragment(cute.make_rmem_tensor((cute.size(acc) // 4,), cutlass.Int32))
+
+    def convert(self, acc: cute.Tensor) -> None:
+        code = (
+            "{ .reg .b32 a, b, c, d; "
+            "cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; "
+            "cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4; "
+            "cvt.pack.sat.u8.s32.b32 c, d, c, 0; cvt.pack.sat.u8.s32.b32 $0, b, a, c; }"
+        )
+        for i in range(cute.size(self.words)):
+            self.words[i] = word(code, *(acc[place] for place in _places(i)))
 
 
 def interleaved(column: int) -> int:

@@ -1,9 +1,10 @@
-"""Online softmax of FP8 attention: some of the exponentials are computed in half precision."""
+"""Online softmax of FP8 attention: with some exponentials in half precision, or without any."""
 
 import functools
 from dataclasses import dataclass
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from hopper_attention.cute_kernels.softmax import exp2_f16x2
@@ -41,3 +42,36 @@ class Fp8Softmax(OnlineSoftmax):
                 sums = [add(*two) for two in zip(sums, own)] if sums else own
         total = functools.reduce(add, sums)
         return total + exp2_f16x2.sum_of(pairs) * lowering if pairs else total
+
+
+CODES_PER_OCTAVE = 8
+"""e4m3 has three bits of mantissa."""
+CODE_OF_ONE = 56
+"""The bits of 1 in e4m3."""
+CODE_OFFSET = -0.45
+"""Makes the mean error of P 6e-4 and keeps powers of two exact (reference/fp8.py)."""
+
+
+@dataclass(frozen=True)
+class CodedSoftmax(OnlineSoftmax):
+    """P is not computed: its e4m3 bits, read as an integer, are 8 (log2 p + 7), nearly.
+
+    Scores become that number, which `CodedFragment` rounds.  The rows' sums are the tensor cores'.
+    """
+
+    def exponentials(
+        self, scores: cute.Tensor, row: int, group: ScaleGroup, shift: Float32
+    ) -> Float32:
+        scale = group.scale_log2 * CODES_PER_OCTAVE
+        offset = shift * CODES_PER_OCTAVE - (CODE_OF_ONE + CODE_OFFSET)
+        for j in group.columns:
+            scores[row, j] = scores[row, j] * scale - offset
+        return Float32(0.0)
+
+    @cute.jit
+    def finish(self, sinks_log2: cute.Tensor) -> cute.Tensor:
+        """Codes know no NaN: the maximum tells of it, and of an infinity."""
+        for i in cutlass.range_constexpr(cute.size(self.row_sum)):
+            if not (self.row_max[i] < Float32.inf):
+                self.row_sum[i] = Float32.nan
+        return OnlineSoftmax.finish(self, sinks_log2)

@@ -42,6 +42,8 @@ class ForwardConfig:
     """Of a tile and consumer warpgroup."""
     ping_pong: ClassVar[bool] = True
     """True if consumers issue their GEMMs in ping-pong order."""
+    sums_in_mma: ClassVar[bool] = False
+    """True if V has columns of ones, so that the second GEMM sums the rows of P as well."""
 
     def __post_init__(self) -> None:
         assert self.dtype in self.dtypes, self.dtype
@@ -80,6 +82,11 @@ class ForwardConfig:
         return self.varlen
 
     @property
+    def sum_columns(self) -> int:
+        """Columns of ones behind V's: the least by which N of a WGMMA grows."""
+        return 8 if self.sums_in_mma else 0
+
+    @property
     def output_over_q(self) -> bool:
         """True if O is staged where Q was; false: in a buffer of its own.
 
@@ -112,7 +119,7 @@ class ForwardConfig:
         """Barriers, tiles, scales (padded to the 1024 bytes of a swizzle), Q, K, V stages, O."""
         row, row_v = self.element_bytes * self.head_dim, self.element_bytes * self.head_dim_v
         output = 0 if self.output_over_q else self.tile_m * 2 * self.head_dim_v
-        keys = self.stages * self.tile_n * (row + row_v)
+        keys = self.stages * self.tile_n * (row + row_v + self.element_bytes * self.sum_columns)
         return 1024 + q_stages * self.tile_m * row + keys + output
 
 
@@ -122,6 +129,8 @@ class ForwardFp8Config(ForwardConfig):
 
     two_level: bool = False
     """True if P V of some key blocks is added up by itself, and to O in float32."""
+    codes: bool = False
+    """True if P is rounded from its logarithm, without exponentials (`CodedSoftmax`)."""
 
     dtypes: ClassVar[tuple[str, ...]] = ("e4m3",)
     element_bytes: ClassVar[int] = 1
@@ -132,6 +141,12 @@ class ForwardFp8Config(ForwardConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         assert self.tile_n in (64, 128), "keys that share a scale, or two of them"
+        assert not self.codes or self.tile_n == 128, "eight rows of ones are one swizzle atom"
+
+    @property
+    def sums_in_mma(self) -> bool:  # type: ignore[override]
+        """There is no P in float32 that could be summed."""
+        return self.codes
 
     @property
     def packs_heads(self) -> bool:

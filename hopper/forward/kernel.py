@@ -105,6 +105,7 @@ from hopper_attention.hopper.forward.output import Output
 from hopper_attention.hopper.forward.roles import (
     NO_MORE,
     WORDS,
+    Accumulators,
     Fragments,
     Mmas,
     Pipelines,
@@ -237,7 +238,8 @@ class Forward:
         """TMA atoms of Q, K and O (seqlen, d, heads, batch) and V (d, seqlen, heads, batch)."""
         cfg = self.cfg
         mQ, mK, mV, mO = operands
-        layout_q, layout_k, layout_v, _ = self.shared_layouts()
+        layout_q, layout_k, _, _ = self.shared_layouts()
+        layout_v = self.layout_v(cfg.head_dim_v)
         load, make = cpasync.CopyBulkTensorTileG2SOp(), cpasync.make_tiled_tma_atom
         return Tma(
             make(load, mQ, cute.select(layout_q, mode=[0, 1]), (cfg.tile_m, cfg.head_dim)),
@@ -263,13 +265,16 @@ class Forward:
 
     def shared_layouts(self) -> tuple:
         """Swizzled layouts of Q, K, V and O with their stages."""
-        cfg, row, column = self.cfg, LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        cfg, row = self.cfg, LayoutEnum.ROW_MAJOR
         qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
-        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
         q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
         k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
-        v = sm90.make_smem_layout_b(column, pv, self.dtype, cfg.stages)
-        return q, k, v, self.output.layout()
+        return q, k, self.layout_v(cfg.head_dim_v + cfg.sum_columns), self.output.layout()
+
+    def layout_v(self, columns: int):
+        """So many columns of V, (columns, tile_n, stages): N and K of the second GEMM."""
+        pv = (self.cfg.tile_m, columns, self.cfg.tile_n)
+        return sm90.make_smem_layout_b(LayoutEnum.COL_MAJOR, pv, self.dtype, self.cfg.stages)
 
     @cute.kernel
     def kernel(
@@ -290,10 +295,14 @@ class Forward:
         scales = None
         if const_expr(cfg.scale_bytes > 0):
             scales = storage.scales.get_tensor(cute.make_layout((cfg.scale_bytes // 4, cfg.stages)))
+        sV = storage.v.get_tensor(layout_v.outer, swizzle=layout_v.inner)
+        if const_expr(cfg.sums_in_mma):
+            self.fill_ones(storage.v.data_ptr())
+            sV = cute.local_tile(sV, (cfg.head_dim_v, cfg.tile_n, cfg.stages), (0, 0, 0))
         tiles = Tiles(
             storage.q.get_tensor(layout_q.outer, swizzle=layout_q.inner),
             storage.k.get_tensor(layout_k.outer, swizzle=layout_k.inner),
-            storage.v.get_tensor(layout_v.outer, swizzle=layout_v.inner),
+            sV,
             output.get_tensor(layout_o.outer, swizzle=layout_o.inner),
             scales,
         )
@@ -312,8 +321,8 @@ class Forward:
             ping_pong = PingPong.start(cfg.warpgroups) if cfg.ping_pong else NoPingPong()
             self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, ping_pong)
 
-    # What the kernel for FP8 does otherwise, here and below: issue_pv, wait_pv, rescale,
-    # zero_fill_rows.
+    # What the kernel for FP8 does otherwise, here and below: layout_v, issue_pv, wait_pv, rescale,
+    # zero_fill_rows.  fill_ones and take_sums are its alone.
 
     def statistics(self, problem: Problem) -> OnlineSoftmax:
         return OnlineSoftmax.create(2, scale_log2=problem.scale_log2, integer_maxima=True)
@@ -321,8 +330,9 @@ class Forward:
     def fragment_p(self, acc_s: cute.Tensor) -> PackedFragment:
         return PackedFragment.like(acc_s, self.dtype)
 
-    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
-        return acc_o
+    def accumulators(self, shape_o: tuple) -> Accumulators:
+        acc_o = cute.make_rmem_tensor(shape_o, Float32)
+        return Accumulators(acc_o, acc_o, acc_o)
 
     def load_scales(
         self, problem: Problem, work: Work, tiles: Tiles, pipe: Any, state: Any, n_block: Int32
@@ -586,15 +596,16 @@ class Forward:
         shape_s = mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n))
         shape_o = mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim_v))
         acc_s = cute.make_rmem_tensor(shape_s, Float32)
-        acc_o = cute.make_rmem_tensor(shape_o, Float32)
+        accumulators = self.accumulators(shape_o)
         fragments = Fragments(
             q=wgmma.Operand.of(uniform_qk.partition_A(tiles.q)),
             k=wgmma.Operand.of(uniform_qk.partition_B(tiles.k)),
             v=wgmma.Operand.of(uniform_pv.partition_B(tiles.v)),
             p=self.fragment_p(acc_s),
             acc_s=acc_s,
-            acc_o=acc_o,
-            acc_pv=self.accumulator_pv(acc_o),
+            acc_o=accumulators.o,
+            acc_total=accumulators.total,
+            acc_pv=accumulators.pv,
         )
         softmax = self.statistics(problem)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, cfg.stages)
@@ -605,7 +616,7 @@ class Forward:
             q_state = state_after(count, cfg.q_stages)
             work = self.current_work(problem, queue, count)
             softmax.reset()
-            fragments.acc_o.fill(0.0)
+            fragments.acc_total.fill(0.0)
             fragments.acc_pv.fill(0.0)
             group = self.group(problem)
             if const_expr(cfg.packs_heads):
@@ -756,8 +767,12 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         self.issue_pv(fragments, fragments.v.stage(v_state.index), problem, blocks.first)
         work = self.current_work(problem, pipelines.tiles, count)
+        if const_expr(cfg.sums_in_mma):
+            self.wait_pv(fragments, problem, Int32(0))
+            self.take_sums(fragments, softmax)
         factors = softmax.finish(self.read_sinks(mmas, problem, work))
-        self.wait_pv(fragments, problem, Int32(0))
+        if const_expr(not cfg.sums_in_mma):
+            self.wait_pv(fragments, problem, Int32(0))
         pipelines.v.consumer_release(v_state)
         if const_expr(cfg.mask == "local"):
             before = work.blocks.first - work.first

@@ -48,16 +48,16 @@ from hopper_attention.cute_kernels.primitives.arguments import (
     example,
 )
 from hopper_attention.cute_kernels.primitives.arithmetic import minimum
-from hopper_attention.cute_kernels.primitives.fragments import Fp8Fragment, pin, rows_and_columns
+from hopper_attention.cute_kernels.primitives.fragments import CodedFragment, Fp8Fragment, pin
 from hopper_attention.cute_kernels.primitives.memory import read
 from hopper_attention.cute_kernels.primitives.types import key_scales, row_statistics, strided
 from hopper_attention.cute_kernels.scheduling.tile_scheduler import Tile
-from hopper_attention.cute_kernels.softmax.online import ScaleGroup, scale_rows
-from hopper_attention.cute_kernels.softmax.online_fp8 import Fp8Softmax
+from hopper_attention.cute_kernels.softmax.online import OnlineSoftmax, ScaleGroup
+from hopper_attention.cute_kernels.softmax.online_fp8 import CodedSoftmax, Fp8Softmax
 from hopper_attention.hopper.forward.config import ForwardFp8Config
 from hopper_attention.hopper.forward.kernel import Forward
 from hopper_attention.hopper.forward.output import Output
-from hopper_attention.hopper.forward.roles import Fragments, Mmas, Problem, Tiles, Work
+from hopper_attention.hopper.forward.roles import Accumulators, Fragments, Mmas, Problem, Tiles, Work
 from hopper_attention.hopper.primitives import wgmma
 from hopper_attention.hopper.primitives.tma import load_row, permute
 
@@ -117,6 +117,8 @@ SEQUENCE = 128
 """Columns of V that a packed sequence has multiples of."""
 HEADROOM = 8.0
 """log2 of the greatest P."""
+FOUR_ONES = 0x38383838
+"""In e4m3."""
 
 
 class ForwardFp8(Forward):
@@ -181,25 +183,52 @@ class ForwardFp8(Forward):
             make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.head_dim_v), registers),
         )
 
-    def shared_layouts(self) -> tuple:
-        """Swizzled layouts of Q, K, V and O with their stages."""
-        cfg, row = self.cfg, LayoutEnum.ROW_MAJOR
-        qk = (cfg.tile_m, cfg.tile_n, cfg.head_dim)
-        pv = (cfg.tile_m, cfg.head_dim_v, cfg.tile_n)
-        q = sm90.make_smem_layout_a(row, qk, self.dtype, cfg.q_stages)
-        k = sm90.make_smem_layout_b(row, qk, self.dtype, cfg.stages)
-        v = sm90.make_smem_layout_b(row, pv, self.dtype, cfg.stages)
-        return q, k, v, self.output.layout()
+    def layout_v(self, columns: int):
+        """So many columns of V, (columns, tile_n, stages); keys are contiguous."""
+        pv = (self.cfg.tile_m, columns, self.cfg.tile_n)
+        return sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, pv, self.dtype, self.cfg.stages)
 
-    def statistics(self, problem: Problem) -> Fp8Softmax:
-        groups = self.cfg.f16x2_groups
+    @cute.jit
+    def fill_ones(self, v_start: cute.Pointer):
+        """Columns of ones behind V's in every stage: one swizzle atom, 1 KB, that TMA leaves alone.
+
+        The pipelines' first barrier orders it before the GEMMs that read it.
+        """
+        cfg, thread = self.cfg, cute.arch.thread_idx()[0]
+        words = cfg.sum_columns * cfg.tile_n // 4
+        if thread < words:
+            for stage in cutlass.range_constexpr(cfg.stages):
+                columns = stage * (cfg.head_dim_v + cfg.sum_columns) + cfg.head_dim_v
+                start = cute.recast_ptr(v_start + columns * cfg.tile_n, dtype=Int32)
+                cute.make_tensor(start, cute.make_layout(words))[thread] = Int32(FOUR_ONES)
+        cute.arch.fence_proxy("async.shared", space="cta")
+
+    def statistics(self, problem: Problem) -> OnlineSoftmax:
+        cfg = self.cfg
+        if cfg.codes:
+            return CodedSoftmax.create(2, headroom=HEADROOM, integer_maxima=True)
+        groups = cfg.f16x2_groups
         return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, f16x2_groups=groups)
 
     def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
+        if self.cfg.codes:
+            return CodedFragment.like(acc_s)
         return Fp8Fragment.like(acc_s, self.cfg.f16x2_groups)
 
-    def accumulator_pv(self, acc_o: cute.Tensor) -> cute.Tensor:
-        return cute.make_rmem_tensor_like(acc_o) if self.cfg.two_level else acc_o
+    def accumulators(self, shape_o: tuple) -> Accumulators:
+        acc_o = cute.make_rmem_tensor(shape_o, Float32)
+        total = acc_o
+        if self.cfg.sums_in_mma:
+            total = cute.make_rmem_tensor((cute.size(acc_o) + self.cfg.sum_columns // 2,), Float32)
+            acc_o = cute.make_tensor(total.iterator, acc_o.layout)
+        pv = cute.make_rmem_tensor_like(total) if self.cfg.two_level else total
+        return Accumulators(acc_o, total, pv)
+
+    @cute.jit
+    def take_sums(self, fragments: Fragments, softmax: CodedSoftmax):
+        """row_sum <- what the tensor cores have summed; every thread of a quad has all of it."""
+        for i in cutlass.range_constexpr(2):
+            softmax.row_sum[i] = fragments.acc_total[cute.size(fragments.acc_o) + 2 * i] * 0.25
 
     @cute.jit
     def values_offset(self, problem: Problem, work: Work) -> Int32:
@@ -254,9 +283,12 @@ class ForwardFp8(Forward):
         for i in range(cute.size(of_block, mode=[1])):
             factor, shift = scales.q * of_block[0, i], of_block[1, i]
             scale_log2, inner = (problem.scale_log2, factor) if self.cfg.softcap else (factor, None)
-            weight = cute.math.exp2(-shift, fastmath=True)
             own = range(i * columns, (i + 1) * columns)
-            found.append(ScaleGroup(own, scale_log2, HEADROOM + shift, weight, inner))
+            if self.cfg.codes:  # V has one scale
+                found.append(ScaleGroup(own, scale_log2, HEADROOM, inner=inner))
+            else:
+                weight = cute.math.exp2(-shift, fastmath=True)
+                found.append(ScaleGroup(own, scale_log2, HEADROOM + shift, weight, inner))
         return tuple(found)
 
     @cute.jit
@@ -282,14 +314,15 @@ class ForwardFp8(Forward):
         pin(fragments.acc_pv)
         if const_expr(self.cfg.two_level):
             if self.sums_end(problem, n_block):
-                for i in cutlass.range_constexpr(cute.size(fragments.acc_o)):
-                    fragments.acc_o[i] = fragments.acc_o[i] + fragments.acc_pv[i]
+                for i in cutlass.range_constexpr(cute.size(fragments.acc_pv)):
+                    fragments.acc_total[i] = fragments.acc_total[i] + fragments.acc_pv[i]
 
     @cute.jit
     def rescale(self, fragments: Fragments, factors: cute.Tensor):
-        scale_rows(rows_and_columns(fragments.acc_o), factors)
-        if const_expr(self.cfg.two_level):
-            scale_rows(rows_and_columns(fragments.acc_pv), factors)
+        accumulators = (fragments.acc_total, fragments.acc_pv)
+        for acc in accumulators if self.cfg.two_level else accumulators[:1]:
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                acc[i] = acc[i] * factors[i // 2 % 2]
 
     def sums_end(self, problem: Problem, n_block: Int32) -> Boolean:
         """True if P V of this key block is the last of those that are summed together."""

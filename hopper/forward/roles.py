@@ -136,6 +136,17 @@ class Pipelines:
 
 
 @dataclass(frozen=True)
+class Accumulators:
+    """Registers of O."""
+
+    o: cute.Tensor
+    total: cute.Tensor
+    """O, and behind it the sums of rows, if the tensor cores make them."""
+    pv: cute.Tensor
+    """What WGMMA adds to: `total`, or a part of it that is added later."""
+
+
+@dataclass(frozen=True)
 class Fragments:
     """Operands of one consumer thread: descriptors of Q, K, V; registers of P, S, O."""
 
@@ -146,8 +157,8 @@ class Fragments:
     """PackedFragment or Fp8Fragment."""
     acc_s: cute.Tensor
     acc_o: cute.Tensor
+    acc_total: cute.Tensor
     acc_pv: cute.Tensor
-    """The accumulator of P V: acc_o, or a part of it that is added later."""
 
 
 def consumer_thread() -> Int32:
