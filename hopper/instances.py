@@ -103,8 +103,6 @@ def _forward_fp8(
     upto = kinds.index("softcap" if softcap else mask) + 1
     keys = product(kinds[:upto], ("", "_varlen") if varlen else ("",))
     tile = [tiles["".join(key)] for key in keys if "".join(key) in tiles][-1]
-    if codes:  # they need fewer registers
-        tile = tiles["full"]
     problem = ("e4m3", *dims, mask, softcap, varlen, *tile)
     return Instance(
         name=_name("fwd", "e4m3", dims, mask, softcap, varlen)

@@ -32,7 +32,7 @@ class OneLevel:
             softcap=problem.softcap,
         )
         tensors = values.Inputs(inputs.q, inputs.k, inputs.v)
-        call = plan.prepare(tensors, options, values.AccumulationOptions(two_level=False))
+        call = plan.prepare(tensors, options, values.PrecisionOptions(two_level=False))
         one = torch.ones(1, device=inputs.q.device)
         columns = columns_of(inputs.v) if self.arranged else None
         scaling = forward_fp8.Scaling(

@@ -10,7 +10,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64, const_expr
 
 STAGES = 4
-"""The producer publishes a tile while it loads the one before, and the consumers may still be at the
+"""The producer publishes a tile while it loads the one before, and consumers may still be at the
 one before that.  That needs three; by four, divisions are shifts."""
 
 

@@ -57,7 +57,14 @@ from hopper_attention.cute_kernels.softmax.online_fp8 import CodedSoftmax, Fp8So
 from hopper_attention.hopper.forward.config import ForwardFp8Config
 from hopper_attention.hopper.forward.kernel import Forward
 from hopper_attention.hopper.forward.output import Output
-from hopper_attention.hopper.forward.roles import Accumulators, Fragments, Mmas, Problem, Tiles, Work
+from hopper_attention.hopper.forward.roles import (
+    Accumulators,
+    Fragments,
+    Mmas,
+    Problem,
+    Tiles,
+    Work,
+)
 from hopper_attention.hopper.primitives import wgmma
 from hopper_attention.hopper.primitives.tma import load_row, permute
 
@@ -190,7 +197,7 @@ class ForwardFp8(Forward):
 
     @cute.jit
     def fill_ones(self, v_start: cute.Pointer):
-        """Columns of ones behind V's in every stage: one swizzle atom, 1 KB, that TMA leaves alone.
+        """Columns of ones behind V's in every stage: one swizzle atom, that TMA leaves alone.
 
         The pipelines' first barrier orders it before the GEMMs that read it.
         """
@@ -252,9 +259,7 @@ class ForwardFp8(Forward):
         load_row(source, tiles.scales[None, state.index], pipe.producer_get_barrier(state))
 
     @cute.jit
-    def factors(
-        self, problem: Problem, tile: Tile, batch: Int32, head_kv: Int32, row_block: Int32
-    ):
+    def factors(self, problem: Problem, tile: Tile, batch: Int32, head_kv: Int32, row_block: Int32):
         """The producer looks up what consumers would have to wait for between tiles."""
         scaling, last = problem.scaling, problem.scaling.q.shape[2] - 1
         scale = problem.softcap[0] if self.cfg.softcap else problem.scale_log2

@@ -22,6 +22,7 @@ def attention_fp8(
     smooth_k: bool = False,
     two_level: bool | None = None,
     accumulate_every: int = 1,
+    exact_softmax: bool = True,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Any = values.NO_WINDOW,
@@ -51,6 +52,9 @@ def attention_fp8(
             14 bits of their sums; None: where there is a kernel for it.
         accumulate_every: with two_level, so many key blocks (of 128 keys, of 64 in some kernels)
             are summed by the tensor cores before; a power of two.
+        exact_softmax: False: P is rounded from its logarithm, without exponentials, as far as
+            masks go full or causal and head dims up to 128.  Faster by the model, less exact where
+            few keys outweigh many (docs/fp8.md); V then has one scale a head, whatever the recipe.
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths, by default the tensors' rows:
             scales take memory for so many.  On a GPU, they are not checked; a tensor there means
             the same as None.
@@ -62,13 +66,13 @@ def attention_fp8(
     Raises:
         TypeError, ValueError: as `flash_attn_func`.
         NotImplementedError: smooth_k with softcap or sinks, which see what it takes off; two_level
-            of head dims beyond 128.
+            of head dims beyond 128; exact_softmax=False with windows, softcap or such head dims.
     """
     options = Options.of(
         softmax_scale, causal, window_size, attention_chunk, softcap, deterministic=deterministic
     )
     treatment = Fp8Options.of(
-        recipe, hadamard, two_level, accumulate_every, max_seqlen_q, max_seqlen_k
+        recipe, hadamard, two_level, accumulate_every, exact_softmax, max_seqlen_q, max_seqlen_k
     )
     smooth_k = scalars.flag("smooth_k", smooth_k)
     return_lse = scalars.flag("return_lse", return_lse)

@@ -46,6 +46,7 @@ def flash_attn_func(
     out_dtype: torch.dtype | None = None,
     out_descale: Tensor | None = None,
     out: Tensor | None = None,
+    exact_softmax: bool = True,
 ) -> Result:
     """softmax(softmax_scale * q k^T) v for every batch entry and head.
 
@@ -89,6 +90,8 @@ def flash_attn_func(
             times it, it saturates.  None: 1.
         out: written and returned, where the result has a place: strides as allowed for q, no
             memory of q, k or v.  Without gradients.
+        exact_softmax: of FP8 tensors; False: without exponentials, as `attention_fp8` has it, for v
+            of one descale, or of (batch, heads_kv).
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
@@ -113,10 +116,14 @@ def flash_attn_func(
     if getattr(q, "dtype", None) in FP8_TENSORS:
         descales = Descales(q_descale, k_descale, v_descale, out_descale)
         lengths, bounds = (DENSE, DENSE), SequenceBounds()
-        result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
+        result, lse = fp8.attend(
+            q, k, v, learnable_sink, lengths, descales, bounds, options, exact_softmax, out
+        )
     else:
-        if not (q_descale is k_descale is v_descale is out_descale is None):
-            _check_descales(Descales(q_descale, k_descale, v_descale, out_descale))
+        if not (
+            q_descale is k_descale is v_descale is out_descale is None and exact_softmax is True
+        ):
+            _check_of_fp8(Descales(q_descale, k_descale, v_descale, out_descale), exact_softmax)
         result, lse = attention.attend(q, k, v, learnable_sink, DENSE, DENSE, options, out)
     return (result, lse) if with_lse else result
 
@@ -151,6 +158,7 @@ def flash_attn_varlen_func(
     out_dtype: torch.dtype | None = None,
     out_descale: Tensor | None = None,
     out: Tensor | None = None,
+    exact_softmax: bool = True,
 ) -> Result:
     """`flash_attn_func` for sequences of different lengths, packed or padded; no padding is read.
 
@@ -190,9 +198,11 @@ def flash_attn_varlen_func(
     descales = Descales(q_descale, k_descale, v_descale, out_descale)
     if getattr(q, "dtype", None) in FP8_TENSORS:
         lengths, bounds = (queries, keys), SequenceBounds(bound_q, bound_k)
-        result, lse = fp8.attend(q, k, v, learnable_sink, lengths, descales, bounds, options, out)
+        result, lse = fp8.attend(
+            q, k, v, learnable_sink, lengths, descales, bounds, options, exact_softmax, out
+        )
     else:
-        _check_descales(descales)
+        _check_of_fp8(descales, exact_softmax)
         result, lse = attention.attend(q, k, v, learnable_sink, queries, keys, options, out)
     return (result, lse) if with_lse else result
 
@@ -270,8 +280,10 @@ def _check_unsupported(qv: Tensor | None, num_splits: int) -> None:
         checks.check_unsupported(qv=qv)
 
 
-def _check_descales(descales: Descales) -> None:
-    """Refuse descales of tensors that are not FP8."""
+def _check_of_fp8(descales: Descales, exact_softmax: bool) -> None:
+    """Refuse what goes with FP8 tensors only."""
+    if not scalars.flag("exact_softmax", exact_softmax):
+        raise NotImplementedError("exact_softmax=False: only of FP8 tensors; leave it out")
     for name, descale in descales._asdict().items():
         if descale is not None:
             raise NotImplementedError(f"{name}: only of FP8 tensors; leave it out")

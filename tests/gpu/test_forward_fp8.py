@@ -36,7 +36,9 @@ DENSE_CASES = [
 def test_matches_model(case):
     q, k, v = (x.cuda() for x in case.inputs())
     out, lse = attention_fp8(q, k, v, return_lse=True, **case.call)
-    check(case.instance, quantized(q, k, v, case.recipe), out, lse, **case.arguments)
+    check(
+        case.instance, quantized(q, k, v, case.recipe, codes=case.codes), out, lse, **case.arguments
+    )
     again, lse_again = attention_fp8(q, k, v, return_lse=True, **case.call)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
@@ -50,7 +52,7 @@ def test_packed_sequences_match_model(case):
         *tensors, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
         cu_seqlens_k=keys.cu_seqlens, **case.call,
     )  # fmt: skip
-    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys, codes=case.codes)
     check_packed(case.instance, operands, LENGTHS, out, lse, **case.arguments)
 
 

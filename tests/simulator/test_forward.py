@@ -351,7 +351,7 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.parametrize(
-    "shape, arguments, blocks",
+    ("shape", "arguments", "blocks"),
     [
         (Shape(1, 192, 192, 1, 1), {"causal": True}, (1, 1, 2)),
         (Shape(1, 192, 300, 1, 1), {"causal": True}, (2, 2, 3)),

@@ -61,7 +61,7 @@ def test_matches_model(cases):
             with simulator.enabled(seed=seed):
                 results.append(attention_fp8(*tensors, return_lse=True, **case.call))
         assert all(map(torch.equal, *results))
-        operands = quantized(*tensors, case.recipe)
+        operands = quantized(*tensors, case.recipe, codes=case.codes)
         check(case.instance, operands, *results[0], **case.arguments)
 
 
@@ -78,7 +78,7 @@ def test_packed_sequences_match_model(case):
         with simulator.enabled(seed=seed):
             results.append(attention_fp8(*tensors, return_lse=True, **starts, **case.call))
     assert all(map(torch.equal, *results))
-    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys, codes=case.codes)
     check_packed(case.instance, operands, LENGTHS, *results[0], **case.arguments)
 
 
@@ -298,7 +298,7 @@ def test_short_sums_of_packed_sequences(case):
             *tensors, return_lse=True, cu_seqlens_q=queries.cu_seqlens,
             cu_seqlens_k=keys.cu_seqlens, **case.call,
         )  # fmt: skip
-    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys)
+    operands = quantized(*tensors, case.recipe, queries=queries, keys=keys, codes=case.codes)
     check_packed(case.instance, operands, LENGTHS, out, lse, short_sums=True, **case.arguments)
 
 

@@ -13,6 +13,7 @@ from hopper_attention.dispatch import manifest
 from hopper_attention.problem.values import DENSE, Lengths, Options, resolve_mask
 from hopper_attention.quantize import Quantized, Recipe, block_rows, spread, stated
 from hopper_attention.reference.error import Error, pytorch_attention
+from hopper_attention.reference.fp8 import coded
 from support.problems import (
     Arguments,
     Shape,
@@ -57,10 +58,13 @@ class Case:
         return label(self.instance, self.shape, self.recipe.value, self.arguments)
 
     @property
+    def codes(self) -> bool:
+        return bool(INSTANCES[self.instance].config["codes"])
+
+    @property
     def call(self) -> Arguments:
         """All arguments of `attention_fp8` beside the tensors."""
-        two_level = INSTANCES[self.instance].config["two_level"]
-        return {"recipe": self.recipe, "two_level": two_level, **self.arguments}
+        return {"recipe": self.recipe, **precision(self.instance), **self.arguments}
 
     def inputs(self) -> Any:
         return inputs_for(INSTANCES[self.instance].config, self.shape)
@@ -87,15 +91,24 @@ class PackedCase:
         return label(self.instance, *parts)
 
     @property
+    def codes(self) -> bool:
+        return bool(INSTANCES[self.instance].config["codes"])
+
+    @property
     def call(self) -> Arguments:
         """All arguments of `attention_fp8` beside the tensors and their offsets."""
         bounds = [max(side) for side in zip(*LENGTHS)]
         longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), bounds)) if self.bounded else {}
-        two_level = INSTANCES[self.instance].config["two_level"]
-        return {"recipe": self.recipe, "two_level": two_level, **longest, **self.arguments}
+        return {"recipe": self.recipe, **precision(self.instance), **longest, **self.arguments}
 
     def inputs(self, device: str = "cpu") -> Any:
         return packed_inputs(INSTANCES[self.instance].config, device)
+
+
+def precision(instance: str) -> Arguments:
+    """Arguments of `attention_fp8` that decide between instances for one problem."""
+    config = INSTANCES[instance].config
+    return {"two_level": config["two_level"], "exact_softmax": not config["codes"]}
 
 
 def recipe(number: int) -> Recipe:
@@ -121,12 +134,14 @@ class Operands(NamedTuple):
     v: Quantized
 
 
-def quantized(q, k, v, recipe, *, queries=DENSE, keys=DENSE, **how):
+def quantized(q, k, v, recipe, *, queries=DENSE, keys=DENSE, codes=False, **how):
+    """`codes`: V has one scale a head."""
     lengths = ({"lengths": queries}, {"lengths": keys})
+    of_values = Recipe.PER_HEAD if codes and recipe.rows else recipe
     return Operands(
         stated(q, recipe, heads_kv=k.shape[-2], **lengths[0], **how),
         stated(k, recipe, **lengths[1], **how),
-        stated(v, recipe, octaves=True, **lengths[1]),
+        stated(v, of_values, octaves=True, **lengths[1]),
     )
 
 
@@ -165,7 +180,8 @@ def model(operands, call: Options, config, sink=None):
     """(out, lse) are computed in FP64, but P is rounded to e4m3, key block by block, last to first.
 
     P is taken relative to the largest score so far, times 2^8 and V's descale over the largest of
-    its head.  Up to d128 those of every second 16 keys are computed in half precision.
+    its head.  Up to d128 those of every second 16 keys are computed in half precision; or all of
+    them come as codes, which are summed as they are.
     """
     tile_n = config["tile_n"]
     q, k, v = exact(operands)
@@ -190,9 +206,12 @@ def model(operands, call: Options, config, sink=None):
         finite = torch.where(new == -torch.inf, 0.0, new)
         shrink = torch.exp(top - finite)
         below = relative[..., keys]
-        p = torch.exp2((scores[..., keys] - finite[..., None]) / math.log(2) + HEADROOM)
+        exponents = (scores[..., keys] - finite[..., None]) / math.log(2) + HEADROOM
+        p = torch.exp2(exponents)
         wide = p * below
-        if config["head_dim"] <= 128:
+        if config["codes"]:
+            p = wide = coded(exponents).double()
+        elif config["head_dim"] <= 128:
             in_f16x2 = torch.arange(keys.start, keys.stop, device=q.device) // 16 % 2 == 1
             p = torch.where(in_f16x2, exp2_in_f16x2(p.log2()), p)
             wide = torch.where(in_f16x2, (p * below.half().double()).half().double(), wide)

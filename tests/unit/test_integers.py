@@ -382,7 +382,7 @@ def test_operators_refuse_negative_bounds():
     quantised = (*E4M3.values(), *tensors[3:], None, None, None, None)
     options = (*options[:6], None, *options[7:])
     with pytest.raises(ValueError, match="bound_k must be from 0, got -5"):
-        torch.ops.hopper_attention.forward_fp8(*quantised, *options, 130, -5)
-    treatment = ("block64", False, None, 1, 130, -5)
+        torch.ops.hopper_attention.forward_fp8(*quantised, *options, 130, -5, None, 1, True)
+    treatment = ("block64", False, None, 1, True, 130, -5)
     with pytest.raises(ValueError, match="max_seqlen_k must be from 0, got -5"):
         torch.ops.hopper_attention.attention_fp8(*tensors, *options, *treatment)

@@ -15,10 +15,11 @@ from hopper_attention import reference
 from hopper_attention.accuracy.inputs import Distribution, Inputs, Size, draw
 from hopper_attention.launch import forward_fp8
 from hopper_attention.problem.quantization import Quantized, Recipe
+from hopper_attention.problem.values import PrecisionOptions
 from hopper_attention.quantize import stated
 from hopper_attention.reference import fp8
 from hopper_attention.reference.error import Error, pytorch_attention
-from hopper_attention.reference.fp8 import EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
+from hopper_attention.reference.fp8 import CODES, EXACT, HOPPER, PLAIN, Arithmetic, Cut, exactly
 
 
 class Accumulation(str, enum.Enum):
@@ -27,6 +28,8 @@ class Accumulation(str, enum.Enum):
     TWO_LEVEL = "two_level"
     PLAIN = "plain"
     EXACT = "exact"
+    CODES = "codes"
+    """Two levels, of P without exponentials."""
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -34,6 +37,7 @@ class Accumulation(str, enum.Enum):
             Accumulation.TWO_LEVEL: HOPPER,
             Accumulation.PLAIN: PLAIN,
             Accumulation.EXACT: EXACT,
+            Accumulation.CODES: CODES,
         }[self]
 
 
@@ -65,8 +69,14 @@ class Variant:
         return (
             stated(inputs.q, self.recipe, heads_kv, self.hadamard),
             stated(inputs.k, self.recipe, hadamard=self.hadamard, centered=self.smooth_k),
-            stated(inputs.v, self.recipe, octaves=True),
+            stated(inputs.v, self.recipe_of_values, octaves=True),
         )
+
+    @property
+    def recipe_of_values(self) -> Recipe:
+        """V's: codes can take no scale of its blocks."""
+        codes = self.accumulation.arithmetic.codes and self.recipe.rows is not None
+        return Recipe.PER_HEAD if codes else self.recipe
 
     def run(self, inputs: Inputs) -> Tensor:
         return emulated(self.operands(inputs), inputs, self.accumulation.arithmetic)
@@ -74,8 +84,9 @@ class Variant:
     def run_kernel(self, inputs: Inputs, device: torch.device) -> Tensor:
         """On a GPU, or the simulator; its accumulators are as exact as those are."""
         q, k, v = (Quantized(*(x.to(device) for x in one)) for one in self.operands(inputs))
-        two_level = self.accumulation is Accumulation.TWO_LEVEL
-        return forward_fp8.compute((q, k, v), inputs.softmax_scale, inputs.mask, two_level).cpu()
+        arithmetic = self.accumulation.arithmetic
+        precision = PrecisionOptions(arithmetic.two_level, exact_softmax=not arithmetic.codes)
+        return forward_fp8.compute((q, k, v), inputs.softmax_scale, inputs.mask, precision).cpu()
 
 
 def variants(

@@ -67,12 +67,17 @@ def forward_fp8_instance(
     softcap: bool,
     varlen: bool,
     two_level: bool | None,
+    exact_softmax: bool = True,
 ) -> str:
     """Like `forward_instance`, for e4m3; `two_level` None: two levels where there is one."""
-    refusals: list[NotImplementedError] = []
+    if not exact_softmax and (softcap or mask == "local"):
+        raise NotImplementedError(
+            "exact_softmax=False: no kernel has windows, chunks or softcap; use exact_softmax=True"
+        )
+    codes, refusals = not exact_softmax, []
     for level in (True, False) if two_level is None else (two_level,):
         try:
-            wanted = _by_mask("e4m3", mask, softcap, varlen, two_level=level)
+            wanted = _by_mask("e4m3", mask, softcap, varlen, two_level=level, codes=codes)
             return _attention_instance("forward_fp8", wanted, head_dim, head_dim_v, HOPPER)
         except NotImplementedError as refusal:
             refusals.append(refusal)

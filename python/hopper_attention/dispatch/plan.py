@@ -24,16 +24,16 @@ from hopper_attention.problem.checks import check_index_tensors, result_type
 from hopper_attention.problem.values import (
     DTYPES,
     FP8_TENSORS,
-    AccumulationOptions,
     Inputs,
     Mask,
     Options,
+    PrecisionOptions,
     resolve_mask,
     result_shapes,
 )
 
 
-def prepare(inputs: Inputs, options: Options, fp8: AccumulationOptions | None = None) -> Plan:
+def prepare(inputs: Inputs, options: Options, fp8: PrecisionOptions | None = None) -> Plan:
     """The plan for a call, with everything about the call checked; `fp8`: of FP8 kernels.
 
     Raises TypeError, ValueError or NotImplementedError, as the public functions say.
@@ -56,7 +56,7 @@ def prepare(inputs: Inputs, options: Options, fp8: AccumulationOptions | None = 
     return plan
 
 
-def _target(q: Tensor, fp8: AccumulationOptions | None) -> Target:
+def _target(q: Tensor, fp8: PrecisionOptions | None) -> Target:
     return target_for(q) if fp8 is None else target_for_fp8(q)
 
 
@@ -129,7 +129,7 @@ def make_plan(
     packed_q: bool = False,
     packed_k: bool = False,
     varlen: bool = False,
-    fp8: AccumulationOptions | None = None,
+    fp8: PrecisionOptions | None = None,
     mask: Mask | None = None,
 ) -> Plan:
     """Raises what `prepare` does about these.  `mask`: in place of the options'."""
@@ -147,7 +147,9 @@ def make_plan(
         checks.check_fp8_head_dims(q[-1], v[-1])
         if target.kernels != REFERENCE:
             find = instances.forward_fp8_instance
-            instance = instances.or_listed(target, find, *kind, varlen, fp8.two_level)
+            instance = instances.or_listed(
+                target, find, *kind, varlen, fp8.two_level, fp8.exact_softmax
+            )
             if fp8.accumulate_every > 1 and not instances.is_two_level(instance):
                 raise NotImplementedError(
                     f"accumulate_every={fp8.accumulate_every}: head dims {q[-1]} and {v[-1]} have "

@@ -19,7 +19,12 @@ from hopper_attention.launch.arguments import as_entry, clear_unused, launch
 from hopper_attention.launch.quantize import columns_of, narrowed, quantize
 from hopper_attention.nvtx import annotated
 from hopper_attention.problem import memory
-from hopper_attention.problem.fp8 import checked_descale, checked_out_descale, sequence_bounds
+from hopper_attention.problem.fp8 import (
+    check_scale_of_values,
+    checked_descale,
+    checked_out_descale,
+    sequence_bounds,
+)
 from hopper_attention.problem.quantization import (
     Fp8Options,
     QuantizationRequest,
@@ -28,12 +33,12 @@ from hopper_attention.problem.quantization import (
 )
 from hopper_attention.problem.values import (
     FP8_TENSORS,
-    AccumulationOptions,
     Descales,
     Inputs,
     Lengths,
     Mask,
     Options,
+    PrecisionOptions,
     SequenceBounds,
 )
 from hopper_attention.reference.quantize import block_rows, spread
@@ -181,12 +186,12 @@ def quantize_and_run(plan: Plan, inputs: Inputs, treatment: Fp8Options) -> tuple
     of_keys: dict[str, Any] = {"lengths": inputs.keys, "max_seqlen": bound_k}
     arranged = _arranges(plan, inputs)
 
-    def quantized(x: Tensor, **how: Any) -> Quantized:
+    def quantized(x: Tensor, recipe: Recipe, **how: Any) -> Quantized:
         return quantize(x, QuantizationRequest.of(x, recipe, **how))
 
-    q8 = quantized(q, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
-    k8 = quantized(k, hadamard=hadamard, **of_keys)
-    v8 = quantized(v, octaves=True, arranged=arranged, **of_keys)
+    q8 = quantized(q, recipe, heads_kv=k.shape[-2], hadamard=hadamard, **of_queries)
+    k8 = quantized(k, recipe, hadamard=hadamard, **of_keys)
+    v8 = quantized(v, treatment.recipe_of_values, octaves=True, arranged=arranged, **of_keys)
     scaling = Scaling(
         q8.descale, k8.descale, v8.descale, bound_q, bound_k,
         columns=v8.values if arranged else None,
@@ -206,6 +211,7 @@ def descale_and_attend(
     descales: Descales,
     bounds: SequenceBounds,
     options: Options,
+    precision: PrecisionOptions,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with everything checked that can be checked without data."""
@@ -218,7 +224,7 @@ def descale_and_attend(
             raise NotImplementedError(
                 f"{name} has dtype {tensor.dtype}; supported with FP8 tensors: {have}"
             )
-    plan = prepare(inputs, options, AccumulationOptions())
+    plan = prepare(inputs, options, precision)
     bound_q, bound_k = sequence_bounds(inputs, *bounds)
     given = descales._asdict()
     sides = {"q_descale": (q, bound_q), "k_descale": (k, bound_k), "v_descale": (v, bound_k)}
@@ -226,6 +232,8 @@ def descale_and_attend(
         checked_descale(name, given[name], x, k.shape[-2], inputs.sequences, bound)
         for name, (x, bound) in sides.items()
     )
+    if not precision.exact_softmax:
+        check_scale_of_values(v, v_descale)
     out_descale = checked_out_descale(descales.out_descale, plan.out_dtype, q)
     columns = None
     if k.dtype == torch.float8_e5m2:
@@ -244,8 +252,7 @@ def compute(
     operands: tuple[Quantized, Quantized, Quantized],
     softmax_scale: float,
     mask: Mask,
-    two_level: bool | None = None,
-    accumulate_every: int = 1,
+    precision: PrecisionOptions,
 ) -> Tensor:
     """out (batch, seqlen_q, heads, head_dim_v), float32, of quantised tensors and a resolved mask.
 
@@ -254,9 +261,7 @@ def compute(
     q, k, v = (x.values for x in operands)
     options = Options.of(softmax_scale, out_dtype=torch.float32)
     shapes, dtypes = (q.shape, k.shape, v.shape), (torch.bfloat16,) * 3
-    how = AccumulationOptions(two_level, accumulate_every)
-    target = target_for_fp8(q)
-    plan = make_plan(shapes, dtypes, options, target, fp8=how, mask=mask)
+    plan = make_plan(shapes, dtypes, options, target_for_fp8(q), fp8=precision, mask=mask)
     q_descale, k_descale, v_descale = (x.descale for x in operands)
     scaling = Scaling(q_descale, k_descale, v_descale, q.shape[1], k.shape[1])
     return run(plan, Inputs(q, k, v), scaling)[0]

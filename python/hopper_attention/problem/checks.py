@@ -15,10 +15,10 @@ from hopper_attention.problem.values import (
     DTYPES,
     MAX_HEAD_DIM,
     UNBOUNDED,
-    AccumulationOptions,
     Inputs,
     Lengths,
     Options,
+    PrecisionOptions,
     Shape,
 )
 
@@ -214,12 +214,12 @@ def check_shapes_of(inputs: Inputs) -> None:
     check_shapes(q.shape, k.shape, v.shape, *inputs.packed)
 
 
-def check_fp8_shapes_of(inputs: Inputs, options: Options, two_level: bool | None) -> None:
+def check_fp8_shapes_of(inputs: Inputs, options: Options, precision: PrecisionOptions) -> None:
     """Check shapes, head dims and out's dtype for the FP8 kernels."""
     q, k, v, *_ = inputs
     check_shapes(q.shape, k.shape, v.shape, *inputs.packed)
     check_fp8_head_dims(q.shape[-1], v.shape[-1])
-    result_type(options.out_dtype, torch.bfloat16, AccumulationOptions(two_level))
+    result_type(options.out_dtype, torch.bfloat16, precision)
 
 
 def check_index_tensors(inputs: Inputs) -> None:
@@ -232,7 +232,7 @@ def check_index_tensors(inputs: Inputs) -> None:
 
 
 def result_type(
-    out_dtype: torch.dtype | None, dtype: torch.dtype, fp8: AccumulationOptions | None
+    out_dtype: torch.dtype | None, dtype: torch.dtype, fp8: PrecisionOptions | None
 ) -> tuple[torch.dtype, int]:
     """out's dtype, and its number among those that the kernel stores."""
     if fp8 is None:

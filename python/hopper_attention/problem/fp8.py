@@ -72,6 +72,20 @@ def checked_descale(
     return descale.resolve_neg()
 
 
+def check_scale_of_values(v: Tensor, v_descale: Tensor) -> None:
+    """Check V for a softmax without exponentials: P cannot take the scales of its blocks."""
+    if v.dtype == torch.float8_e5m2:
+        raise NotImplementedError(
+            "exact_softmax=False: v is float8_e5m2, whose values get scales of blocks; use "
+            "float8_e4m3fn or exact_softmax=True"
+        )
+    if v_descale.ndim == 3 and v_descale.shape[2] > 1:
+        raise NotImplementedError(
+            f"exact_softmax=False: v_descale has {v_descale.shape[2]} blocks; use one number, "
+            "(batch, heads_kv), or exact_softmax=True"
+        )
+
+
 def checked_out_descale(descale: Tensor | None, out_dtype: torch.dtype, q: Tensor) -> Tensor | None:
     if descale is None:
         return None

@@ -16,6 +16,7 @@ from hopper_attention.problem.values import (
     MAX_HEAD_DIM,
     Bound,
     Lengths,
+    PrecisionOptions,
 )
 
 
@@ -96,6 +97,7 @@ class Fp8Options(NamedTuple):
     hadamard: bool
     two_level: bool | None
     accumulate_every: int
+    exact_softmax: bool
     bound_q: Bound | None
     """max_seqlen_q, a name that `Options` has already."""
     bound_k: Bound | None
@@ -106,6 +108,7 @@ class Fp8Options(NamedTuple):
         hadamard: Any,
         two_level: Any,
         accumulate_every: Any,
+        exact_softmax: Any,
         max_seqlen_q: Any,
         max_seqlen_k: Any,
     ) -> Fp8Options:
@@ -127,8 +130,19 @@ class Fp8Options(NamedTuple):
             scalars.flag("hadamard", hadamard),
             None if two_level is None else scalars.flag("two_level", two_level),
             every,
+            scalars.flag("exact_softmax", exact_softmax),
             *(scalars.bound(name, n) for name, n in bounds),
         )
+
+    @property
+    def precision(self) -> PrecisionOptions:
+        return PrecisionOptions(self.two_level, self.accumulate_every, self.exact_softmax)
+
+    @property
+    def recipe_of_values(self) -> Recipe:
+        """V's: P without exponentials can take no scale of a block of V."""
+        recipe = Recipe(self.recipe)
+        return recipe if self.exact_softmax or recipe.rows is None else Recipe.PER_HEAD
 
     def checked(self) -> Fp8Options:
         """Raises what `of` does."""

@@ -180,11 +180,12 @@ def resolve_mask(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Mask
 FP8_TENSORS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class AccumulationOptions(NamedTuple):
-    """How FP8 tensor cores add: `attention_fp8`'s arguments of these names."""
+class PrecisionOptions(NamedTuple):
+    """How exactly the FP8 kernels compute: `attention_fp8`'s arguments of these names."""
 
     two_level: bool | None = None
     accumulate_every: int = 1
+    exact_softmax: bool = True
 
 
 class Inputs(NamedTuple):

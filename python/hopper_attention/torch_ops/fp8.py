@@ -21,11 +21,11 @@ from hopper_attention.problem.fp8 import check_classes, check_operands, sequence
 from hopper_attention.problem.quantization import Fp8Options
 from hopper_attention.problem.values import (
     DTYPES,
-    AccumulationOptions,
     Descales,
     Inputs,
     Lengths,
     Options,
+    PrecisionOptions,
     SequenceBounds,
 )
 from hopper_attention.torch_ops import attention, autograd
@@ -47,24 +47,25 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(attention.library, "forward_fp8", attention.KERNELS)
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, descales, options, bounds = FORWARD_FP8.groups_of(arguments)
+    inputs, descales, options, bounds, precision = FORWARD_FP8.groups_of(arguments)
     given = bounds._asdict().items()
     bounds = SequenceBounds(*(scalars.bound(name, bound) for name, bound in given))
-    return descale_and_attend(attention.checked(inputs), descales, bounds, options.checked())
+    inputs, options = attention.checked(inputs), options.checked()
+    return descale_and_attend(inputs, descales, bounds, options, precision)
 
 
 @torch.library.register_fake("hopper_attention::attention_fp8", lib=attention.library)
 def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options, treatment = ATTENTION_FP8.groups_of(arguments)
     check_shapes_of(inputs)
-    check_fp8_shapes_of(inputs, options, treatment.two_level)
+    check_fp8_shapes_of(inputs, options, treatment.precision)
     return attention.fake_results(inputs, inputs.q.dtype)
 
 
 @torch.library.register_fake("hopper_attention::forward_fp8", lib=attention.library)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, _, options, _ = FORWARD_FP8.groups_of(arguments)
-    check_fp8_shapes_of(inputs, options, None)
+    inputs, _, options, _, precision = FORWARD_FP8.groups_of(arguments)
+    check_fp8_shapes_of(inputs, options, precision)
     return attention.fake_results(inputs, options.out_dtype or torch.bfloat16)
 
 
@@ -197,8 +198,7 @@ def quantize_and_attend(
     if options.out_dtype is not None:
         raise NotImplementedError("out_dtype: attention_fp8's is q's; use flash_attn_func")
     check_operands(inputs)
-    accumulation = AccumulationOptions(treatment.two_level, treatment.accumulate_every)
-    plan = prepare(inputs, options, accumulation)
+    plan = prepare(inputs, options, treatment.precision)
 
     def run(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return quantize_and_run(plan, inputs, treatment)
@@ -215,9 +215,11 @@ def attend(
     descales: Descales,
     bounds: SequenceBounds,
     options: Options,
+    exact_softmax: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the public functions' arguments, where q is FP8."""
+    precision = PrecisionOptions(exact_softmax=scalars.flag("exact_softmax", exact_softmax))
     checks.check_tensors(q, k, v)
     check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = checks.resolve_sink(learnable_sink, q)
@@ -232,9 +234,11 @@ def attend(
         memory.check_out(out, q, k, v, options.out_dtype or torch.bfloat16)
     if needs_dispatcher(inputs):
         attention.refuse_tangents(*(x for x in (q, k, v, sink, *descales) if isinstance(x, Tensor)))
-        result, lse = torch.ops.hopper_attention.forward_fp8(*inputs, *descales, *options, *bounds)
+        result, lse = torch.ops.hopper_attention.forward_fp8(
+            *inputs, *descales, *options, *bounds, *precision
+        )
         return (result if out is None else out.copy_(result)), lse
     if out is not None:
         memory.addressable("out", out)
         torch.autograd.graph.increment_version(out)  # kernels write it behind autograd's back
-    return descale_and_attend(inputs, descales, bounds, options, out)
+    return descale_and_attend(inputs, descales, bounds, options, precision, out)

@@ -21,6 +21,7 @@ from hopper_attention.problem.values import (
     Descales,
     Inputs,
     Options,
+    PrecisionOptions,
     ResultsAndGradients,
     SequenceBounds,
 )
@@ -87,4 +88,4 @@ def _type(hint: Any) -> str:
 FORWARD = Signature(Inputs, Options)
 BACKWARD = Signature(ResultsAndGradients, Inputs, Options)
 ATTENTION_FP8 = Signature(Inputs, Options, Fp8Options)
-FORWARD_FP8 = Signature(Inputs, Descales, Options, SequenceBounds)
+FORWARD_FP8 = Signature(Inputs, Descales, Options, SequenceBounds, PrecisionOptions)
