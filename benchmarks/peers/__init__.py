@@ -8,15 +8,18 @@ from hopper_attention.benchmarks.peers.cudnn_fp8 import CudnnFp8
 from hopper_attention.benchmarks.peers.flash_attn_api import FlashAttnApi
 from hopper_attention.benchmarks.peers.flashinfer import FlashInfer
 from hopper_attention.benchmarks.peers.flex_attention import FlexAttention
-from hopper_attention.benchmarks.peers.one_level import OneLevel
+from hopper_attention.benchmarks.peers.ours_fp8 import OursFp8
 from hopper_attention.benchmarks.peers.sdpa import Sdpa
 
 from hopper_attention.bench.measure.runner import Peer
+from hopper_attention.problem.values import PrecisionOptions
 
 PEERS: tuple[Peer, ...] = (
     FlashAttnApi("hopper-attention", "hopper_attention", dtypes=("bf16", "fp16", "fp8")),
-    OneLevel("hopper-attention, one level", arranged=False),
-    OneLevel("hopper-attention, one level, V arranged", arranged=True),
+    OursFp8("hopper-attention, one level", PrecisionOptions(two_level=False)),
+    OursFp8("hopper-attention, one level, V arranged", PrecisionOptions(False), arranged=True),
+    OursFp8("hopper-attention, codes", PrecisionOptions(exact_softmax=False)),
+    OursFp8("hopper-attention, codes, one level", PrecisionOptions(False, exact_softmax=False)),
     FlashAttnApi(
         "hopper-attention, Ampere's", "hopper_attention", dtypes=("bf16", "fp16"), backend="ampere"
     ),

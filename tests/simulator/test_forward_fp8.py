@@ -588,3 +588,64 @@ def test_refused_two_level_of_wide_heads():
 def test_recipes_are_all_run():
     """The numbering above leaves none out."""
     assert {case.recipe for cases in dense_cases() for case in cases} == set(Recipe)
+
+
+NO_EXPONENTIALS = {"exact_softmax": False}
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [48, 128])
+def test_codes_keep_nan(head_dim, causal):
+    """Codes know none: of keys with NaN, and of scores whose maximum is infinite."""
+    inputs = random_inputs(Shape(1, 200, 200, 2, 2), head_dim, torch.bfloat16)
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
+    k.view(torch.uint8)[:, 150] = 0x7F
+    call = {"causal": causal, "return_lse": True, **NO_EXPONENTIALS}
+    huge = torch.full((1,), 1e30)
+    with simulator.enabled(seed=0):
+        out, lse = flash_attn_func(q, k, v, **call)
+        infinite, _ = flash_attn_func(q.abs(), v.abs(), v, q_descale=huge, k_descale=huge, **call)
+    first = 150 if causal else 0
+    assert out[:, first:].isnan().all() and lse[..., first:].isnan().all()
+    assert out[:, :first].isfinite().all() and lse[..., :first].isfinite().all()
+    assert infinite.isnan().all()
+
+
+def test_codes_of_a_single_key():
+    """Powers of two are exact, so a row that sees one key is that key's V."""
+    inputs = random_inputs(Shape(1, 40, 40, 1, 1), 128, torch.bfloat16)
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
+    with simulator.enabled(seed=0):
+        out = flash_attn_func(q, k, v, causal=True, **NO_EXPONENTIALS)
+    assert torch.equal(out[:, 0], v[:, 0].to(out.dtype))
+
+
+def test_codes_over_several_tiles_a_block(monkeypatch):
+    """The ones behind V stay; GQA, sinks, rows of no key, V of any scale."""
+    monkeypatch.setattr(target, "SIMULATED_SMS", 2)
+    q, k, v = outliers(*random_inputs(Shape(2, 300, 200, 4, 2), 128, torch.float16))
+    sink = torch.randn(4)
+    call = {"causal": True, "learnable_sink": sink, "return_lse": True, **NO_EXPONENTIALS}
+    with simulator.enabled(seed=2):
+        out, lse = attention_fp8(q, k, v, accumulate_every=2, **call)
+    operands = quantized(q, k, v, Recipe.BLOCK64, codes=True)
+    instance = "fwd_e4m3_d128_causal_codes_two_level"
+    check(instance, operands, out, lse, sink=sink, causal=True)
+    with simulator.enabled(seed=0):
+        q8, k8, v8 = (x.values for x in operands)
+        scales = dict(zip(("q_descale", "k_descale", "v_descale"), (x.descale for x in operands)))
+        given, _ = flash_attn_func(q8, k8, v8, out_dtype=torch.float16, **scales, **call)
+    check(instance, operands, given, sink=sink, causal=True)
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_codes_of_scores_that_are_negative(two_level):
+    """An integer maximum must not fall short: codes end 7 below NaN."""
+    q, k, v = random_inputs(Shape(1, 70, 512, 2, 2), 128, torch.bfloat16, scale=4.0)
+    q, k = q.abs(), -k.abs()
+    for block in range(4):
+        k[:, 128 * block : 128 * (block + 1)] *= 0.1 * (block + 1)
+    with simulator.enabled(seed=0):
+        out, lse = attention_fp8(q, k, v, two_level=two_level, return_lse=True, **NO_EXPONENTIALS)
+    name = "fwd_e4m3_d128_codes" + ("_two_level" if two_level else "")
+    check(name, quantized(q, k, v, Recipe.BLOCK64, codes=True), out, lse)

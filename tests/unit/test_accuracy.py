@@ -285,7 +285,7 @@ def test_refusal(monkeypatch, capsys):
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("accumulation", ["two_level", "plain"])
+@pytest.mark.parametrize("accumulation", ["two_level", "plain", "codes"])
 def test_kernels_err_as_the_emulation_says(accumulation):
     """On the simulator with 14 bits of sums, whose model the emulation's is."""
     chosen = ["--seqlen", "192", "--heads", "1", "--head-dim", "64", "--distribution", "outliers"]

@@ -107,14 +107,15 @@ def test_committed_workloads():
 
 
 def test_every_attention_kernel_has_a_problem():
-    """That leads to it: by itself, forced to Ampere's, or without two-level sums."""
+    """That leads to it: by itself, forced to Ampere's, without two-level sums or exponentials."""
     problems = workloads.of_instances()
     assert len({p.name for p in problems}) == len(problems)
     targets = (choose((9, 0)), choose((9, 0), "ampere"))
     reached = set()
-    for p, target, two_level in itertools.product(problems, targets, (False, True)):
+    flags = (False, True)
+    for p, target, *precision in itertools.product(problems, targets, flags, flags):
         with contextlib.suppress(NotImplementedError):
-            reached.add(p.instance(target, two_level))
+            reached.add(p.instance(target, *precision))
     compiled = manifest.instances().items()
     on_hopper = {
         n for n, i in compiled if i.family in workloads.DIRECTION_OF and "90" in i.architecture

@@ -10,13 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hopper_attention import attention_fp8, flash_attn_func, flash_attn_varlen_func
 from hopper_attention.problem.quantization import Fp8Options
-from hopper_attention.problem.values import Descales, Inputs, Options, SequenceBounds
+from hopper_attention.problem.values import (
+    Descales,
+    Inputs,
+    Options,
+    PrecisionOptions,
+    SequenceBounds,
+)
 from hopper_attention.torch_ops import fp8
 
 ATTENTION = torch.ops.hopper_attention.attention_fp8.default
 FORWARD = torch.ops.hopper_attention.forward_fp8.default
 PLAIN = Options.of(causal=True)
-TREATMENT = Fp8Options("block64", True, None, 1, None, None)
+TREATMENT = Fp8Options("block64", True, None, 1, True, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +67,8 @@ def test_opcheck_of_quantised_tensors(dtype):
     last = torch.rand(1) if dtype == torch.float8_e4m3fn else None
     options = PLAIN._replace(out_dtype=dtype)
     tensors = narrow(*leaves())
-    arguments = (*tensors, *[None] * 5, *descales, last, *options, None, None)
+    bounds, precision = SequenceBounds(), PrecisionOptions()
+    arguments = (*tensors, *[None] * 5, *descales, last, *options, *bounds, *precision)
     # The others compare tensors, which PyTorch cannot in FP8.
     opcheck(FORWARD, arguments, test_utils=("test_autograd_registration", "test_faketensor"))
 
@@ -70,7 +77,7 @@ def test_schemas_are_the_tuples():
     names = [argument.name for argument in ATTENTION._schema.arguments]
     assert tuple(names) == Inputs._fields + Options._fields + Fp8Options._fields
     names = [argument.name for argument in FORWARD._schema.arguments]
-    groups = (Inputs, Descales, Options, SequenceBounds)
+    groups = (Inputs, Descales, Options, SequenceBounds, PrecisionOptions)
     assert names == [name for group in groups for name in group._fields]
 
 
@@ -97,7 +104,9 @@ def test_quantised_tensors_compile():
     scale = torch.tensor([0.5])
 
     def run(q, k, v):
-        return flash_attn_func(q, k, v, causal=True, q_descale=scale, v_descale=scale)
+        return flash_attn_func(
+            q, k, v, causal=True, q_descale=scale, v_descale=scale, exact_softmax=False
+        )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), run(q, k, v))
@@ -195,3 +204,46 @@ def test_the_operator_has_qs_dtype():
     options = PLAIN._replace(out_dtype=torch.float32)
     with pytest.raises(NotImplementedError, match=r"^out_dtype: attention_fp8's is q's"):
         ATTENTION(*leaves(), *[None] * 5, *options, *TREATMENT)
+
+
+BLOCKS = torch.ones(2, 2, 2)
+NO_EXPONENTIALS_REFUSED = {
+    "windows": (NotImplementedError, "windows, chunks or softcap", {"window_size": (5, 0)}),
+    "softcap": (NotImplementedError, "windows, chunks or softcap", {"softcap": 30.0}),
+    "no_flag": (TypeError, "exact_softmax", {"exact_softmax": 0}),
+    "blocks": (NotImplementedError, "v_descale has 2 blocks", {"v_descale": BLOCKS}),
+    "head_dim": (NotImplementedError, "no forward_fp8 kernel.*nearest: 128/128", {"dim": 192}),
+    "e5m2": (NotImplementedError, "v is float8_e5m2", {"v": torch.float8_e5m2}),
+    "bf16": (NotImplementedError, "only of FP8 tensors", {"all": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    list(NO_EXPONENTIALS_REFUSED.values()),
+    ids=list(NO_EXPONENTIALS_REFUSED),
+)
+def test_what_has_no_kernel_without_exponentials_is_refused(error, message, changes):
+    """Nothing is written, and the message says what to use instead."""
+    call = {"exact_softmax": False, **changes}
+    dim, dtype = call.pop("dim", 64), call.pop("all", torch.float8_e4m3fn)
+    q, k, v = (torch.randn(2, 70, 2, dim).to(dtype) for _ in "qkv")
+    v = v.to(torch.bfloat16).to(call.pop("v", dtype))
+    out = torch.full((2, 70, 2, dim), 7.0).bfloat16()
+    with pytest.raises(error, match=message):
+        flash_attn_func(q, k, v, out=out, **call)
+    assert (out == 7).all()
+
+
+def test_without_exponentials_v_has_one_scale_a_head():
+    """Whatever the recipe is for q and k: blocks of V cannot be taken from P."""
+    assert (
+        Fp8Options.of("block64", False, None, 1, False, None, None).recipe_of_values == "per_head"
+    )
+    assert TREATMENT.recipe_of_values == "block64"
+    per_tensor = Fp8Options.of("per_tensor", False, None, 1, False, None, None)
+    assert per_tensor.recipe_of_values == "per_tensor"
+    q, k, v = (x.detach() for x in leaves())
+    assert attention_fp8(q, k, v, exact_softmax=False).isfinite().all()  # the reference
+    with pytest.raises(TypeError, match="exact_softmax"):
+        attention_fp8(q, k, v, exact_softmax=None)

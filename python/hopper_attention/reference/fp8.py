@@ -24,7 +24,7 @@ Two models of that, after each 32 values of k:
     Cut.PRODUCTS  shift the products and the accumulator to the greatest exponent among them, cut
                   each, sum exactly, cut the sum: more pessimistic, and slower by a factor of 20
 
-**Codes** (`Arithmetic.codes`), which no kernel has yet.  The eight bits of an e4m3 number are, read
+**Codes** (`Arithmetic.codes`, `exact_softmax=False`).  The eight bits of an e4m3 number are, read
 as an integer, a line through its logarithm at every power of two: 8 (log2 p + 7).  Rounding that to
 an integer gives P without an exponential, off by 3.1 % (rms; 7.9 % at most; to the nearest number
 e4m3 is off by 2.6 and 6.25 %).  l is then the sum of P as the tensor core adds it, since there is

@@ -66,7 +66,12 @@ class Problem:
         size = [f"b{self.batch}", "varlen" * bool(self.lengths), f"s{self.seqlen}"]
         return f"{self.workload}/" + "_".join(filter(None, [*parts, *size]))
 
-    def instance(self, target: Target = instances.HOPPER, two_level: bool | None = None) -> str:
+    def instance(
+        self,
+        target: Target = instances.HOPPER,
+        two_level: bool | None = None,
+        exact_softmax: bool = True,
+    ) -> str:
         """The instance that runs it; of backward's three the one with the GEMMs.
 
         Raises NotImplementedError for paged problems, and where dispatch does.
@@ -76,7 +81,7 @@ class Problem:
         mask = "local" if self.window >= 0 else "causal" if self.causal else "full"
         kind = (self.head_dim, self.head_dim_v, mask, self.softcap > 0, bool(self.lengths))
         if self.dtype == "fp8":
-            return instances.forward_fp8_instance(*kind, two_level)
+            return instances.forward_fp8_instance(*kind, two_level, exact_softmax)
         if self.direction == "backward":
             return instances.backward_instances(self.dtype, *kind, target).main
         return instances.forward_instance(self.dtype, *kind, target)

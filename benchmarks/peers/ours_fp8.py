@@ -1,4 +1,4 @@
-"""Ours on FP8 tensors without two-level sums, which the public function has where there are any."""
+"""Ours on FP8 tensors with another precision than the public function has by default."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from hopper_attention.bench.measure.runner import Prepared
 from hopper_attention.dispatch import plan
 from hopper_attention.launch import forward_fp8
 from hopper_attention.problem import values
-from hopper_attention.problem.values import Options
+from hopper_attention.problem.values import Options, PrecisionOptions
 from hopper_attention.quantize import columns_of
 
 
-class OneLevel:
+class OursFp8:
     """`arranged`: V is given as the kernel reads it, as quantisation here writes it."""
 
-    def __init__(self, name: str, *, arranged: bool):
+    def __init__(self, name: str, precision: PrecisionOptions, *, arranged: bool = False):
         self.name = name
+        self.precision = precision
         self.arranged = arranged
 
     def prepare(self, inputs: Inputs) -> Prepared:
@@ -32,7 +33,7 @@ class OneLevel:
             softcap=problem.softcap,
         )
         tensors = values.Inputs(inputs.q, inputs.k, inputs.v)
-        call = plan.prepare(tensors, options, values.PrecisionOptions(two_level=False))
+        call = plan.prepare(tensors, options, self.precision)
         one = torch.ones(1, device=inputs.q.device)
         columns = columns_of(inputs.v) if self.arranged else None
         scaling = forward_fp8.Scaling(
