@@ -23,6 +23,12 @@ P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can
            Up to d128 half of the exponentials are computed in half precision, without MUFU
            (`exp2_f16x2.py`): there MUFU would take as long as both GEMMs.
 
+Codes      (`ForwardFp8Config.codes`) have no exponentials at all: P's bits are 8 (log2 p + 7),
+           rounded, which is one FFMA an element and half an F2IP.  Nothing is left that could be
+           summed, so V has eight columns of ones behind its own: P V is m64n(dv + 8)k32, and the
+           sums of rows are four accumulators more, rescaled and flushed like O.  V has one scale a
+           head.  Weights below 2^-15 of a row's greatest are lost: docs/fp8.md.
+
 Ping-pong  order is not kept: GEMMs take half as long as those of 16 bits, softmax as long.
 
 Two-level  accumulation: FP8 WGMMA keeps about 14 bits of its sums (DeepSeek-V3, arXiv 2412.19437,
