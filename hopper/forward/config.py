@@ -42,6 +42,8 @@ class ForwardConfig:
     """Of a tile and consumer warpgroup."""
     ping_pong: ClassVar[bool] = True
     """True if consumers issue their GEMMs in ping-pong order."""
+    l2_hints: ClassVar[bool] = False
+    """True if L2 is told to keep K and V rather than Q.  No hardware has compared the two."""
     sums_in_mma: ClassVar[bool] = False
     """True if V has columns of ones, so that the second GEMM sums the rows of P as well."""
 

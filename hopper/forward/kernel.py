@@ -124,7 +124,7 @@ from hopper_attention.hopper.primitives.named_barriers import (
     PingPong,
     consumer_warpgroup,
 )
-from hopper_attention.hopper.primitives.tma import load_stage, partition, permute
+from hopper_attention.hopper.primitives.tma import L2Hint, load_stage, partition, permute
 from hopper_attention.hopper.primitives.zero_fill import zero_fill_rows
 
 GATHERS = 4
@@ -524,11 +524,12 @@ class Forward:
     ):
         """K(last), if the tile has keys, and Q, where O is staged in any case; the state of Q."""
         (sQ, gQ), (sK, gK), _ = self.views(tma, tiles, problem, work)
+        keep, drop = self.hints()
         if work.end > work.first:
-            load_stage(pipelines.k, k_state, tma.k.atom, gK[None, work.end - 1], sK)
+            load_stage(pipelines.k, k_state, tma.k.atom, gK[None, work.end - 1], sK, keep)
             self.load_scales(problem, work, tiles, pipelines.k, k_state, work.end - 1)
         if self.group(problem) == 1:
-            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ)
+            load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ, drop)
             q_state.advance()
         return q_state
 
@@ -544,18 +545,23 @@ class Forward:
     ):
         """K(j), V(j + 1) downwards, then V(first); the state of K."""
         _, (sK, gK), (sV, gV) = self.views(tma, tiles, problem, work)
+        keep, _ = self.hints()
         k, v, last, v_state = pipelines.k, pipelines.v, work.end - 1, k_state.clone()
         if last >= work.first:
             k_state.advance()
         for i in cutlass.range(last - work.first, unroll=1):
-            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK)
+            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK, keep)
             self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
             k_state.advance()
-            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV)
+            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV, keep)
             v_state.advance()
         if last >= work.first:
-            load_stage(v, v_state, tma.v.atom, gV[None, work.first], sV)
+            load_stage(v, v_state, tma.v.atom, gV[None, work.first], sV, keep)
         return k_state
+
+    def hints(self) -> tuple[L2Hint | None, L2Hint | None]:
+        """Return those of K and V, which other tiles read again, and of Q."""
+        return (L2Hint.EVICT_LAST, L2Hint.EVICT_FIRST) if self.cfg.l2_hints else (None, None)
 
     def views(self, tma: Tma, tiles: Tiles, problem: Problem, work: Work) -> tuple:
         """Of Q, K and V: (stages in shared memory, the tile or its blocks in global memory)."""

@@ -1,7 +1,17 @@
 """TMA: views, partitions and pipeline loads."""
 
+from enum import IntEnum
+
+import cutlass
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import cpasync
+
+
+class L2Hint(IntEnum):
+    """Policies as `createpolicy.fractional` encodes them for all of the lines."""
+
+    EVICT_FIRST = 0x12F0000000000000
+    EVICT_LAST = 0x14F0000000000000
 
 
 def permute(tensor: cute.Tensor, modes: tuple[int, ...]) -> cute.Tensor:
@@ -15,11 +25,15 @@ def partition(tma: cpasync.TmaInfo, s: cute.Tensor, g: cute.Tensor):
 
 
 @cute.jit
-def load_stage(pipe, state, atom, source, stages):
-    """A whole warp waits until the stage is free, then fills it.  The caller advances."""
+def load_stage(pipe, state, atom, source, stages, hint: cutlass.Constexpr = None):
+    """A whole warp waits until the stage is free, then fills it.  The caller advances.
+
+    `hint`: what L2 does with the lines, or None.
+    """
     pipe.producer_acquire(state)
     full = pipe.producer_get_barrier(state)
-    cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full)
+    hints = {} if hint is None else {"cache_policy": cutlass.Int64(hint)}
+    cute.copy(atom, source, stages[None, state.index], tma_bar_ptr=full, **hints)
 
 
 @cute.jit
