@@ -71,7 +71,7 @@ class ForwardConfig:
 
     @property
     def registers(self) -> Registers:
-        busy = self.varlen and (self.mask == "local" or self.warpgroups == 2)
+        busy = self.varlen and (self.mask == "local" or self.warpgroups == 2 or self.factors > 0)
         return (BUSY_PRODUCER if busy else REGISTERS)[self.warpgroups]
 
     @property

@@ -19,7 +19,8 @@ Pipelines  name  stages  full                   empty: 4 W arrivals, one a consu
            K, V  2 each  1 arrival + bytes      when the WGMMAs that read it are done
            tile  4       1 arrival              at the end of the tile that it describes
 
-Timeline   of the producer and tile t: K(last), Q | find tile t + 1 | K(j), V(j + 1) ... V(first).
+Timeline   of the producer and tile t: K(last), Q, K(last - 1), V(last) | find tile t + 1 | K(j),
+           V(j + 1) ... V(first).
 
            of consumer w and tile, key blocks j from last to first (turn: `PingPong`); blocks at
            either end that none of its own 64 rows sees are released unread
@@ -321,8 +322,8 @@ class Forward:
             ping_pong = PingPong.start(cfg.warpgroups) if cfg.ping_pong else NoPingPong()
             self.consume(mmas, tma.o, tensors, tiles, pipelines, problem, v_start, ping_pong)
 
-    # What the kernel for FP8 does otherwise, here and below: layout_v, issue_pv, wait_pv, rescale,
-    # zero_fill_rows.  fill_ones and take_sums are its alone.
+    # What the kernel for FP8 does otherwise, among others: layout_v, accumulators, factors,
+    # issue_pv, wait_pv, rescale, zero_fill_rows.  fill_ones and take_sums are its alone.
 
     def statistics(self, problem: Problem) -> OnlineSoftmax:
         return OnlineSoftmax.create(2, scale_log2=problem.scale_log2, integer_maxima=True)
@@ -470,23 +471,26 @@ class Forward:
     ):
         """Producer warp: the loads of tile after tile, and what each tile is for the consumers.
 
-        It finds a tile while the first loads of the one before are under way: both the number, from
-        global memory, and what follows from it take longer than consumers could wait.
+        It finds a tile between the first loads of the one before and the others, since both the
+        number, from global memory, and what follows from it take longer than consumers could wait.
         """
         q_state, k_state, tile_state = (
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
             for stages in (self.cfg.q_stages, self.cfg.stages, TILE_STAGES)
         )
         queue, number = pipelines.tiles, cute.arch.block_idx()[0]
-        self.publish(problem, scheduler, queue, tile_state, number)
+        work = self.find_work(problem, scheduler, number)  # there are no more blocks than tiles
+        queue.publish(tile_state, work.words(), work.own_words())
         while number < scheduler.tiles:
             following = queue.take()
             work = self.read_work(problem, queue, tile_state, Int32(0))
-            q_state = self.load_first(tma, tiles, pipelines, problem, work, q_state, k_state)
+            q_state, k_state, v_state = self.load_first(
+                tma, tiles, pipelines, problem, work, q_state, k_state
+            )
             number = queue.taken(following)
             tile_state.advance()
             self.publish(problem, scheduler, queue, tile_state, number)
-            k_state = self.load_others(tma, tiles, pipelines, problem, work, k_state)
+            k_state = self.load_others(tma, tiles, pipelines, problem, work, k_state, v_state)
         tile_state.advance()
         # All that was loaded and published has been consumed before the block counts as finished.
         pipelines.q.producer_tail(q_state)
@@ -522,16 +526,28 @@ class Forward:
         q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
     ):
-        """K(last), if the tile has keys, and Q, where O is staged in any case; the state of Q."""
-        (sQ, gQ), (sK, gK), _ = self.views(tma, tiles, problem, work)
+        """K(last), Q, K(last - 1), V(last): what consumers begin with; the states of Q, K and V.
+
+        Q is loaded for a tile without keys, too: its buffer is where O is staged.
+        """
+        (sQ, gQ), (sK, gK), (sV, gV) = self.views(tma, tiles, problem, work)
         keep, drop = self.hints()
-        if work.end > work.first:
-            load_stage(pipelines.k, k_state, tma.k.atom, gK[None, work.end - 1], sK, keep)
-            self.load_scales(problem, work, tiles, pipelines.k, k_state, work.end - 1)
+        k, last, v_state = pipelines.k, work.end - 1, k_state.clone()
+        if last >= work.first:
+            load_stage(k, k_state, tma.k.atom, gK[None, last], sK, keep)
+            self.load_scales(problem, work, tiles, k, k_state, last)
+            k_state.advance()
         if self.group(problem) == 1:
             load_stage(pipelines.q, q_state, tma.q.atom, gQ, sQ, drop)
             q_state.advance()
-        return q_state
+        if last > work.first:
+            load_stage(k, k_state, tma.k.atom, gK[None, last - 1], sK, keep)
+            self.load_scales(problem, work, tiles, k, k_state, last - 1)
+            k_state.advance()
+        if last >= work.first:
+            load_stage(pipelines.v, v_state, tma.v.atom, gV[None, last], sV, keep)
+            v_state.advance()
+        return q_state, k_state, v_state
 
     @cute.jit
     def load_others(
@@ -542,20 +558,19 @@ class Forward:
         problem: Problem,
         work: Work,
         k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
     ):
-        """K(j), V(j + 1) downwards, then V(first); the state of K."""
+        """K(j), V(j + 1) downwards, then V(first); the state of K, and of V."""
         _, (sK, gK), (sV, gV) = self.views(tma, tiles, problem, work)
         keep, _ = self.hints()
-        k, v, last, v_state = pipelines.k, pipelines.v, work.end - 1, k_state.clone()
-        if last >= work.first:
+        k, v, last = pipelines.k, pipelines.v, work.end - 1
+        for i in cutlass.range(last - 1 - work.first, unroll=1):
+            load_stage(k, k_state, tma.k.atom, gK[None, last - 2 - i], sK, keep)
+            self.load_scales(problem, work, tiles, k, k_state, last - 2 - i)
             k_state.advance()
-        for i in cutlass.range(last - work.first, unroll=1):
-            load_stage(k, k_state, tma.k.atom, gK[None, last - 1 - i], sK, keep)
-            self.load_scales(problem, work, tiles, k, k_state, last - 1 - i)
-            k_state.advance()
-            load_stage(v, v_state, tma.v.atom, gV[None, last - i], sV, keep)
+            load_stage(v, v_state, tma.v.atom, gV[None, last - 1 - i], sV, keep)
             v_state.advance()
-        if last >= work.first:
+        if last > work.first:
             load_stage(v, v_state, tma.v.atom, gV[None, work.first], sV, keep)
         return k_state
 

@@ -14,8 +14,8 @@ Scales     float32, of every 64 rows of Q, K and V, or of more (strides of 0).  
            argument.  V's is split: the largest of a head normalises O, and how far theirs is below
            it is taken from their P (exp2's argument again); row sums take it back.  So no scale
            costs an instruction an element, but where P comes in halves one for two: the sums need
-           those before V's scale.  The producer loads scales with the
-           block of K: read from global memory by consumers, they held up their GEMMs.
+           those before V's scale.  The producer loads the keys' with the block of K, and a tile's
+           other two, of Q and of O, with the tile: consumers would have to wait for them.
 
 P          up to 2^8, of e4m3's 448: what is small keeps its digits, nothing can saturate.  The
            offset cancels in O, and is taken off the LSE.  Rows are summed before rounding.
@@ -223,7 +223,7 @@ class ForwardFp8(Forward):
         groups = cfg.f16x2_groups
         return Fp8Softmax.create(2, headroom=HEADROOM, integer_maxima=True, f16x2_groups=groups)
 
-    def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment:
+    def fragment_p(self, acc_s: cute.Tensor) -> Fp8Fragment | CodedFragment:
         if self.cfg.codes:
             return CodedFragment.like(acc_s)
         return Fp8Fragment.like(acc_s, self.cfg.f16x2_groups)

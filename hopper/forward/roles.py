@@ -103,7 +103,7 @@ class Work:
             tile,
             Sequence(*words[3:6]),
             Sequence(*words[6:9]),
-            *words[9:],
+            *words[9:WORDS],  # head_kv, first, end
             BlockRange(*own[:4]),
             tuple(word.bitcast(Float32) for word in own[4:]),
             TileRows(group, tile.head * group, tile.m_block * tile_m),
@@ -154,7 +154,7 @@ class Fragments:
     k: wgmma.Operand
     v: wgmma.Operand
     p: Any
-    """PackedFragment or Fp8Fragment."""
+    """PackedFragment, Fp8Fragment or CodedFragment."""
     acc_s: cute.Tensor
     acc_o: cute.Tensor
     acc_total: cute.Tensor
