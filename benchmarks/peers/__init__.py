@@ -17,9 +17,13 @@ from hopper_attention.problem.values import PrecisionOptions
 PEERS: tuple[Peer, ...] = (
     FlashAttnApi("hopper-attention", "hopper_attention", dtypes=("bf16", "fp16", "fp8")),
     OursFp8("hopper-attention, one level", PrecisionOptions(two_level=False)),
-    OursFp8("hopper-attention, one level, V arranged", PrecisionOptions(False), arranged=True),
+    OursFp8(
+        "hopper-attention, one level, V arranged", PrecisionOptions(two_level=False), arranged=True
+    ),
     OursFp8("hopper-attention, codes", PrecisionOptions(exact_softmax=False)),
-    OursFp8("hopper-attention, codes, one level", PrecisionOptions(False, exact_softmax=False)),
+    OursFp8(
+        "hopper-attention, codes, one level", PrecisionOptions(two_level=False, exact_softmax=False)
+    ),
     FlashAttnApi(
         "hopper-attention, Ampere's", "hopper_attention", dtypes=("bf16", "fp16"), backend="ampere"
     ),

@@ -52,9 +52,10 @@ def attention_fp8(
             14 bits of their sums; None: where there is a kernel for it.
         accumulate_every: with two_level, so many key blocks (of 128 keys, of 64 in some kernels)
             are summed by the tensor cores before; a power of two.
-        exact_softmax: False: P is rounded from its logarithm, without exponentials, as far as
-            masks go full or causal and head dims up to 128.  Faster by the model, less exact where
-            few keys outweigh many (docs/fp8.md); V then has one scale a head, whatever the recipe.
+        exact_softmax: False: P is rounded from its logarithm, without exponentials; full and causal
+            masks, head dims up to 128.  Faster by the model, less exact where few keys outweigh
+            many (docs/fp8.md), lse and so gradients included; V then has one scale a head,
+            whatever the recipe.  CPU tensors are computed exactly.
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths, by default the tensors' rows:
             scales take memory for so many.  On a GPU, they are not checked; a tensor there means
             the same as None.

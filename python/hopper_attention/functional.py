@@ -91,7 +91,7 @@ def flash_attn_func(
         out: written and returned, where the result has a place: strides as allowed for q, no
             memory of q, k or v.  Without gradients.
         exact_softmax: of FP8 tensors; False: without exponentials, as `attention_fp8` has it, for v
-            of one descale, or of (batch, heads_kv).
+            of one descale, or of (batch, heads_kv).  CPU tensors are computed exactly.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in `out_dtype`, and if asked for lse (batch, heads,
@@ -225,6 +225,7 @@ def flash_attn_qkvpacked_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    exact_softmax: bool = True,
 ) -> Result:
     """`flash_attn_func` on views of one tensor; nothing is copied.
 
@@ -269,6 +270,7 @@ def flash_attn_qkvpacked_func(
         return_lse=return_lse,
         learnable_sink=learnable_sink,
         out_dtype=out_dtype,
+        exact_softmax=exact_softmax,
     )
 
 

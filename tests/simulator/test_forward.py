@@ -370,3 +370,28 @@ def test_a_consumer_computes_the_blocks_that_its_rows_see(shape, arguments, bloc
     keys = 112 if "window_size" in arguments else 128
     found = [sum(step.kind == "wgmma" for step in trace.warps[4 * w]) for w in (1, 2, 3)]
     assert found == [n * (64 // 16 + keys // 16) for n in blocks]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("arguments", [{"causal": True}, {"window_size": (20, 0)}], ids=str)
+@pytest.mark.parametrize("pack_gqa", [False, True])
+def test_a_ragged_last_block_that_some_consumers_skip(pack_gqa, arguments, seed, monkeypatch):
+    """One block computes all tiles; NaN lies behind every sequence's last key.
+
+    All consumers zero the rows of V behind the last key, those too that do not read the block.
+    """
+    monkeypatch.setattr(target, "SIMULATED_SMS", 1)
+    lengths = ((192, 200), (40, 130), (150, 150), (0, 7), (64, 129))
+    rows = [sum(side) for side in zip(*lengths)]
+    q, k, v = (
+        torch.randn(n + 9, h, 64, generator=torch.Generator().manual_seed(n + h)).bfloat16()
+        for n, h in ((rows[0], 2), (rows[1], 1), (rows[1], 1))
+    )
+    for x in (k, v):
+        x[rows[1] :] = torch.nan
+    starts = [offsets(side) for side in zip(*lengths)]
+    with simulator.enabled(seed=seed):
+        out, lse = flash_attn_varlen_func(
+            q, k, v, *starts, 192, 200, pack_gqa=pack_gqa, return_lse=True, **arguments
+        )
+    check_packed(q, k, v, out, lse, lengths, **arguments)

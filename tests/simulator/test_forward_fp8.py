@@ -594,21 +594,23 @@ NO_EXPONENTIALS = {"exact_softmax": False}
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", [48, 128])
-def test_codes_keep_nan(head_dim, causal):
-    """Codes know none: of keys with NaN, and of scores whose maximum is infinite."""
+@pytest.mark.parametrize(("head_dim", "code"), [(48, 0x7F), (128, 0xFF)])
+def test_codes_keep_nan(head_dim, code, causal):
+    """Codes know none: of keys and queries with NaN, and of scores whose maximum is infinite."""
     inputs = random_inputs(Shape(1, 200, 200, 2, 2), head_dim, torch.bfloat16)
     q, k, v = (x.to(torch.float8_e4m3fn) for x in inputs)
-    k.view(torch.uint8)[:, 150] = 0x7F
+    k.view(torch.uint8)[:, 150] = code
+    q.view(torch.uint8)[:, 20] = code
     call = {"causal": causal, "return_lse": True, **NO_EXPONENTIALS}
     huge = torch.full((1,), 1e30)
     with simulator.enabled(seed=0):
         out, lse = flash_attn_func(q, k, v, **call)
         infinite, _ = flash_attn_func(q.abs(), v.abs(), v, q_descale=huge, k_descale=huge, **call)
-    first = 150 if causal else 0
-    assert out[:, first:].isnan().all() and lse[..., first:].isnan().all()
-    assert out[:, :first].isfinite().all() and lse[..., :first].isfinite().all()
-    assert infinite.isnan().all()
+    rows = torch.arange(200)
+    lost = (rows >= 150) | (rows == 20) if causal else rows >= 0
+    assert out[:, lost].isnan().all() and lse[..., lost].isnan().all()
+    assert out[:, ~lost].isfinite().all() and lse[..., ~lost].isfinite().all()
+    assert infinite[:, rows != 20].isnan().all()
 
 
 def test_codes_of_a_single_key():
@@ -649,3 +651,42 @@ def test_codes_of_scores_that_are_negative(two_level):
         out, lse = attention_fp8(q, k, v, two_level=two_level, return_lse=True, **NO_EXPONENTIALS)
     name = "fwd_e4m3_d128_codes" + ("_two_level" if two_level else "")
     check(name, quantized(q, k, v, Recipe.BLOCK64, codes=True), out, lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_codes_of_several_key_blocks_summed_at_once(head_dim):
+    """Causal: the consumers' own last blocks are in different places of what is summed together."""
+    q, k, v = random_inputs(Shape(1, 330, 700, 2, 1), head_dim, torch.bfloat16)
+    k[:, 300:] *= 0.6
+    call = {"causal": True, "return_lse": True, **NO_EXPONENTIALS}
+    with simulator.enabled(seed=1):
+        out, lse = attention_fp8(q, k, v, accumulate_every=4, **call)
+    name = f"fwd_e4m3_d{head_dim}_causal_codes_two_level"
+    check(name, quantized(q, k, v, Recipe.BLOCK64, codes=True), out, lse, causal=True)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "blocks"])
+def test_rows_of_no_sequence(scales):
+    """Queries lie behind the last sequence, and the bound of their lengths is 0: no scale is read."""
+    q, k, v = (torch.randn(s, 2, 64).to(torch.float8_e4m3fn) for s in (4, 20, 20))
+    index = offsets([0]), offsets([20]), 0, 20
+    descale = torch.ones(1) if scales == "tensor" else torch.ones(1, 2, 0)
+    out = torch.full((4, 2, 64), 7.0).bfloat16()
+    with simulator.enabled(seed=0):
+        _, lse = flash_attn_varlen_func(
+            q, k, v, *index, q_descale=descale, out=out, return_lse=True
+        )
+    assert out.shape == (4, 2, 64) and lse.shape == (2, 4)
+
+
+def test_gradients_without_exponentials():
+    """As exact where weights are alike: backward takes P from the codes' LSE."""
+    q, k, v = (x.requires_grad_() for x in random_inputs(Shape(1, 70, 150, 2, 1), 64, torch.bfloat16))
+    found = []
+    for exact_softmax in (True, False):
+        with simulator.enabled(seed=0):
+            out = attention_fp8(q, k, v, exact_softmax=exact_softmax, recipe="per_head")
+            found.append(torch.autograd.grad(out.float().sin().sum(), (q, k, v)))
+    for with_exponentials, without in zip(*found):
+        difference = (with_exponentials - without).float().square().mean().sqrt()
+        assert 0 < difference < 0.03 * with_exponentials.float().square().mean().sqrt()

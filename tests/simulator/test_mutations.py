@@ -247,6 +247,8 @@ def test_snippet(runner, body, old, new, expected):
 def test_forward_kernel(monkeypatch, name):
     """Every wait for products, commit, arrival and fence of a kernel that has one stage of Q.
 
+    The last tile's second consumer has no rows: it releases blocks that it does not read.
+
     Of one that has two, and releases Q late, the waits for stores: it needs tile after tile, some
     without keys, before Q's buffer is used again.
     """
@@ -269,7 +271,7 @@ def test_forward_kernel(monkeypatch, name):
             r"fence\.proxy\.async[^;]*;", r"fence\.mbarrier_init[^;]*;",
         ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    shapes = ((500, 3), (200, 1), (200, 1)) if causal else ((200, 1), (600, 1), (600, 1))
+    shapes = ((500, 3), (200, 1), (200, 1)) if causal else ((180, 1), (600, 1), (600, 1))
     head_dim = manifest.instances()[name].config["head_dim"]
     q, k, v = (torch.randn(1, n, h, head_dim, generator=generator).bfloat16() for n, h in shapes)
     missed, count = [], 0

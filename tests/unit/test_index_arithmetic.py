@@ -85,9 +85,12 @@ def test_rows_of_a_tile_have_the_blocks_that_they_see(mask, group):
                 assert own.first == own.end == tile.first
             assert tile.first <= own.first <= own.unmasked_first
             assert own.unmasked_first <= own.unmasked_end <= own.end <= tile.end
-            for block in range(own.unmasked_first, own.unmasked_end):
-                keys = range(block * TILE_N, (block + 1) * TILE_N)
-                assert all(visible(mask, i, j) for i in queries for j in keys)
+            unmasked = set(range(own.unmasked_first, own.unmasked_end))
+            assert unmasked == {
+                block
+                for block in range(own.first, own.end)
+                if all(visible(mask, i, block * TILE_N + j) for i in queries for j in range(TILE_N))
+            }
 
 
 @given(

@@ -99,17 +99,33 @@ def test_training_compiles_without_graph_breaks(backend):
     torch.testing.assert_close(gradients, others, rtol=0.02, atol=0.02)
 
 
-def test_quantised_tensors_compile():
+@pytest.mark.parametrize("exact_softmax", [True, False])
+def test_quantised_tensors_compile(exact_softmax, monkeypatch):
     q, k, v = narrow(*leaves())
-    scale = torch.tensor([0.5])
+    scale, seen = torch.tensor([0.5]), []
+    run_it = fp8.descale_and_attend
+
+    def recording(*arguments):
+        seen.extend(x for x in arguments if isinstance(x, PrecisionOptions))
+        return run_it(*arguments)
+
+    monkeypatch.setattr(fp8, "descale_and_attend", recording)
 
     def run(q, k, v):
         return flash_attn_func(
-            q, k, v, causal=True, q_descale=scale, v_descale=scale, exact_softmax=False
+            q, k, v, causal=True, q_descale=scale, v_descale=scale, exact_softmax=exact_softmax
         )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), run(q, k, v))
+    assert seen and all(one.exact_softmax is exact_softmax for one in seen)
+
+
+def test_operators_check_precision():
+    tensors = (*narrow(*leaves()), *[None] * 5, *[None] * 4, *PLAIN, None, None)
+    for precision, message in (((None, 3, True), "power of two"), ((False, 2, True), "flushed")):
+        with pytest.raises(ValueError, match=message):
+            FORWARD(*tensors, *precision)
 
 
 def test_packed_sequences_compile_for_all_totals():

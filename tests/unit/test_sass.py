@@ -317,6 +317,9 @@ def test_fp8_loops_are_within_the_model(rows):
             computed = scores // (2 if config["head_dim"] <= 128 else 1)
             computed += 2 * scores if config["softcap"] else 0
             blocks = config["tile_n"] // 64  # with factors of their own
+            if config["codes"]:
+                assert loop.pipes["mufu"] == 0 and loop.pipes["cvt"] == scores // 2
+                continue
             assert 0 <= loop.pipes["mufu"] - computed <= 2 * blocks
 
 

@@ -74,7 +74,8 @@ def run(
     """
     q, k, v, *_ = inputs
     executor = plan.executor_for(q)
-    if executor is Executor.REFERENCE or k.numel() == 0 or scaling.max_seqlen_k == 0:
+    nothing = k.numel() == 0 or scaling.max_seqlen_q == 0 or scaling.max_seqlen_k == 0
+    if executor is Executor.REFERENCE or nothing:
         result, lse = _run_reference(plan, inputs, scaling)
         return (result if out is None else out.copy_(result)), lse
     if out is None:

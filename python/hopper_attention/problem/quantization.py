@@ -118,19 +118,12 @@ class Fp8Options(NamedTuple):
         except ValueError:
             have = ", ".join(r.value for r in Recipe)
             raise ValueError(f"recipe must be one of {have}; got {recipe!r}") from None
-        every = scalars.integer("accumulate_every", accumulate_every, 1)
-        if every & (every - 1):
-            nearest = 1 << every.bit_length() - 1
-            raise ValueError(f"accumulate_every must be a power of two; got {every}, use {nearest}")
-        if two_level is False and every > 1:
-            raise ValueError(f"accumulate_every={every}: without two_level nothing is flushed")
+        precision = PrecisionOptions.of(two_level, accumulate_every, exact_softmax)
         bounds = (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
         return Fp8Options(
             recipe,
             scalars.flag("hadamard", hadamard),
-            None if two_level is None else scalars.flag("two_level", two_level),
-            every,
-            scalars.flag("exact_softmax", exact_softmax),
+            *precision,
             *(scalars.bound(name, n) for name, n in bounds),
         )
 

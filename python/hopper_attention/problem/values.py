@@ -187,6 +187,23 @@ class PrecisionOptions(NamedTuple):
     accumulate_every: int = 1
     exact_softmax: bool = True
 
+    @staticmethod
+    def of(
+        two_level: Any = None, accumulate_every: Any = 1, exact_softmax: Any = True
+    ) -> PrecisionOptions:
+        """Raises TypeError or ValueError that names the argument."""
+        every = integer("accumulate_every", accumulate_every, 1)
+        if every & (every - 1):
+            nearest = 1 << every.bit_length() - 1
+            raise ValueError(f"accumulate_every must be a power of two; got {every}, use {nearest}")
+        if two_level is False and every > 1:
+            raise ValueError(f"accumulate_every={every}: without two_level nothing is flushed")
+        return PrecisionOptions(
+            None if two_level is None else flag("two_level", two_level),
+            every,
+            flag("exact_softmax", exact_softmax),
+        )
+
 
 class Inputs(NamedTuple):
     """The tensors of one call; `learnable_sink` is float32.

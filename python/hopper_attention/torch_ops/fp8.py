@@ -51,6 +51,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = bounds._asdict().items()
     bounds = SequenceBounds(*(scalars.bound(name, bound) for name, bound in given))
     inputs, options = attention.checked(inputs), options.checked()
+    precision = PrecisionOptions.of(*precision)
     return descale_and_attend(inputs, descales, bounds, options, precision)
 
 
@@ -219,7 +220,7 @@ def attend(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the public functions' arguments, where q is FP8."""
-    precision = PrecisionOptions(exact_softmax=scalars.flag("exact_softmax", exact_softmax))
+    precision = PrecisionOptions.of(exact_softmax=exact_softmax)
     checks.check_tensors(q, k, v)
     check_classes(q=q, k=k, v=v, learnable_sink=learnable_sink)
     sink = checks.resolve_sink(learnable_sink, q)
