@@ -681,7 +681,9 @@ def test_rows_of_no_sequence(scales):
 
 def test_gradients_without_exponentials():
     """As exact where weights are alike: backward takes P from the codes' LSE."""
-    q, k, v = (x.requires_grad_() for x in random_inputs(Shape(1, 70, 150, 2, 1), 64, torch.bfloat16))
+    q, k, v = (
+        x.requires_grad_() for x in random_inputs(Shape(1, 70, 150, 2, 1), 64, torch.bfloat16)
+    )
     found = []
     for exact_softmax in (True, False):
         with simulator.enabled(seed=0):
