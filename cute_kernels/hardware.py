@@ -38,4 +38,4 @@ class Registers:
 REGISTERS = {2: Registers(240, 24), 3: Registers(160, 32)}
 """Registers by number of consumer warpgroups; the producer is one warpgroup more."""
 BUSY_PRODUCER = {2: Registers(232, 40), 3: Registers(152, 56)}
-"""Registers where the producer looks up lengths, and windows besides: 24 and 32 spill."""
+"""Registers where the producer looks up lengths, windows, FP8's factors: 24 and 32 spill."""

@@ -71,7 +71,9 @@ class ForwardConfig:
 
     @property
     def registers(self) -> Registers:
-        busy = self.varlen and (self.mask == "local" or self.warpgroups == 2 or self.factors > 0)
+        # What the producer looks up for a tile, of three: two are too much for its registers.
+        lookups = (self.varlen, self.mask == "local", self.factors > 0)
+        busy = sum(lookups) > 1 or (self.varlen and self.warpgroups == 2)
         return (BUSY_PRODUCER if busy else REGISTERS)[self.warpgroups]
 
     @property
