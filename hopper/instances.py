@@ -10,6 +10,7 @@ from hopper_attention.cute_kernels.conventions import DTYPES
 from hopper_attention.cute_kernels.instance import Instance
 from hopper_attention.hopper.backward.config import (
     BACKWARD_TILES,
+    LATE_DQ,
     BackwardConfig,
     PostprocessConfig,
     WideBackwardConfig,
@@ -60,7 +61,9 @@ def _backward(
     if dims in WIDE_BACKWARD:
         kernel, config = "kernel_wide:BackwardWide", WideBackwardConfig(*problem)
     else:
-        kernel, config = "kernel:Backward", BackwardConfig(*problem, BACKWARD_TILES[dims])
+        late_dq = dims in LATE_DQ and not softcap
+        kernel = "kernel:Backward"
+        config = BackwardConfig(*problem, BACKWARD_TILES[dims], late_dq=late_dq)
     return Instance(
         name=_name("bwd", dtype, dims, mask, softcap, varlen),
         family="backward",

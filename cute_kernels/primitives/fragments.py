@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
-from hopper_attention.cute_kernels.primitives.instructions import to_fp8, word
+from hopper_attention.cute_kernels.primitives.instructions import number, to_fp8, word
 
 
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -71,6 +71,15 @@ class PackedFragment:
         """Round a float32 accumulator into this fragment, two elements an instruction."""
         for i in range(cute.size(self.words)):
             self.words[i] = _convert_pair(acc[2 * i], acc[2 * i + 1], self.view.element_type)
+
+    def unpacked(self, i: int) -> cutlass.Float32:
+        """Element i in float32: a shift or a mask of bf16, a conversion of fp16."""
+        pair, high = self.words[i // 2], i % 2 == 1
+        if self.view.element_type is cutlass.BFloat16:
+            return (pair & -65536 if high else pair << 16).bitcast(cutlass.Float32)
+        place = "ignored, half" if high else "half, ignored"
+        code = f"{{ .reg .b16 half, ignored; mov.b32 {{{place}}}, $1; cvt.f32.f16 $0, half; }}"
+        return number(code, pair)
 
 
 def _convert_four(values) -> cutlass.Int32:

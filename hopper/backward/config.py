@@ -25,6 +25,9 @@ class BackwardConfig:
     varlen: bool
     tile_m: int
     tile_n: int = 128
+    late_dq: bool = False
+    """True if dQ has registers of its own, which are added to global memory under dV and dP of the
+    next row block (the head of hopper/backward/kernel.py)."""
 
     q_stages: ClassVar[int] = 4
     """Why not two: the head of hopper/backward/kernel.py."""
@@ -35,6 +38,7 @@ class BackwardConfig:
         assert self.head_dim % 32 == 0 and self.head_dim_v % 32 == 0, "whole swizzle spans"
         assert self.tile_m in (64, 128), "dQ is split by rows or by columns between 2 warpgroups"
         assert self.tile_n == 64 * self.warpgroups, self.tile_n
+        assert not (self.late_dq and self.softcap), "dS has a slope, which rounded P has not"
         assert self.shared_memory_bytes <= SHARED_MEMORY_CAPACITY, self.shared_memory_bytes
 
     @property
@@ -42,9 +46,27 @@ class BackwardConfig:
         return 2
 
     @property
+    def dp_rows(self) -> int:
+        """Rows for which dP is in registers at a time."""
+        return self.tile_m if self.late_dq else 64
+
+    @property
+    def rounded_p(self) -> bool:
+        """True if dS is computed from P as dV has it: dP then has the registers of S."""
+        return self.late_dq and (self.head_dim > 96 or self.tile_m > 64)
+
+    @property
+    def holds_dq_address(self) -> bool:
+        """True if no one else has the registers of dQ's address while reductions may read them.
+
+        With 128 rows that spills.
+        """
+        return self.late_dq and self.tile_m == 64
+
+    @property
     def parts(self) -> int:
-        """dP is in registers for 64 rows at a time."""
-        return self.tile_m // 64
+        """How many times dP comes, `dp_rows` each."""
+        return self.tile_m // self.dp_rows
 
     @property
     def registers(self) -> Registers:
@@ -118,6 +140,12 @@ BACKWARD_TILES = {
     (128, 128): 64,
 }
 """(head_dim, head_dim_v) -> tile_m."""
+
+LATE_DQ = ((96, 96),)
+"""(head_dim, head_dim_v) with `late_dq` where there is no softcap; the others have the other order.
+
+No GPU has compared the two.  (64, 64) and (128, 128) compile as well, but have `rounded_p`: one in
+twenty small causal problems has an error of dQ above twice PyTorch's (docs/lab)."""
 
 
 @dataclass(frozen=True)

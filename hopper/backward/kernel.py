@@ -32,16 +32,32 @@ Pipelines  name    stages    full                         empty
            Q(i) is released in the middle of block i + 1: with two stages the load of Q(i + 2)
            would have half a block's time, less than L2 takes under this load.
 
-Timeline   of a consumer and row block i ("|" where it waits):
+Timeline   of a consumer and row block i ("|" where it waits), with `late_dq`:
+
+             issue S(i), dK(i-1) | dS(i-1) of all warps, issue dQ(i-1)
+             | S(i), P(i) = exp | dK(i-1), round P(i), release Q(i-1)
+             | dO(i), issue dV(i), dP(i) | dQ(i-1), add it to global memory
+             | dV(i), dP(i); dS(i) of rounded P(i), round, release dO(i), store
+
+           and without, which softcap needs and config.py leaves to all but d96:
 
              issue S(i) | dS(i-1) of all warps, issue dQ(i-1), dK(i-1)
              | S(i), P(i) = exp | dQ(i-1), add it to global memory, round P(i)
              | dK(i-1), release Q(i-1), issue dV(i), dP(i) | both, release dO(i)
              dS(i), round, store (of 128 rows first 64 | then issue dP of the others | dS)
 
-           ptxas moves most exponentials behind the wait for dQ: they run under dK.  Held above it
-           they are no faster, with masks slower (H100).  Under a window or softcap masked blocks
-           have theirs after dK: there are no registers before.
+           Reductions read their registers when memory takes them.  Without `late_dq` dP has dQ's
+           registers, and ptxas lets P wait as well (reductions and exponentials share a
+           scoreboard): the tensor cores have dK alone until then.  With it dQ has registers of its
+           own, and nothing waits for reductions before the next block's S, or dS where others have
+           the registers of their address (`holds_dq_address`).  dP then has the registers of S, P
+           in float32 is gone, and dS is of P as dV has it, rounded (`rounded_p`; at d96 there is
+           room for both).  With softcap S's registers have the slope that dS needs.
+
+           ptxas moves most exponentials behind the wait for dQ, with `late_dq` all behind that for
+           dK: they run under the other one.  Held above it they are no faster, with masks slower
+           (without `late_dq`, H100).  Under a window or softcap masked blocks have theirs after dK:
+           there are no registers before.
 
            Where one consumer computes dS, the other has WGMMAs under way.  More at a time would be
            better and does not fit: ptxas keeps a fragment that WGMMA has touched alive as a whole,
@@ -49,7 +65,8 @@ Timeline   of a consumer and row block i ("|" where it waits):
 
 dQ         is added by vector reductions from registers.  Staged in shared memory and added by bulk
            reductions it takes as long and a sixth of shared memory's time besides.  Adding is a
-           fifth of the kernel's time at d = 128 (without: 768 TFLOP/s, with it 606; H100, 16k).
+           fifth of the kernel's time at d = 128 without `late_dq` (768 TFLOP/s if nothing is added,
+           606 as it is; H100, 16k).
 
 Order      With a semaphore (one counter a block of dQ) key blocks add to dQ in ascending order, and
            the result has the same bits every time.  Blocks start in ascending order, so
@@ -102,9 +119,6 @@ from hopper_attention.hopper.primitives import wgmma
 from hopper_attention.hopper.primitives.named_barriers import consumer_warpgroup
 from hopper_attention.hopper.primitives.tma import permute
 
-PART = 64
-"""Rows of dP that are in registers at a time."""
-
 
 class Barrier(IntEnum):
     """Named barriers of a block, beside `DqBarrier`; 0 is __syncthreads."""
@@ -118,7 +132,7 @@ class Mmas:
     s: cute.TiledMma
     """S^T = K Q^T, from shared memory."""
     dp: cute.TiledMma
-    """dP^T = V dO^T, the same for PART rows of dO."""
+    """dP^T = V dO^T, the same for `dp_rows` rows of dO."""
     dv: cute.TiledMma
     """dV = P^T dO with P^T from registers."""
     dk: cute.TiledMma
@@ -158,7 +172,7 @@ class Fragments:
     v: wgmma.Operand
     q: wgmma.Operand
     do: tuple
-    """Descriptors of PART rows each."""
+    """Descriptors of `dp_rows` rows each."""
     do_columns: wgmma.Operand
     """dO as the B operand of dV: rows are the K mode."""
     q_columns: wgmma.Operand
@@ -168,6 +182,10 @@ class Fragments:
     packed_ds: PackedFragment
     acc_dk: cute.Tensor
     acc_dv: cute.Tensor
+    acc_dq: Optional[cute.Tensor]
+    """dQ's own registers, where `late_dq`."""
+    dq_address: Optional[cute.Tensor]
+    """(1,): where this thread added to dQ last, where `holds_dq_address`."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +246,7 @@ class Backward:
         registers = warpgroup.OperandSource.RMEM
         return Mmas(
             make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.tile_m)),
-            make(dtype, dtype, k, k, Float32, warpgroups, (64, PART)),
+            make(dtype, dtype, k, k, Float32, warpgroups, (64, cfg.dp_rows)),
             make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim_v), registers),
             make(dtype, dtype, k, mn, Float32, warpgroups, (64, cfg.head_dim), registers),
             self.dq_tile.mma,
@@ -322,9 +340,12 @@ class Backward:
         cfg = self.cfg
         index = cute.arch.thread_idx()[0] - 128
         thread, fragments = self.make_thread(index, mmas, tiles), self.make_fragments(mmas, tiles)
-        for acc in (fragments.acc_dk, fragments.acc_dv):
-            acc.fill(0.0)
-            pin(acc)  # else the zeros are moved behind the fence of the first WGMMA
+        for acc in (fragments.acc_dk, fragments.acc_dv, fragments.acc_dq):
+            if const_expr(acc is not None):
+                acc.fill(0.0)
+                pin(acc)  # else the zeros are moved behind the fence of the first WGMMA
+        if const_expr(cfg.holds_dq_address):
+            fragments.dq_address[0] = Int64(0)
         if work.order.count > 0:
             self.mainloop(mmas, tiles, pipelines, problem, saved, work, fragments, thread)
         for i in cutlass.range_constexpr(cute.size(fragments.acc_dk)):
@@ -359,7 +380,7 @@ class Backward:
         s, dp, dv, dk, dq = (
             m.get_slice(first) for m in (mmas.s, mmas.dp, mmas.dv, mmas.dk, mmas.dq)
         )
-        shape_do = (PART, cfg.head_dim_v, BACKWARD_STAGES)
+        shape_do = (cfg.dp_rows, cfg.head_dim_v, BACKWARD_STAGES)
         parts_do = [cute.local_tile(tiles.do, shape_do, (i, 0, 0)) for i in range(cfg.parts)]
         sK, sV = tiles.k[None, None, 0], tiles.v[None, None, 0]
         transposed = (1, 0, 2)
@@ -379,6 +400,8 @@ class Backward:
             packed_ds=PackedFragment.like(acc, self.dtype),
             acc_dk=cute.make_rmem_tensor(shape_dk, Float32),
             acc_dv=cute.make_rmem_tensor(shape_dv, Float32),
+            acc_dq=self.dq_tile.accumulator() if cfg.late_dq else None,
+            dq_address=cute.make_rmem_tensor((1,), Int64) if cfg.holds_dq_address else None,
         )
 
     @cute.jit
@@ -469,20 +492,21 @@ class Backward:
         pin(acc)
         lse = tiles.lse[None, q_state.index]
         scores = Scores(acc, fr.p, thread.coordinates, cfg.tile_m)
-        # Slopes of softcap, or a window's limits, take the registers of dQ: P after it is gone.
-        late = cfg.softcap or (cfg.mask == "local" and mask is not None)
-        if const_expr(not late):
+        # Slopes of softcap, or a window's limits, take registers of dQ or of dS: P after them.
+        after_dk = cfg.softcap or (cfg.mask == "local" and mask is not None)
+        if const_expr(not after_dk):
             scores.exponentiate(lse, problem, mask, m_block)
         if const_expr(not first):
             warpgroup.wait_group(1)
-            pin(acc_dq)
-            self.add_dq(acc_dq, problem, saved, work, place_before)
-        if const_expr(not late):
+            if const_expr(not cfg.late_dq):
+                self.add_dq(fr, acc_dq, problem, saved, work, place_before)
+        if const_expr(not after_dk):
             fr.p.convert(acc)
         if const_expr(not first):
-            warpgroup.wait_group(0)
+            if const_expr(not cfg.late_dq):
+                warpgroup.wait_group(0)
             pipelines.q.consumer_release(q_before)
-        if const_expr(late):
+        if const_expr(after_dk):
             scores.exponentiate(lse, problem, mask, m_block)
             if const_expr(not cfg.softcap):
                 fr.p.convert(acc)
@@ -496,51 +520,65 @@ class Backward:
         if const_expr(not cfg.softcap):
             self.issue_dv(fragments, state)
         for part in cutlass.range_constexpr(cfg.parts):
-            self.score_part(mmas, tiles, fragments, thread, state, acc, part)
+            ds = fr.packed_ds.part(part, cfg.parts)
+            acc_dp = self.issue_dp(mmas, tiles, fragments, thread, state, part)
+            if const_expr(cfg.late_dq and not first):
+                warpgroup.wait_group(2)
+                self.add_dq(fr, acc_dq, problem, saved, work, place_before)
+            warpgroup.wait_group(0)
+            pin(acc_dp)
+            self.multiply_by_p(acc_dp, fr.p.part(part, cfg.parts), acc, part)
+            ds.convert(acc_dp)
             if const_expr(part == cfg.parts - 1):
                 pipelines.do.consumer_release(state)
-            ds = fr.packed_ds.part(part, cfg.parts)
             target = thread.ds[None, None, part, state.index]
             cute.copy(thread.copy_ds, thread.copy_ds.retile(ds.view)[None, None, 0], target)
         self.hand_over_ds(pipelines, state)
         return head, m_block
 
     @cute.jit
-    def score_part(
+    def issue_dp(
         self,
         mmas: Mmas,
         tiles: Tiles,
         fragments: Fragments,
         thread: Thread,
         state: pipeline.PipelineState,
-        p: cute.Tensor,
         part: cutlass.Constexpr,
-    ):
-        """dP and dS of PART rows, dS rounded; dV is done as well.
+    ) -> cute.Tensor:
+        """dP of `dp_rows` rows, onto delta; returns its accumulator.
 
-        In parts, because S, dP and what is rounded of them would not fit for 128 rows.  With
-        softcap, dV is issued behind dP: ptxas works out slopes beside whatever comes first, and dV
-        leaves them no registers.
+        With softcap, dV is issued behind dP: ptxas works out slopes beside whatever comes first,
+        and dV leaves them no registers.
         """
         cfg, fr = self.cfg, fragments
-        acc = cute.make_rmem_tensor(mmas.dp.partition_shape_C((cfg.tile_n, PART)), Float32)
+        rows = cfg.dp_rows
+        acc = cute.make_rmem_tensor(mmas.dp.partition_shape_C((cfg.tile_n, rows)), Float32)
         ds = fr.packed_ds.part(part, cfg.parts)
-        delta = cute.local_tile(tiles.delta[None, state.index], (PART,), (part,))
-        Scores(acc, ds, thread.coordinates, PART).start_with(delta)
+        delta = cute.local_tile(tiles.delta[None, state.index], (rows,), (part,))
+        Scores(acc, ds, thread.coordinates, rows).start_with(delta)
         do_block = fr.do[part].stage(state.index)
         wgmma.issue(acc, fr.v, do_block, accumulate=True)
         if const_expr(cfg.softcap and part == 0):
             self.issue_dv(fragments, state)
-        warpgroup.wait_group(0)
-        pin(acc)
+        return acc
+
+    def multiply_by_p(
+        self, acc: cute.Tensor, packed: PackedFragment, p: cute.Tensor, part: int
+    ) -> None:
+        """dP of a part becomes dS: times P, rounded or of all parts in float32."""
         n = cute.size(acc)
-        for i in cutlass.range_constexpr(n):
-            acc[i] = p[part * n + i] * acc[i]
-        ds.convert(acc)
+        for i in range(n):
+            factor = packed.unpacked(i) if self.cfg.rounded_p else p[part * n + i]
+            acc[i] = factor * acc[i]
 
     def issue_dv(self, fragments: Fragments, state: pipeline.PipelineState) -> None:
         do_columns = fragments.do_columns.stage(state.index)
         wgmma.issue(fragments.acc_dv, fragments.p, do_columns, accumulate=True)
+
+    def issue_dk(self, fragments: Fragments, q_state: pipeline.PipelineState) -> None:
+        q_columns = fragments.q_columns.stage(q_state.index)
+        wgmma.issue(fragments.acc_dk, fragments.packed_ds, q_columns, accumulate=True)
 
     @cute.jit
     def issue_dq_dk(
@@ -550,13 +588,22 @@ class Backward:
         state: pipeline.PipelineState,
         q_state: pipeline.PipelineState,
     ) -> cute.Tensor:
-        """dQ and dK of a row block whose dS is on its way; returns dQ's accumulator."""
-        fr, acc_dq = fragments, self.dq_tile.accumulator()
+        """dQ and dK of a row block whose dS is on its way; returns dQ's accumulator.
+
+        With `late_dq` dK goes first: it needs the dS of this thread alone, dQ that of all warps.
+        dQ then starts by a flag that is 0 only at run time.  With a constant ptxas knows that dQ's
+        registers are free from the reductions until here and gives them to dP, whose first write
+        waits until the reductions have read them.
+        """
+        fr, late = fragments, self.cfg.late_dq
+        if const_expr(late):
+            self.issue_dk(fragments, q_state)
         cute.arch.mbarrier_wait(pipelines.ds + state.index, state.phase)
-        ds_block = fr.ds.stage(state.index)
-        wgmma.issue(acc_dq, ds_block, fr.k_columns, accumulate=False)
-        q_columns = fr.q_columns.stage(q_state.index)
-        wgmma.issue(fr.acc_dk, fr.packed_ds, q_columns, accumulate=True)
+        acc_dq = fr.acc_dq if const_expr(late) else self.dq_tile.accumulator()
+        never = wgmma.unknown_zero() != 0 if const_expr(late) else False
+        wgmma.issue(acc_dq, fr.ds.stage(state.index), fr.k_columns, accumulate=never)
+        if const_expr(not late):
+            self.issue_dk(fragments, q_state)
         return acc_dq
 
     @cute.jit
@@ -568,12 +615,27 @@ class Backward:
             cute.arch.mbarrier_arrive(pipelines.ds + state.index)
 
     def add_dq(
-        self, acc: cute.Tensor, problem: Problem, saved: Workspace, work: Work, place: tuple
+        self,
+        fragments: Fragments,
+        acc: cute.Tensor,
+        problem: Problem,
+        saved: Workspace,
+        work: Work,
+        place: tuple,
     ) -> None:
-        """This warpgroup's part of a row block's dQ."""
+        """This warpgroup's part of a row block's dQ, which is complete.
+
+        Reductions read their address late, too.  With `holds_dq_address` the one before is used
+        once more here, by a flag that is 0 only at run time: else ptxas gives its registers to dS,
+        and dS waits.
+        """
+        pin(acc)
         # Worked out only now, from the thread's index anew: it would occupy registers in the loop.
         index = opaque(cute.arch.thread_idx()[0]) & 127
         address = self.common.address_of_dq(saved, work, *place, index)
+        if self.cfg.holds_dq_address:
+            address = address | fragments.dq_address[0] & Int64(wgmma.unknown_zero())
+            fragments.dq_address[0] = address
         self.common.add_dq(acc, address, problem)
 
     @cute.jit
@@ -590,9 +652,8 @@ class Backward:
         """dQ and dK of the last row block; everything is waited for."""
         q_state = stage_of(number, self.cfg.q_stages)
         acc_dq = self.issue_dq_dk(pipelines, fragments, stage_of(number), q_state)
-        warpgroup.wait_group(1)
-        pin(acc_dq)
-        self.add_dq(acc_dq, problem, saved, work, place)
+        warpgroup.wait_group(0 if self.cfg.late_dq else 1)
+        self.add_dq(fragments, acc_dq, problem, saved, work, place)
         warpgroup.wait_group(0)
         pin(fragments.acc_dv)
         pin(fragments.acc_dk)

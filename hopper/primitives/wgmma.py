@@ -47,10 +47,9 @@ class Operand:
         mode = {128: 1, 64: 2, 32: 3}[span_bytes]
         high = span_bytes // 2 | mode << 30  # 8 rows of a span
         low = (Int32(tile.iterator.toint()) >> 4) & 0x3FFF
-        # All grids are flat, but ptxas cannot know: a constant upper half would make it add the
-        # halves one by one, with a carry, where one 64-bit instruction will do.
-        zero = cute.arch.grid_dim()[2] - 1
-        return Operand(opaque(low | leading << 16), zero + high, tile)
+        # A constant upper half would make ptxas add the halves one by one, with a carry, where one
+        # 64-bit instruction will do.
+        return Operand(opaque(low | leading << 16), unknown_zero() + high, tile)
 
     @property
     def transposed(self) -> bool:
@@ -71,6 +70,11 @@ class Operand:
         offset = cute.crd2idx(place, self.tile.layout)
         first = Int64(Uint32(self.low)) | Int64(self.high) << 32
         return first + units(offset, self.tile.element_type)
+
+
+def unknown_zero() -> Int32:
+    """0, but ptxas cannot know: all grids are flat."""
+    return cute.arch.grid_dim()[2] - 1
 
 
 def units(elements: int, dtype) -> int:
