@@ -667,7 +667,7 @@ def test_codes_of_several_key_blocks_summed_at_once(head_dim):
 
 @pytest.mark.parametrize("scales", ["tensor", "blocks"])
 def test_rows_of_no_sequence(scales):
-    """Queries lie behind the last sequence, and the bound of their lengths is 0: no scale is read."""
+    """Queries lie behind the last sequence, the bound of their lengths is 0: no scale is read."""
     q, k, v = (torch.randn(s, 2, 64).to(torch.float8_e4m3fn) for s in (4, 20, 20))
     index = offsets([0]), offsets([20]), 0, 20
     descale = torch.ones(1) if scales == "tensor" else torch.ones(1, 2, 0)
