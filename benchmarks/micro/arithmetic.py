@@ -22,7 +22,7 @@ Words = np.ndarray
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a chain repeats, in PTX and in numpy.
+    """The step that a chain repeats, in PTX and in numpy.
 
     y and z come from shared memory, so that ptxas cannot know them, others in each of ROUNDS.
     """
@@ -44,7 +44,7 @@ class Instruction:
 
     @property
     def inputs(self) -> bytes:
-        """For each lane: what has one address is uniform to ptxas, and in other registers."""
+        """Return y and z for each lane: a value of one address would be in uniform registers."""
         return np.repeat(np.array([self.y, self.z], np.uint32), 32).tobytes()
 
 

@@ -87,7 +87,7 @@ class Case:
 
     @property
     def scratch_bytes(self) -> int:
-        """Of global memory, for each block."""
+        """Global memory of a block."""
         return sum(role.scratch_bytes * copies for role, copies in self.groups)
 
     def threads_of(self, group: int) -> range:

@@ -32,7 +32,7 @@ WARPGROUPS = (1, 2, 3)
 
 
 def cases() -> Iterator[Case]:
-    """In the order of PROGRAMS."""
+    """Return the cases in the order of PROGRAMS."""
     yield from alu_cases()
     yield from qgmma_cases()
     yield from red_cases()
@@ -93,7 +93,7 @@ def wgmma_case(n: int, from_registers: bool, b_mn_major: bool, copies: int) -> C
 
 
 def exp2_cases() -> Iterator[Case]:
-    """As much of the one as of the other: 8 clocks an exp2, N / 2 a WGMMA."""
+    """Return cases with as much of the one as of the other: 8 clocks an exp2, N / 2 a WGMMA."""
     for n in (64, 128):
         for from_registers in (False, True):
             role, name, image = _products(n, from_registers=from_registers)

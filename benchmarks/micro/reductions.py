@@ -26,7 +26,7 @@ WORD = 5
 
 
 def _red(address: str) -> list[str]:
-    """As hopper/backward/dq_tile.py."""
+    """Return the reduction that hopper/backward/dq_tile.py issues."""
     return [
         f"red.global.add.v4.f32 [{address}+{2048 * v}], {{{', '.join(VALUES[4 * v : 4 * v + 4])}}};"
         for v in range(VECTORS)

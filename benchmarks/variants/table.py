@@ -94,7 +94,7 @@ class Step:
 
 
 def variants(table: Path = TABLE) -> dict[str, Variant]:
-    """By name, in order.  `on` another one: its changes come first."""
+    """Return the variants by name, in order.  `on` another one: its changes come first."""
     found: dict[str, Variant] = {}
     for name, facts in _read(table)["variants"].items():
         base = found[facts.pop("on")] if "on" in facts else Variant(name, ())

@@ -122,7 +122,7 @@ class Fp8Fragment:
 
 
 def _places(i: int) -> tuple[int, int, int, int]:
-    """Which elements of an accumulator are word i of an e4m3 operand."""
+    """Return the elements of an accumulator that are word i of an e4m3 operand."""
     group, row = divmod(i, 2)
     start = 8 * group + 2 * row
     return start, start + 1, start + 4, start + 5

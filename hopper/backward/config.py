@@ -65,7 +65,7 @@ class BackwardConfig:
 
     @property
     def parts(self) -> int:
-        """How many times dP comes, `dp_rows` each."""
+        """The number of times that dP comes, `dp_rows` each."""
         return self.tile_m // self.dp_rows
 
     @property

@@ -39,7 +39,7 @@ class ForwardConfig:
     scale_bytes: ClassVar[int] = 0
     """Beside each block of K."""
     factors: ClassVar[int] = 0
-    """Of a tile and consumer warpgroup."""
+    """float32 numbers that the producer looks up for a tile, for each consumer (FP8)."""
     ping_pong: ClassVar[bool] = True
     """True if consumers issue their GEMMs in ping-pong order."""
     l2_hints: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class ForwardConfig:
 
     @property
     def own_words(self) -> int:
-        """What each consumer is told of a tile beside what all are: a range of blocks, factors."""
+        """Words of a tile that one consumer is told, not all: a range of blocks, factors."""
         return 4 + self.factors
 
     @property

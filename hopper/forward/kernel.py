@@ -579,7 +579,7 @@ class Forward:
         return (L2Hint.EVICT_LAST, L2Hint.EVICT_FIRST) if self.cfg.l2_hints else (None, None)
 
     def views(self, tma: Tma, tiles: Tiles, problem: Problem, work: Work) -> tuple:
-        """Of Q, K and V: (stages in shared memory, the tile or its blocks in global memory)."""
+        """Return of Q, K and V: (stages in shared memory, the tile or its blocks in global one)."""
         cfg, queries, keys, head_kv = self.cfg, work.queries, work.keys, work.head_kv
         mQ = tma.q.tma_tensor[None, None, work.tile.head, queries.batch]
         mK = tma.k.tma_tensor[None, None, head_kv, keys.batch]

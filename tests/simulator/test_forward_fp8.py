@@ -680,7 +680,7 @@ def test_rows_of_no_sequence(scales):
 
 
 def test_gradients_without_exponentials():
-    """As exact where weights are alike: backward takes P from the codes' LSE."""
+    """They are as exact where weights are alike: backward takes P from the codes' LSE."""
     q, k, v = (
         x.requires_grad_() for x in random_inputs(Shape(1, 70, 150, 2, 1), 64, torch.bfloat16)
     )

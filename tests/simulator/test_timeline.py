@@ -52,7 +52,7 @@ PACK = "cvt.pack.sat.u8.s32.b32 %d0, %r1, %r2, %d0; "
     ],
 )
 def test_rounding_and_packing_is_one_instruction(body, slots):
-    """As ptxas makes F2IP: of two numbers that nothing else reads, without ftz, to bytes only."""
+    """ptxas makes F2IP so: of two numbers that nothing else reads, without ftz, to bytes only."""
     slots_of = lambda text: work_of(module(text).kernels["snippet"].instructions).slots  # noqa: E731
     assert slots_of(body) - slots_of("") == slots
 
