@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from hopper_attention.cute_kernels.softmax import exp2_f16x2
@@ -57,6 +56,7 @@ class CodedSoftmax(OnlineSoftmax):
     """P is not computed: its e4m3 bits, read as an integer, are 8 (log2 p + 7), nearly.
 
     Scores become that number, which `CodedFragment` rounds.  The rows' sums are the tensor cores'.
+    Codes know no NaN: NaN and a maximum of infinity reach O and LSE through row_max, in `finish`.
     """
 
     def exponentials(
@@ -67,11 +67,3 @@ class CodedSoftmax(OnlineSoftmax):
         for j in group.columns:
             scores[row, j] = scores[row, j] * scale - offset
         return Float32(0.0)
-
-    @cute.jit
-    def finish(self, sinks_log2: cute.Tensor) -> cute.Tensor:
-        """Codes know no NaN: the maximum tells of it, and of an infinity."""
-        for i in cutlass.range_constexpr(cute.size(self.row_sum)):
-            if not (self.row_max[i] < Float32.inf):
-                self.row_sum[i] = Float32.nan
-        return OnlineSoftmax.finish(self, sinks_log2)
